@@ -1,0 +1,5 @@
+//! gridgrad
+mod error;
+pub mod random;
+pub mod tensor;
+pub use error::{Error, Result};
