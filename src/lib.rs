@@ -1,5 +1,14 @@
-//! gridgrad
+//! Cross-scale vision transformers: fused kernels, a small safe autograd, and published systems trained end to end.
+
+#![warn(missing_docs)]
+
+pub mod autograd;
+pub mod cpu;
+pub mod driver;
 mod error;
+pub mod ops;
 pub mod random;
 pub mod tensor;
+
 pub use error::{Error, Result};
+pub use tensor::{DType, Device, Shape, Tensor};

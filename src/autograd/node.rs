@@ -1,0 +1,163 @@
+//! Nodes of the tape and the rules they hold.
+
+use std::cell::Cell;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::tensor::TensorId;
+use crate::{Error, Result, Tensor};
+
+/// The backward rule of one op: what it saved from the forward, and how to use it.
+pub trait Function: Send + Sync + 'static {
+    /// The op's name, for errors.
+    fn name(&self) -> &'static str;
+
+    /// Gradients of the inputs, in the order in which they were recorded; `None` for those that need none.
+    ///
+    /// # Errors
+    /// Whatever the ops that compute the gradients report.
+    fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>>;
+}
+
+/// Where an input came from.
+pub(super) enum Edge {
+    /// Needs no gradient.
+    Constant,
+    /// A variable.
+    Leaf(TensorId),
+    /// The result of another op.
+    Node(Arc<Node>),
+}
+
+impl Edge {
+    fn of(tensor: &Tensor) -> Self {
+        match tensor.node() {
+            Some(node) => Edge::Node(Arc::clone(node)),
+            None if tensor.is_variable() => Edge::Leaf(tensor.id()),
+            None => Edge::Constant,
+        }
+    }
+
+    /// The tensor that this edge stands for, if it needs a gradient.
+    pub(super) fn target(&self) -> Option<TensorId> {
+        match self {
+            Edge::Constant => None,
+            Edge::Leaf(id) => Some(*id),
+            Edge::Node(node) => Some(node.output),
+        }
+    }
+}
+
+/// One application of a function.
+pub(crate) struct Node {
+    pub(super) output: TensorId,
+    pub(super) edges: Vec<Edge>,
+    /// Taken by a backward walk that does not retain the graph, which frees what the rule saved.
+    function: Mutex<Option<Arc<dyn Function>>>,
+}
+
+impl Node {
+    /// The rule; with `take`, the node's own hold on it ends.
+    pub(super) fn function(&self, take: bool) -> Result<Arc<dyn Function>> {
+        let mut slot = self.function.lock().unwrap_or_else(PoisonError::into_inner);
+        let function = if take { slot.take() } else { slot.clone() };
+        function.ok_or_else(|| {
+            Error::Autograd("this graph was already walked and freed; ask for `retain_graph` the first time".into())
+        })
+    }
+}
+
+impl Drop for Node {
+    /// Frees a long chain of nodes in a loop: dropped recursively, a few ten thousand ops would overflow the stack.
+    fn drop(&mut self) {
+        // Saved tensors go first, while the edges still hold the nodes behind them.
+        *self.function.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
+        let mut pending = std::mem::take(&mut self.edges);
+        while let Some(edge) = pending.pop() {
+            if let Edge::Node(node) = edge
+                && let Some(mut node) = Arc::into_inner(node)
+            {
+                *node.function.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
+                pending.append(&mut node.edges);
+            }
+        }
+    }
+}
+
+thread_local! {
+    static RECORDING: Cell<bool> = const { Cell::new(true) };
+}
+
+/// Runs `body` without recording: its results need no gradients.
+pub fn no_grad<R>(body: impl FnOnce() -> R) -> R {
+    recording(false, body)
+}
+
+/// Runs `body` with recording on or off, and restores the state after it, also on a panic.
+pub(super) fn recording<R>(on: bool, body: impl FnOnce() -> R) -> R {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            RECORDING.set(self.0);
+        }
+    }
+    let _restore = Restore(RECORDING.replace(on));
+    body()
+}
+
+/// The output of a function, saved for its backward rule.
+pub struct SavedOutput(Tensor);
+
+/// Puts `output` on the tape as the result of a function of `inputs`, if any of them needs a gradient.
+///
+/// `function` is called only then; it receives the output in a form that the rule may keep.
+pub fn record<F: Function>(output: Tensor, inputs: &[&Tensor], function: impl FnOnce(SavedOutput) -> F) -> Tensor {
+    if !RECORDING.get() || !inputs.iter().any(|input| input.requires_grad()) {
+        return output;
+    }
+    // A fresh identity, newer than every input: the walk goes by age.
+    let saved = output.share(output.shape().clone());
+    let id = saved.id();
+    let node = Node {
+        output: id,
+        edges: inputs.iter().map(|input| Edge::of(input)).collect(),
+        function: Mutex::new(Some(Arc::new(function(SavedOutput(saved))))),
+    };
+    output.attach(id, Arc::new(node))
+}
+
+/// What a backward rule is given.
+pub struct Backward<'a> {
+    pub(super) grad: &'a Tensor,
+    pub(super) node: &'a Arc<Node>,
+    pub(super) create_graph: bool,
+}
+
+impl Backward<'_> {
+    /// The gradient of the output: same shape and dtype as the output.
+    pub fn grad(&self) -> &Tensor {
+        self.grad
+    }
+
+    /// Whether input `index` needs a gradient.
+    pub fn needs(&self, index: usize) -> bool {
+        self.node.edges.get(index).is_some_and(|edge| edge.target().is_some())
+    }
+
+    /// The saved output, on the tape.
+    pub fn output(&self, saved: &SavedOutput) -> Tensor {
+        if self.create_graph { saved.0.attach(self.node.output, Arc::clone(self.node)) } else { saved.0.clone() }
+    }
+
+    /// Whether the gradients will be differentiated again: then they must be made of recorded ops.
+    pub fn create_graph(&self) -> bool {
+        self.create_graph
+    }
+
+    /// Refuses `create_graph` for a rule that computes its gradients outside the tape.
+    ///
+    /// # Errors
+    /// [`Error::NoSecondDerivative`] where the gradients will be differentiated again.
+    pub fn first_order_only(&self, op: &'static str) -> Result<()> {
+        if self.create_graph { Err(Error::NoSecondDerivative { op }) } else { Ok(()) }
+    }
+}

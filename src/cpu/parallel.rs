@@ -1,0 +1,129 @@
+//! Parallel loops whose results do not depend on the number of threads: work is cut into pieces whose size depends on
+//! the problem alone, each piece writes its own part of the output, and sums over pieces run in order afterwards.
+
+use rayon::prelude::*;
+
+use super::{Float, simd};
+use crate::tensor::{Buffer, Element};
+
+/// Elements per piece of an elementwise loop: a few of these fill a core's L1 cache.
+pub const PIECE: usize = 8192;
+
+/// Calls `body(index, piece)` for consecutive pieces of `piece_len` elements (the last may be shorter), in parallel
+/// where there are several.
+pub fn pieces_mut<T: Send>(output: &mut [T], piece_len: usize, body: impl Fn(usize, &mut [T]) + Sync + Send) {
+    let piece_len = piece_len.max(1);
+    if output.len() <= piece_len {
+        if !output.is_empty() {
+            body(0, output);
+        }
+    } else {
+        output.par_chunks_mut(piece_len).enumerate().for_each(|(index, piece)| body(index, piece));
+    }
+}
+
+/// Calls `body(index)` for each index below `count`, in parallel.
+pub fn indices(count: usize, body: impl Fn(usize) + Sync + Send) {
+    if count <= 1 {
+        (0..count).for_each(body);
+    } else {
+        (0..count).into_par_iter().for_each(body);
+    }
+}
+
+/// `output[i] = f(input[i])`.
+#[inline(always)]
+pub fn map<A: Element, B: Element>(input: &[A], output: &mut [B], f: impl Fn(A) -> B + Sync + Send) {
+    pieces_mut(output, PIECE, |index, piece| {
+        let input = &input[index * PIECE..][..piece.len()];
+        simd::dispatch(
+            #[inline(always)]
+            || piece.iter_mut().zip(input).for_each(|(out, &a)| *out = f(a)),
+        );
+    });
+}
+
+/// `output[i] = f(left[i], right[i])`.
+#[inline(always)]
+pub fn zip_map<A: Element, B: Element, C: Element>(
+    left: &[A],
+    right: &[B],
+    output: &mut [C],
+    f: impl Fn(A, B) -> C + Sync + Send,
+) {
+    pieces_mut(output, PIECE, |index, piece| {
+        let left = &left[index * PIECE..][..piece.len()];
+        let right = &right[index * PIECE..][..piece.len()];
+        simd::dispatch(
+            #[inline(always)]
+            || piece.iter_mut().zip(left.iter().zip(right)).for_each(|(out, (&a, &b))| *out = f(a, b)),
+        );
+    });
+}
+
+/// Updates `output[i]` from itself and `input[i]`.
+#[inline(always)]
+pub fn update<A: Element, B: Element>(output: &mut [B], input: &[A], f: impl Fn(&mut B, A) + Sync + Send) {
+    pieces_mut(output, PIECE, |index, piece| {
+        let input = &input[index * PIECE..][..piece.len()];
+        simd::dispatch(
+            #[inline(always)]
+            || piece.iter_mut().zip(input).for_each(|(out, &a)| f(out, a)),
+        );
+    });
+}
+
+/// Sums over `count` items into `width` accumulators: `body(range, sums)` adds the items of `range` to zeroed `sums`.
+///
+/// Items are cut into at most 64 ranges of at least `grain`, by their number alone; the partial sums are added in order.
+pub fn accumulate<T: Float>(
+    count: usize,
+    grain: usize,
+    width: usize,
+    body: impl Fn(std::ops::Range<usize>, &mut [T]) + Sync + Send,
+) -> Buffer<T> {
+    const PARTS: usize = 64;
+    let per_part = count.div_ceil(PARTS).max(grain).max(1);
+    let parts = count.div_ceil(per_part).max(1);
+    let mut partial = Buffer::<T>::zeroed(parts * width);
+    pieces_mut(&mut partial, width, |part, sums| {
+        body(part * per_part..count.min((part + 1) * per_part), sums);
+    });
+    if parts == 1 {
+        return partial;
+    }
+    let mut total = Buffer::<T>::recycled(width);
+    pieces_mut(&mut total, PIECE, |index, sums| {
+        let at = index * PIECE;
+        sums.copy_from_slice(&partial[at..][..sums.len()]);
+        for part in 1..parts {
+            let addend = &partial[part * width + at..][..sums.len()];
+            sums.iter_mut().zip(addend).for_each(|(sum, &value)| *sum += value);
+        }
+    });
+    total
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_are_the_same_for_any_number_of_threads() {
+        let values: Vec<f32> = (0..100_000).map(|i| (i as f32 * 0.37).sin()).collect();
+        let sum = || {
+            accumulate::<f32>(values.len(), 16, 3, |range, sums| {
+                for i in range {
+                    sums[i % 3] += values[i];
+                }
+            })
+            .to_vec()
+        };
+        let reference = sum();
+        for threads in [1, 2, 5] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            assert_eq!(pool.install(sum), reference);
+        }
+        assert_eq!(accumulate::<f32>(0, 1, 2, |_, _| ()).to_vec(), [0.0, 0.0]);
+    }
+}

@@ -1,0 +1,265 @@
+//! Loops over elements.
+
+use super::{Binary, Unary};
+use crate::cpu::{Float, parallel, simd};
+use crate::tensor::{Buffer, Shape};
+
+pub(super) fn unary<T: Float>(function: Unary, input: &[T]) -> Buffer<T> {
+    let mut output = Buffer::recycled(input.len());
+    let constant = T::from_f64;
+    // One loop per function, so that the choice is made outside of it.
+    macro_rules! map {
+        ($x:ident => $value:expr) => {
+            parallel::map(
+                input,
+                &mut output,
+                #[inline(always)]
+                |$x: T| $value,
+            )
+        };
+    }
+    match function {
+        Unary::Neg => map!(x => -x),
+        Unary::Abs => map!(x => x.abs()),
+        Unary::Square => map!(x => x * x),
+        Unary::Sqrt => map!(x => x.sqrt()),
+        Unary::Recip => map!(x => T::ONE / x),
+        Unary::Exp => map!(x => x.exp()),
+        Unary::Ln => map!(x => x.ln()),
+        Unary::Sin => map!(x => x.sin()),
+        Unary::Cos => map!(x => x.cos()),
+        Unary::Tanh => map!(x => x.tanh()),
+        Unary::Sigmoid => map!(x => x.sigmoid()),
+        Unary::Erf => map!(x => x.erf()),
+        Unary::Relu => map!(x => x.nan_max(T::ZERO)),
+        Unary::LeakyRelu(slope) => {
+            let slope = constant(slope);
+            map!(x => if x < T::ZERO { slope * x } else { x })
+        }
+        Unary::Silu => map!(x => x * x.sigmoid()),
+        Unary::Gelu => map!(x => x * x.normal_cdf()),
+        // max(x, 0) + ln(1 + e^−|x|) does not overflow.
+        Unary::Softplus => map!(x => x.nan_max(T::ZERO) + ((-x.abs()).exp() + T::ONE).ln()),
+        Unary::Scale(factor) => {
+            let factor = constant(factor);
+            map!(x => x * factor)
+        }
+        Unary::Shift(offset) => {
+            let offset = constant(offset);
+            map!(x => x + offset)
+        }
+        Unary::Powf(power) => {
+            let power = constant(power);
+            map!(x => x.powf(power))
+        }
+        Unary::Clamp(low, high) => {
+            let (low, high) = (constant(low), constant(high));
+            map!(x => x.nan_max(low).nan_min(high))
+        }
+    }
+    output
+}
+
+/// grad · f′, with f′ at the saved input, or at the saved output where `derives_from_output`.
+pub(super) fn unary_backward<T: Float>(function: Unary, saved: &[T], grad: &[T]) -> Buffer<T> {
+    let mut output = Buffer::recycled(grad.len());
+    let constant = T::from_f64;
+    let (one, half, two) = (T::ONE, constant(0.5), constant(2.0));
+    macro_rules! map {
+        ($x:ident, $grad:ident => $value:expr) => {
+            parallel::zip_map(
+                saved,
+                grad,
+                &mut output,
+                #[inline(always)]
+                |$x: T, $grad: T| $value,
+            )
+        };
+    }
+    match function {
+        Unary::Neg => map!(_x, grad => -grad),
+        Unary::Abs => map!(x, grad => if x > T::ZERO { grad } else if x < T::ZERO { -grad } else { T::ZERO }),
+        Unary::Square => map!(x, grad => two * x * grad),
+        Unary::Sqrt => map!(y, grad => half * grad / y),
+        Unary::Recip => map!(y, grad => -(y * y) * grad),
+        Unary::Exp => map!(y, grad => y * grad),
+        Unary::Ln => map!(x, grad => grad / x),
+        Unary::Sin => map!(x, grad => x.cos() * grad),
+        Unary::Cos => map!(x, grad => -x.sin() * grad),
+        Unary::Tanh => map!(y, grad => (one - y * y) * grad),
+        Unary::Sigmoid => map!(y, grad => y * (one - y) * grad),
+        Unary::Erf => {
+            let scale = constant(std::f64::consts::FRAC_2_SQRT_PI);
+            map!(x, grad => scale * (-(x * x)).exp() * grad)
+        }
+        Unary::Relu => map!(x, grad => if x > T::ZERO { grad } else { T::ZERO }),
+        Unary::LeakyRelu(slope) => {
+            let slope = constant(slope);
+            map!(x, grad => if x > T::ZERO { grad } else { slope * grad })
+        }
+        Unary::Silu => map!(x, grad => {
+            let sigmoid = x.sigmoid();
+            sigmoid * (one + x * (one - sigmoid)) * grad
+        }),
+        Unary::Gelu => map!(x, grad => x.mul_add(x.normal_pdf(), x.normal_cdf()) * grad),
+        Unary::Softplus => map!(x, grad => x.sigmoid() * grad),
+        Unary::Scale(factor) => {
+            let factor = constant(factor);
+            map!(_x, grad => factor * grad)
+        }
+        Unary::Shift(_) => map!(_x, grad => grad),
+        Unary::Powf(power) => {
+            let (power, less) = (constant(power), constant(power - 1.0));
+            map!(x, grad => power * x.powf(less) * grad)
+        }
+        Unary::Clamp(low, high) => {
+            let (low, high) = (constant(low), constant(high));
+            map!(x, grad => if x < low || x > high { T::ZERO } else { grad })
+        }
+    }
+    output
+}
+
+pub(super) fn binary<T: Float>(
+    function: Binary,
+    left: (&[T], &Shape),
+    right: (&[T], &Shape),
+    shape: &Shape,
+) -> Buffer<T> {
+    let mut output = Buffer::recycled(shape.elements());
+    macro_rules! zip {
+        ($a:ident, $b:ident => $value:expr) => {
+            broadcast(
+                left,
+                right,
+                shape,
+                &mut output,
+                #[inline(always)]
+                |$a: T, $b: T| $value,
+            )
+        };
+    }
+    let indicator = |condition: bool| if condition { T::ONE } else { T::ZERO };
+    match function {
+        Binary::Add => zip!(a, b => a + b),
+        Binary::Sub => zip!(a, b => a - b),
+        Binary::Mul => zip!(a, b => a * b),
+        Binary::Div => zip!(a, b => a / b),
+        Binary::Maximum => zip!(a, b => a.nan_max(b)),
+        Binary::Minimum => zip!(a, b => a.nan_min(b)),
+        Binary::Greater => zip!(a, b => indicator(a > b)),
+        Binary::Equal => zip!(a, b => indicator(a == b)),
+    }
+    output
+}
+
+/// Applies `f` over two operands broadcast to `shape`.
+#[inline(always)]
+fn broadcast<T: Float>(
+    (left, left_shape): (&[T], &Shape),
+    (right, right_shape): (&[T], &Shape),
+    shape: &Shape,
+    output: &mut [T],
+    f: impl Fn(T, T) -> T + Sync + Send,
+) {
+    if output.is_empty() {
+        return;
+    }
+    if left_shape == right_shape {
+        return parallel::zip_map(left, right, output, f);
+    }
+    if let [b] = *right {
+        return parallel::map(left, output, |a| f(a, b));
+    }
+    if let [a] = *left {
+        return parallel::map(right, output, |b| f(a, b));
+    }
+    let axes = collapse(shape, &broadcast_strides(left_shape, shape), &broadcast_strides(right_shape, shape));
+    // There is at least one axis here: both operands being single elements was handled above.
+    let Some((&Axis { extent: inner, left: left_step, right: right_step }, outer)) = axes.split_last() else { return };
+    let rows_per_piece = (parallel::PIECE / inner).max(1);
+    parallel::pieces_mut(output, rows_per_piece * inner, |index, piece| {
+        for (row, out) in piece.chunks_mut(inner).enumerate() {
+            let (mut rest, mut at_left, mut at_right) = (index * rows_per_piece + row, 0, 0);
+            for axis in outer.iter().rev() {
+                let position = rest % axis.extent;
+                rest /= axis.extent;
+                at_left += position * axis.left;
+                at_right += position * axis.right;
+            }
+            simd::dispatch(
+                #[inline(always)]
+                || match (left_step, right_step) {
+                    (1, 1) => {
+                        let (left, right) = (&left[at_left..][..inner], &right[at_right..][..inner]);
+                        out.iter_mut().zip(left.iter().zip(right)).for_each(|(out, (&a, &b))| *out = f(a, b));
+                    }
+                    (1, _) => {
+                        let b = right[at_right];
+                        out.iter_mut().zip(&left[at_left..][..inner]).for_each(|(out, &a)| *out = f(a, b));
+                    }
+                    _ => {
+                        let a = left[at_left];
+                        out.iter_mut().zip(&right[at_right..][..inner]).for_each(|(out, &b)| *out = f(a, b));
+                    }
+                },
+            );
+        }
+    });
+}
+
+/// One axis of a broadcast loop, with the operands' strides in elements (0 where an operand is stretched).
+struct Axis {
+    extent: usize,
+    left: usize,
+    right: usize,
+}
+
+fn broadcast_strides(operand: &Shape, shape: &Shape) -> Vec<usize> {
+    let missing = shape.len() - operand.len();
+    let strides = operand.strides();
+    let stride = |axis: usize| if axis < missing || operand[axis - missing] == 1 { 0 } else { strides[axis - missing] };
+    (0..shape.len()).map(stride).collect()
+}
+
+/// Merges neighbouring axes over which both operands advance evenly, and drops those of extent 1.
+fn collapse(shape: &Shape, left: &[usize], right: &[usize]) -> Vec<Axis> {
+    let mut axes: Vec<Axis> = Vec::new();
+    for axis in 0..shape.len() {
+        let (extent, l, r) = (shape[axis], left[axis], right[axis]);
+        match axes.last_mut() {
+            _ if extent == 1 => {}
+            Some(outer) if outer.left == l * extent && outer.right == r * extent => {
+                *outer = Axis { extent: outer.extent * extent, left: l, right: r };
+            }
+            _ => axes.push(Axis { extent, left: l, right: r }),
+        }
+    }
+    axes
+}
+
+pub(super) fn select<T: Float>(mask: &[T], on_true: &[T], on_false: &[T]) -> Buffer<T> {
+    let mut output = Buffer::copy_of(on_false);
+    parallel::pieces_mut(&mut output, parallel::PIECE, |index, piece| {
+        let at = index * parallel::PIECE;
+        let (mask, on_true) = (&mask[at..], &on_true[at..]);
+        simd::dispatch(
+            #[inline(always)]
+            || {
+                for (out, (&mask, &value)) in piece.iter_mut().zip(mask.iter().zip(on_true)) {
+                    *out = if mask == T::ZERO { *out } else { value };
+                }
+            },
+        );
+    });
+    output
+}
+
+pub(super) fn accumulate<T: Float>(sum: &mut [T], addend: &[T]) {
+    parallel::update(
+        sum,
+        addend,
+        #[inline(always)]
+        |sum, value| *sum += value,
+    );
+}

@@ -1,0 +1,377 @@
+//! Functions of one, two or three tensors, element by element, with NumPy's broadcasting.
+
+mod cpu;
+
+use crate::autograd::{Backward, Function, SavedOutput, record};
+use crate::{Error, Result, Tensor, dispatch_float};
+
+/// A function of one element. Parameters are part of it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Unary {
+    /// −x
+    Neg,
+    /// |x|, with derivative 0 at 0
+    Abs,
+    /// x²
+    Square,
+    /// √x
+    Sqrt,
+    /// 1 / x
+    Recip,
+    /// eˣ
+    Exp,
+    /// ln x
+    Ln,
+    /// sin x
+    Sin,
+    /// cos x
+    Cos,
+    /// tanh x
+    Tanh,
+    /// 1 / (1 + e⁻ˣ)
+    Sigmoid,
+    /// 2/√π ∫₀ˣ exp(−t²) dt
+    Erf,
+    /// max(x, 0), with derivative 0 at 0
+    Relu,
+    /// x where positive, else slope · x
+    LeakyRelu(f64),
+    /// x / (1 + e⁻ˣ)
+    Silu,
+    /// x Φ(x), the exact form (Hendrycks and Gimpel 2016)
+    Gelu,
+    /// ln(1 + eˣ)
+    Softplus,
+    /// factor · x
+    Scale(f64),
+    /// x + offset
+    Shift(f64),
+    /// xᵖ
+    Powf(f64),
+    /// x limited to [low, high], with derivative 0 outside
+    Clamp(f64, f64),
+}
+
+impl Unary {
+    /// Whether the derivative is cheaper from the output than from the input.
+    fn derives_from_output(self) -> bool {
+        matches!(self, Unary::Exp | Unary::Sqrt | Unary::Recip | Unary::Tanh | Unary::Sigmoid)
+    }
+
+    /// Whether the derivative is the same everywhere, so that nothing need be saved.
+    fn constant_derivative(self) -> Option<f64> {
+        match self {
+            Unary::Neg => Some(-1.0),
+            Unary::Scale(factor) => Some(factor),
+            Unary::Shift(_) => Some(1.0),
+            _ => None,
+        }
+    }
+}
+
+/// A function of two elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Binary {
+    /// a + b
+    Add,
+    /// a − b
+    Sub,
+    /// a · b
+    Mul,
+    /// a / b
+    Div,
+    /// max(a, b); the gradient is split where they are equal
+    Maximum,
+    /// min(a, b); the gradient is split where they are equal
+    Minimum,
+    /// 1 where a > b, else 0; no gradient
+    Greater,
+    /// 1 where a = b, else 0; no gradient
+    Equal,
+}
+
+macro_rules! unary_methods {
+    ($($(#[$doc:meta])* $name:ident($($arg:ident),*) = $kind:expr;)*) => {$(
+        $(#[$doc])*
+        ///
+        /// # Errors
+        /// Where the dtype is not floating point.
+        pub fn $name(&self $(, $arg: f64)*) -> Result<Tensor> {
+            self.unary($kind)
+        }
+    )*};
+}
+
+macro_rules! binary_methods {
+    ($($(#[$doc:meta])* $name:ident = $kind:expr;)*) => {$(
+        $(#[$doc])*
+        ///
+        /// # Errors
+        /// Where the shapes do not broadcast or the dtypes differ.
+        pub fn $name(&self, rhs: &Tensor) -> Result<Tensor> {
+            self.binary(rhs, $kind)
+        }
+    )*};
+}
+
+impl Tensor {
+    unary_methods! {
+        /// −x
+        neg() = Unary::Neg;
+        /// |x|
+        abs() = Unary::Abs;
+        /// x²
+        square() = Unary::Square;
+        /// √x
+        sqrt() = Unary::Sqrt;
+        /// 1 / x
+        recip() = Unary::Recip;
+        /// eˣ
+        exp() = Unary::Exp;
+        /// ln x
+        ln() = Unary::Ln;
+        /// sin x
+        sin() = Unary::Sin;
+        /// cos x
+        cos() = Unary::Cos;
+        /// tanh x
+        tanh() = Unary::Tanh;
+        /// 1 / (1 + e⁻ˣ)
+        sigmoid() = Unary::Sigmoid;
+        /// Error function.
+        erf() = Unary::Erf;
+        /// max(x, 0)
+        relu() = Unary::Relu;
+        /// x where positive, else slope · x
+        leaky_relu(slope) = Unary::LeakyRelu(slope);
+        /// x / (1 + e⁻ˣ)
+        silu() = Unary::Silu;
+        /// x Φ(x), exact.
+        gelu() = Unary::Gelu;
+        /// ln(1 + eˣ)
+        softplus() = Unary::Softplus;
+        /// factor · x
+        scale(factor) = Unary::Scale(factor);
+        /// x + offset
+        shift(offset) = Unary::Shift(offset);
+        /// xᵖ
+        powf(power) = Unary::Powf(power);
+        /// x limited to [low, high]
+        clamp(low, high) = Unary::Clamp(low, high);
+    }
+
+    binary_methods! {
+        /// a + b
+        add = Binary::Add;
+        /// a − b
+        sub = Binary::Sub;
+        /// a · b
+        mul = Binary::Mul;
+        /// a / b
+        div = Binary::Div;
+        /// max(a, b)
+        maximum = Binary::Maximum;
+        /// min(a, b)
+        minimum = Binary::Minimum;
+        /// 1 where a > b, else 0, in the tensors' dtype.
+        greater = Binary::Greater;
+        /// 1 where a = b, else 0, in the tensors' dtype.
+        equal = Binary::Equal;
+    }
+
+    /// Applies `function` to every element.
+    ///
+    /// # Errors
+    /// Where the dtype is not floating point.
+    pub fn unary(&self, function: Unary) -> Result<Tensor> {
+        let dtype = self.dtype();
+        let output = dispatch_float!("unary", dtype, T => {
+            Tensor::from_floats(cpu::unary::<T>(function, &self.floats("unary")?), self.shape(), dtype)
+        })?;
+        Ok(record(output, &[self], |output| UnaryRule {
+            function,
+            input: (!function.derives_from_output() && function.constant_derivative().is_none()).then(|| self.clone()),
+            output,
+        }))
+    }
+
+    /// Applies `function` to every pair of elements, after broadcasting.
+    ///
+    /// # Errors
+    /// Where the shapes do not broadcast or the dtypes differ.
+    pub fn binary(&self, rhs: &Tensor, function: Binary) -> Result<Tensor> {
+        let dtype = self.dtype();
+        if rhs.dtype() != dtype {
+            return Err(Error::DType { op: "binary", got: rhs.dtype(), expected: dtype.to_string() });
+        }
+        let shape = self.shape().broadcast(rhs.shape(), "binary")?;
+        let output = dispatch_float!("binary", dtype, T => {
+            let (a, b) = (self.floats::<T>("binary")?, rhs.floats::<T>("binary")?);
+            Tensor::from_floats(cpu::binary(function, (&a, self.shape()), (&b, rhs.shape()), &shape), shape, dtype)
+        })?;
+        if matches!(function, Binary::Greater | Binary::Equal) {
+            return Ok(output);
+        }
+        Ok(record(output, &[self, rhs], |_| BinaryRule { function, left: self.clone(), right: rhs.clone() }))
+    }
+}
+
+struct UnaryRule {
+    function: Unary,
+    input: Option<Tensor>,
+    output: SavedOutput,
+}
+
+impl Function for UnaryRule {
+    fn name(&self) -> &'static str {
+        "unary"
+    }
+
+    fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        let grad = backward.grad();
+        if let Some(slope) = self.function.constant_derivative() {
+            return Ok(vec![Some(if slope == 1.0 { grad.clone() } else { grad.scale(slope)? })]);
+        }
+        let saved = self.input.clone().unwrap_or_else(|| backward.output(&self.output));
+        if backward.create_graph() {
+            return Ok(vec![Some(grad.mul(&derivative(self.function, &saved)?)?)]);
+        }
+        let dtype = grad.dtype();
+        let gradient = dispatch_float!("unary", dtype, T => {
+            let gradient = cpu::unary_backward::<T>(self.function, &saved.floats("unary")?, &grad.floats("unary")?);
+            Tensor::from_floats(gradient, grad.shape(), dtype)
+        })?;
+        Ok(vec![Some(gradient)])
+    }
+}
+
+/// f′ made of recorded ops, at the saved input, or at the output where `derives_from_output`. The fused form of the
+/// same table is `cpu::unary_backward`.
+fn derivative(function: Unary, saved: &Tensor) -> Result<Tensor> {
+    let zero = || Tensor::zeros(saved.shape(), saved.dtype());
+    let x = saved;
+    match function {
+        Unary::Neg | Unary::Scale(_) | Unary::Shift(_) => {
+            Tensor::full(x.shape(), function.constant_derivative().unwrap_or(1.0), x.dtype())
+        }
+        Unary::Abs => x.greater(&zero()?)?.sub(&zero()?.greater(x)?),
+        Unary::Square => x.scale(2.0),
+        Unary::Sqrt => saved.recip()?.scale(0.5),
+        Unary::Recip => saved.square()?.neg(),
+        Unary::Exp => Ok(saved.clone()),
+        Unary::Ln => x.recip(),
+        Unary::Sin => x.cos(),
+        Unary::Cos => x.sin()?.neg(),
+        Unary::Tanh => saved.square()?.neg()?.shift(1.0),
+        Unary::Sigmoid => saved.mul(&saved.neg()?.shift(1.0)?),
+        Unary::Erf => x.square()?.neg()?.exp()?.scale(std::f64::consts::FRAC_2_SQRT_PI),
+        Unary::Relu => x.greater(&zero()?),
+        Unary::LeakyRelu(slope) => x.greater(&zero()?)?.scale(1.0 - slope)?.shift(slope),
+        Unary::Silu => {
+            let sigmoid = x.sigmoid()?;
+            sigmoid.mul(&x.mul(&sigmoid.neg()?.shift(1.0)?)?.shift(1.0)?)
+        }
+        Unary::Gelu => {
+            let cdf = x.scale(std::f64::consts::FRAC_1_SQRT_2)?.erf()?.scale(0.5)?.shift(0.5)?;
+            let pdf = x.square()?.scale(-0.5)?.exp()?.scale(0.398_942_280_401_432_7)?;
+            cdf.add(&x.mul(&pdf)?)
+        }
+        Unary::Softplus => x.sigmoid(),
+        Unary::Powf(power) => x.powf(power - 1.0)?.scale(power),
+        Unary::Clamp(low, high) => {
+            let low = Tensor::full(x.shape(), low, x.dtype())?;
+            let high = Tensor::full(x.shape(), high, x.dtype())?;
+            low.greater(x)?.add(&x.greater(&high)?)?.neg()?.shift(1.0)
+        }
+    }
+}
+
+struct BinaryRule {
+    function: Binary,
+    left: Tensor,
+    right: Tensor,
+}
+
+impl Function for BinaryRule {
+    fn name(&self) -> &'static str {
+        "binary"
+    }
+
+    fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        let (grad, a, b) = (backward.grad(), &self.left, &self.right);
+        let left = |gradient: Result<Tensor>| gradient?.sum_to(a.shape());
+        let right = |gradient: Result<Tensor>| gradient?.sum_to(b.shape());
+        // The share of the larger one: 1, or ½ where both are equal.
+        let share = |larger: &Tensor, smaller: &Tensor| -> Result<Tensor> {
+            larger.greater(smaller)?.add(&larger.equal(smaller)?.scale(0.5)?)
+        };
+        let needs = |index: usize, gradient: &dyn Fn() -> Result<Tensor>| {
+            if backward.needs(index) { gradient().map(Some) } else { Ok(None) }
+        };
+        let (da, db) = match self.function {
+            Binary::Add => (needs(0, &|| left(Ok(grad.clone())))?, needs(1, &|| right(Ok(grad.clone())))?),
+            Binary::Sub => (needs(0, &|| left(Ok(grad.clone())))?, needs(1, &|| right(grad.neg()))?),
+            Binary::Mul => (needs(0, &|| left(grad.mul(b)))?, needs(1, &|| right(grad.mul(a)))?),
+            Binary::Div => {
+                (needs(0, &|| left(grad.div(b)))?, needs(1, &|| right(grad.mul(a)?.div(&b.square()?)?.neg()))?)
+            }
+            Binary::Maximum => {
+                (needs(0, &|| left(grad.mul(&share(a, b)?)))?, needs(1, &|| right(grad.mul(&share(b, a)?)))?)
+            }
+            Binary::Minimum => {
+                (needs(0, &|| left(grad.mul(&share(b, a)?)))?, needs(1, &|| right(grad.mul(&share(a, b)?)))?)
+            }
+            Binary::Greater | Binary::Equal => (None, None),
+        };
+        Ok(vec![da, db])
+    }
+}
+
+/// Takes `on_true` where `mask` is not 0, else `on_false`; all three broadcast.
+///
+/// # Errors
+/// Where the shapes do not broadcast or the dtypes differ.
+pub fn select(mask: &Tensor, on_true: &Tensor, on_false: &Tensor) -> Result<Tensor> {
+    // By selection and not by arithmetic with the mask, which would turn an unselected infinity into NaN.
+    let (dtype, op) = (on_true.dtype(), "select");
+    for tensor in [mask, on_false] {
+        tensor.expect_dtype(op, dtype)?;
+    }
+    let shape = mask.shape().broadcast(on_true.shape(), op)?.broadcast(on_false.shape(), op)?;
+    let (mask, yes, no) =
+        (mask.detach().broadcast_to(&shape)?, on_true.broadcast_to(&shape)?, on_false.broadcast_to(&shape)?);
+    let output = dispatch_float!(op, dtype, T => {
+        let selected = cpu::select::<T>(&mask.floats(op)?, &yes.floats(op)?, &no.floats(op)?);
+        Tensor::from_floats(selected, shape, dtype)
+    })?;
+    Ok(record(output, &[&yes, &no], |_| SelectRule { mask: mask.clone() }))
+}
+
+struct SelectRule {
+    mask: Tensor,
+}
+
+impl Function for SelectRule {
+    fn name(&self) -> &'static str {
+        "select"
+    }
+
+    fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        let zero = Tensor::scalar(0.0f32).cast_values(self.mask.dtype())?;
+        let yes = if backward.needs(0) { Some(select(&self.mask, backward.grad(), &zero)?) } else { None };
+        let no = if backward.needs(1) { Some(select(&self.mask, &zero, backward.grad())?) } else { None };
+        Ok(vec![yes, no])
+    }
+}
+
+/// `sum + addend` off the tape, in `sum`'s memory where nobody else holds it.
+pub(crate) fn add_in_place(mut sum: Tensor, addend: &Tensor) -> Result<Tensor> {
+    let half = sum.dtype().size() == 2;
+    if half || !sum.is_unique() || sum.shape() != addend.shape() || sum.dtype() != addend.dtype() {
+        return crate::autograd::no_grad(|| sum.add(addend));
+    }
+    dispatch_float!("add", sum.dtype(), T => {
+        cpu::accumulate::<T>(sum.data_mut()?, addend.data()?);
+        Ok(sum)
+    })
+}

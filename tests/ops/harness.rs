@@ -1,0 +1,145 @@
+//! What a case of an op is, and the drivers that run every case.
+
+use std::fmt::Display;
+
+use gridgrad::autograd::{self, GradOptions, GradientCheck};
+use gridgrad::random::Philox;
+use gridgrad::{DType, Result, Tensor};
+
+/// Bytes that an op must read and write at least, and the floating-point operations of its formula, in its `f32` form.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Work {
+    pub bytes: u64,
+    pub flops: u64,
+}
+
+/// Which derivatives an op has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Derivatives {
+    /// Not differentiable: comparisons, indices.
+    None,
+    /// First derivatives only; asking for more must be an error.
+    First,
+    /// Derivatives of derivatives.
+    Second,
+}
+
+/// Largest allowed difference, relative to the largest element of the reference (at least 1).
+#[derive(Clone, Copy, Debug)]
+pub struct Tolerance {
+    pub f64: f64,
+    pub f32: f64,
+    /// Of a gradient against central differences, whose own error is about 1e-9.
+    pub gradient: f64,
+}
+
+/// A few roundings for every element; ops that sum many terms or cancel say so in their own tolerance.
+pub const ROUNDING: Tolerance = Tolerance { f64: 1e-13, f32: 2e-6, gradient: 1e-6 };
+
+/// One op with fixed parameters. `Display` prints the parameters.
+pub trait OpCase: Display + Sync + Send {
+    /// The inputs, from fixed seeds: floating-point ones as `f64`, indices as `i64`.
+    fn inputs(&self) -> Vec<Tensor>;
+    /// The op, through the crate's public interface, in the dtype of the inputs.
+    fn run(&self, inputs: &[Tensor]) -> Result<Tensor>;
+    /// The op from its formula, written without looking at the implementation.
+    fn reference(&self, inputs: &[Vec<f64>]) -> Vec<f64>;
+    fn work(&self) -> Work;
+    fn tolerance(&self) -> Tolerance {
+        ROUNDING
+    }
+    fn derivatives(&self) -> Derivatives {
+        Derivatives::Second
+    }
+}
+
+/// Standard normal `f64` values, numbered so that inputs of one case differ.
+pub fn randn(shape: &[usize], number: u64) -> Tensor {
+    Tensor::randn(shape, DType::F64, Philox::new(2024).fork(number)).unwrap()
+}
+
+/// The case's inputs with floating-point ones in `dtype`.
+pub fn inputs_as(case: &dyn OpCase, dtype: DType) -> Vec<Tensor> {
+    let cast = |input: Tensor| if input.dtype() == DType::F64 { input.cast(dtype).unwrap() } else { input };
+    case.inputs().into_iter().map(cast).collect()
+}
+
+/// Runs every driver over every case.
+pub fn check(cases: &[Box<dyn OpCase>]) {
+    assert!(!cases.is_empty());
+    for case in cases {
+        let case = case.as_ref();
+        forward(case, DType::F64, case.tolerance().f64);
+        forward(case, DType::F32, case.tolerance().f32);
+        // Computed in f32 from rounded inputs, then rounded once: 2⁻⁹ and 2⁻¹² of each element.
+        forward(case, DType::Bf16, case.tolerance().f32 + 1.0 / 256.0);
+        forward(case, DType::F16, case.tolerance().f32 + 1.0 / 2048.0);
+        gradients(case);
+        threads(case);
+    }
+}
+
+fn forward(case: &dyn OpCase, dtype: DType, tolerance: f64) {
+    let inputs = inputs_as(case, dtype);
+    let output = case.run(&inputs).unwrap_or_else(|error| panic!("{case} {dtype}: {error}"));
+    let values: Vec<Vec<f64>> = inputs.iter().map(Tensor::to_f64_vec).collect();
+    let reference = case.reference(&values);
+    assert_eq!(output.elements(), reference.len(), "{case} {dtype}");
+    let scale = reference.iter().filter(|v| v.is_finite()).fold(1.0f64, |scale, v| scale.max(v.abs()));
+    for (index, (got, want)) in output.to_f64_vec().into_iter().zip(reference).enumerate() {
+        let same = got == want || (got.is_nan() && want.is_nan());
+        assert!(
+            same || (got - want).abs() <= tolerance * scale,
+            "{case} {dtype}, element {index}: got {got:e}, the reference is {want:e}"
+        );
+    }
+}
+
+fn gradients(case: &dyn OpCase) {
+    if case.derivatives() == Derivatives::None {
+        return;
+    }
+    let check = GradientCheck {
+        tolerance: case.tolerance().gradient,
+        samples: 24,
+        second_order: case.derivatives() == Derivatives::Second,
+        ..GradientCheck::default()
+    };
+    let run = |inputs: &[Tensor]| case.run(inputs);
+    autograd::check_gradients(run, &case.inputs(), check).unwrap_or_else(|error| panic!("{case}: {error}"));
+    if case.derivatives() == Derivatives::First {
+        let options = GradOptions { create_graph: true, ..GradOptions::default() };
+        let error = all_gradients(case, DType::F64, options).expect_err("a second derivative that is not there");
+        assert!(error.to_string().contains("second derivative"), "{case}: {error}");
+    }
+}
+
+/// The output followed by the gradients of its sum, weighted, with respect to every floating-point input.
+fn all_gradients(case: &dyn OpCase, dtype: DType, options: GradOptions) -> Result<Vec<Tensor>> {
+    let inputs: Vec<Tensor> = inputs_as(case, dtype)
+        .into_iter()
+        .map(|input| if input.dtype().is_float() { input.variable() } else { Ok(input) })
+        .collect::<Result<_>>()?;
+    let output = case.run(&inputs)?;
+    let mut results = vec![output.detach()];
+    if output.requires_grad() {
+        let weights = Tensor::randn(output.shape(), output.dtype(), Philox::new(5))?;
+        let options = GradOptions { grad_output: Some(weights), ..options };
+        let wanted: Vec<&Tensor> = inputs.iter().filter(|input| input.requires_grad()).collect();
+        results.extend(autograd::grad(&output, &wanted, options)?.into_iter().flatten());
+    }
+    Ok(results)
+}
+
+/// Output and gradients have the same bits with one, two and three threads.
+fn threads(case: &dyn OpCase) {
+    let bits = |threads: usize| -> Vec<Vec<u8>> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let results = pool.install(|| all_gradients(case, DType::F32, GradOptions::default())).unwrap();
+        results.iter().map(|result| result.raw_bytes().to_vec()).collect()
+    };
+    let one = bits(1);
+    for threads in [2, 3] {
+        assert!(bits(threads) == one, "{case}: {threads} threads change the result");
+    }
+}
