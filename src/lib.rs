@@ -6,6 +6,7 @@ pub mod autograd;
 pub mod cpu;
 pub mod driver;
 mod error;
+pub mod nn;
 pub mod ops;
 pub mod random;
 pub mod tensor;
