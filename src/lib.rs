@@ -8,6 +8,7 @@ pub mod driver;
 mod error;
 pub mod ops;
 pub mod random;
+pub mod report;
 pub mod tensor;
 
 pub use error::{Error, Result};
