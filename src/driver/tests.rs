@@ -35,8 +35,7 @@ fn a_probe_error_comes_before_missing_kernels() {
 fn reasons_are_one_line_and_name_versions_as_people_do() {
     let old = NoGpu::DriverTooOld { have: 12_020, need: 13_000 }.to_string();
     assert!(old.contains("CUDA 12.2") && old.contains("CUDA 13.0"), "{old}");
-    for reason in
-        [NoGpu::FeatureOff, NoGpu::NoDriver, NoGpu::NoDevice, NoGpu::StubLibrary, NoGpu::Driver("999".into())]
+    for reason in [NoGpu::FeatureOff, NoGpu::NoDriver, NoGpu::NoDevice, NoGpu::StubLibrary, NoGpu::Driver("999".into())]
     {
         let words = reason.to_string();
         assert!(!words.contains('\n') && words.contains("; "), "{words}");
