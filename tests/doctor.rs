@@ -22,7 +22,7 @@ fn every_line_is_marked_and_fits_a_terminal() {
         let line = |mark| text.lines().any(|line| line.starts_with(&format!("  {mark} {name} ")));
         assert!(line('✓') || line('–'), "{name} is missing:\n{text}");
     }
-    assert!(text.contains("3 threads"), "{text}");
+    assert!(text.contains("threads       3 in use"), "{text}");
     assert!(text.contains("GRIDGRAD_DATA is not set"), "{text}");
     assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
 }

@@ -93,11 +93,10 @@ impl Checkup {
         let unknown = || String::from("unknown");
         let count = |n: Option<usize>| n.map_or_else(unknown, |n| n.to_string());
         let threads = format!(
-            "{} physical cores, {} logical; gridgrad computes with {} thread{} (RAYON_NUM_THREADS changes that)",
+            "{} in use (RAYON_NUM_THREADS sets how many); cores: {} physical, {} logical",
+            self.threads_in_use,
             count(self.physical_cores),
             count(self.logical_cpus),
-            self.threads_in_use,
-            if self.threads_in_use == 1 { "" } else { "s" },
         );
         let found = if self.simd_found.is_empty() { "none known".into() } else { self.simd_found.join(", ") };
         let mut lines = vec![
