@@ -54,12 +54,13 @@ pub fn prediction_sheet(path: impl AsRef<Path>, title: &str, predictions: &[Pred
 pub(super) fn draw(title: &str, predictions: &[PredictionView]) -> Result<Svg> {
     check(predictions)?;
     let columns = columns(predictions.len());
-    let rows = predictions.len().div_ceil(columns);
-    let card = Card::for_all(predictions);
+    // Cards of one row are as tall as the tallest of them needs.
+    let heights: Vec<f64> =
+        predictions.chunks(columns).map(|row| row.iter().map(PredictionView::height).fold(0.0, f64::max)).collect();
     let width = 2.0 * MARGIN + columns as f64 * (CARD_WIDTH + GAP) - GAP;
     let heading = heading(title, predictions, width - 2.0 * MARGIN);
     let top = MARGIN + heading.iter().map(|(_, advance)| advance).sum::<f64>() + 8.0;
-    let height = top + rows as f64 * (card.height + GAP) - GAP + MARGIN;
+    let height = top + heights.iter().map(|h| h + GAP).sum::<f64>() - GAP + MARGIN;
 
     let mut svg = Svg::new(width, height, title);
     let mut y = MARGIN;
@@ -67,32 +68,15 @@ pub(super) fn draw(title: &str, predictions: &[PredictionView]) -> Result<Svg> {
         y += advance;
         svg.text((MARGIN, y - 6.0), font, &text);
     }
-    for (index, prediction) in predictions.iter().enumerate() {
-        let x = MARGIN + (index % columns) as f64 * (CARD_WIDTH + GAP);
-        let y = top + (index / columns) as f64 * (card.height + GAP);
-        prediction.draw(&mut svg, (x, y), &card)?;
+    y = top;
+    for (row, height) in predictions.chunks(columns).zip(heights) {
+        for (column, prediction) in row.iter().enumerate() {
+            let x = MARGIN + column as f64 * (CARD_WIDTH + GAP);
+            prediction.draw(&mut svg, (x, y), height)?;
+        }
+        y += height + GAP;
     }
     Ok(svg)
-}
-
-/// What every card has room for, so that rows stay level.
-struct Card {
-    first_lines: usize,
-    height: f64,
-}
-
-impl Card {
-    /// A card with as many guesses, and lines of names, as any prediction needs.
-    fn for_all(predictions: &[PredictionView]) -> Self {
-        let lines = |name: &str, width| wrap(name, FIRST_FONT, width).len().clamp(1, NAME_LINES);
-        let first = |p: &PredictionView| p.top.first().map_or(1, |(name, _)| lines(name, PICTURE - SIGN_WIDTH));
-        let truth = |p: &PredictionView| p.truth_label().map_or(0, |label| lines(&label, PICTURE));
-        let first_lines = predictions.iter().map(first).max().unwrap_or(1);
-        let truth_lines = predictions.iter().map(truth).max().unwrap_or(0);
-        let guesses = predictions.iter().map(|p| p.top.len().min(GUESSES)).max().unwrap_or(1);
-        let text = GUESS_HEIGHT * guesses as f64 + LINE_HEIGHT * (first_lines - 1 + truth_lines) as f64;
-        Card { first_lines, height: 2.0 * PADDING + PICTURE + 6.0 + text }
-    }
 }
 
 fn columns(count: usize) -> usize {
@@ -173,11 +157,25 @@ impl PredictionView<'_> {
         self.truth.filter(|_| self.verdict() == Verdict::Wrong).map(|truth| format!("truth: {truth}"))
     }
 
-    fn draw(&self, svg: &mut Svg, (x, y): (f64, f64), card: &Card) -> Result<()> {
+    /// Lines that the name of the first guess takes.
+    fn first_lines(&self) -> usize {
+        let indent = if self.verdict().sign().is_some() { SIGN_WIDTH } else { 0.0 };
+        self.top.first().map_or(1, |(name, _)| lines_of(name, PICTURE - indent))
+    }
+
+    /// Height of a card with room for the picture, the guesses and the truth.
+    fn height(&self) -> f64 {
+        let truth_lines = self.truth_label().map_or(0, |label| lines_of(&label, PICTURE));
+        let text = GUESS_HEIGHT * self.top.len().min(GUESSES) as f64
+            + LINE_HEIGHT * (self.first_lines() - 1 + truth_lines) as f64;
+        2.0 * PADDING + PICTURE + 4.0 + text
+    }
+
+    fn draw(&self, svg: &mut Svg, (x, y): (f64, f64), height: f64) -> Result<()> {
         let verdict = self.verdict();
         let colour = verdict.colour();
         let border = format!(r##"rx="10" fill="#ffffff" stroke="{colour}" stroke-opacity="0.55" stroke-width="1.5""##);
-        svg.rect([x, y, CARD_WIDTH, card.height], &border);
+        svg.rect([x, y, CARD_WIDTH, height], &border);
 
         let image = self.image.to_rgb(OP)?;
         let (width, tall) = fit_in_square(image.width(), image.height(), PICTURE);
@@ -187,7 +185,7 @@ impl PredictionView<'_> {
         let x = x + PADDING;
         let mut baseline = y + PADDING + PICTURE + 22.0;
         for (rank, guess) in self.top.iter().take(GUESSES).enumerate() {
-            let (lines, verdict) = if rank == 0 { (card.first_lines, Some(verdict)) } else { (1, None) };
+            let (lines, verdict) = if rank == 0 { (self.first_lines(), Some(verdict)) } else { (1, None) };
             baseline = draw_guess(svg, (x, baseline), guess, lines, verdict);
         }
         if let Some(truth) = self.truth_label() {
@@ -195,6 +193,10 @@ impl PredictionView<'_> {
         }
         Ok(())
     }
+}
+
+fn lines_of(name: &str, width: f64) -> usize {
+    wrap(name, FIRST_FONT, width).len().clamp(1, NAME_LINES)
 }
 
 /// A name of up to `lines` lines, then a bar with the probability; the first guess carries the verdict's colour and

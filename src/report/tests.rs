@@ -341,7 +341,7 @@ fn files_are_replaced_whole_or_not_at_all() {
     assert!(error.contains("curves.svg"), "{error}");
 }
 
-/// Leaves pictures to look at: `cargo test --lib report::tests::examples -- --ignored`.
+/// Leaves pictures of made-up results to look at: `cargo test --lib report::tests::examples -- --ignored`.
 #[test]
 #[ignore = "writes example pictures to target/report-examples"]
 fn examples() {
@@ -350,7 +350,7 @@ fn examples() {
     for (name, epochs, steps_per_epoch) in [("one", 1, 0), ("short", 12, 0), ("usual", 30, 60), ("long", 2500, 3)] {
         let (epochs, steps) = run(epochs, steps_per_epoch);
         let path = folder.join(format!("curves-{name}.svg"));
-        training_curves(path, "CrossFormer-micro on handwritten digits", &epochs, &steps).unwrap();
+        training_curves(path, "Example curves (made-up values)", &epochs, &steps).unwrap();
     }
     let mut gaps = run(20, 0).0;
     gaps[6].train_loss = f64::NAN;
@@ -382,7 +382,7 @@ fn examples() {
             prediction(pixels, (i != 11).then_some(classes[*label]), &guesses)
         })
         .collect();
-    prediction_sheet(folder.join("predictions.svg"), "What the network sees in handwritten digits", &sheet).unwrap();
+    prediction_sheet(folder.join("predictions.svg"), "Example sheet: real digits, made-up guesses", &sheet).unwrap();
     prediction_sheet(folder.join("predictions-one.svg"), "A single picture with a title that must wrap", &sheet[2..3])
         .unwrap();
 
@@ -394,7 +394,7 @@ fn examples() {
         }),
         attention("stage 4, block 0, all tokens", &pixels, (4, 3), 12, |_, _| true),
     ];
-    let title = "Where CrossFormer-micro looks when it reads a 3";
+    let title = "Example maps (attention by likeness of pixels)";
     attention_sheet(folder.join("attention.svg"), title, view(&pixels), &rows).unwrap();
     attention_sheet(
         folder.join("attention-two-heads.svg"),
