@@ -9,6 +9,7 @@ mod error;
 pub mod nn;
 pub mod ops;
 pub mod random;
+pub mod report;
 pub mod tensor;
 
 pub use error::{Error, Result};
