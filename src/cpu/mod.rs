@@ -5,5 +5,6 @@ mod float;
 pub mod gemm;
 pub mod parallel;
 pub mod simd;
+pub mod small_gemm;
 
 pub use float::Float;

@@ -10,6 +10,19 @@ pub fn dispatch<R>(body: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(body)
 }
 
+/// Whether there are 32 registers of 512 bits.
+#[inline(always)]
+pub fn has_wide_registers() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        matches!(pulp::Arch::new(), pulp::Arch::V4(_))
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        false
+    }
+}
+
 /// The name of the instruction set that [`dispatch`] uses here.
 pub fn instruction_set() -> &'static str {
     #[cfg(target_arch = "x86_64")]

@@ -5,13 +5,14 @@ mod harness;
 
 mod elementwise;
 mod layout;
+mod lsda;
 mod matmul;
 mod reduce;
 
 /// Cases at the sizes that models use, for the benchmarks.
 #[allow(dead_code, reason = "used by the benchmarks, which include this file")]
 pub fn benchmarks() -> Vec<Box<dyn harness::OpCase>> {
-    [elementwise::benchmarks(), layout::benchmarks(), matmul::benchmarks(), reduce::benchmarks()]
+    [elementwise::benchmarks(), layout::benchmarks(), lsda::benchmarks(), matmul::benchmarks(), reduce::benchmarks()]
         .into_iter()
         .flatten()
         .collect()
