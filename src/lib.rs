@@ -1,4 +1,5 @@
 //! gridgrad
+pub mod data;
 mod error;
 pub mod random;
 pub mod tensor;
