@@ -78,10 +78,11 @@ impl Batch {
     }
 }
 
-/// Largest `batch_size`, `workers` and `prefetch`.
+/// Largest `batch_size` and `prefetch`.
 const MAX_BATCH: usize = 1 << 20;
+/// Largest `workers`.
 const MAX_WORKERS: usize = 1024;
-/// Largest number of floats in the images of a batch: 16 GiB.
+/// Largest number of floats in the images, or the targets, of a batch: 16 GiB.
 const MAX_BATCH_LEN: usize = 1 << 32;
 
 /// What workers share.
@@ -119,7 +120,10 @@ impl Loader {
         let images = config.batch_size.min(dataset.len()).saturating_mul(augment.sample_len());
         let targets = config.batch_size.min(dataset.len()).saturating_mul(dataset.class_names().len());
         if images.max(targets) > MAX_BATCH_LEN {
-            return wrong(format!("a batch would hold {images} samples, expected at most {MAX_BATCH_LEN}"));
+            return wrong(format!(
+                "a batch would hold {} numbers, expected at most {MAX_BATCH_LEN}",
+                images.max(targets)
+            ));
         }
         Ok(Loader { job: Arc::new(Job { dataset, config, augment }) })
     }
@@ -245,8 +249,8 @@ pub struct Epoch {
     failure: Option<Error>,
 }
 
-/// A thread that prepares every n-th batch, n being the number of workers. It needs no lock, and no batch can be
-/// overtaken by more than the few its worker may hold ready.
+/// A thread that prepares every n-th batch, n being the number of workers: batches need no sorting, and what is held
+/// ready is bounded.
 struct Worker {
     thread: JoinHandle<()>,
     batches: Receiver<Result<Batch>>,

@@ -57,16 +57,21 @@ fn sample<const C: usize, const TAPS: usize>(
 ) -> [u8; C] {
     let clamp = |at: isize, side: usize| at.clamp(0, side as isize - 1) as usize;
     let reach = TAPS as isize / 2 - 1;
-    let (left, top) = (x.floor(), y.floor());
-    let (across, down) = (weights((x - left) as f32), weights((y - top) as f32));
-    let columns: [usize; TAPS] = std::array::from_fn(|i| C * clamp(left as isize + i as isize - reach, image.width));
+    // Rounds down, as coordinates are at least -0.5; `floor` is a call on processors without the instruction.
+    let (left, top) = ((x + 1.0) as isize - 1, (y + 1.0) as isize - 1);
+    let (across, down) = (weights((x - left as f64) as f32), weights((y - top as f64) as f32));
+    let columns: [usize; TAPS] = std::array::from_fn(|i| C * clamp(left + i as isize - reach, image.width));
     let mut sums = [0.5_f32; C];
     for (i, &weight) in down.iter().enumerate() {
-        let row = image.row(clamp(top as isize + i as isize - reach, image.height));
-        for (column, &factor) in columns.iter().zip(&across) {
-            for (sum, &sample) in sums.iter_mut().zip(&row[*column..*column + C]) {
-                *sum += weight * factor * f32::from(sample);
+        let row = image.row(clamp(top + i as isize - reach, image.height));
+        let mut along = [0.0_f32; C];
+        for (&column, &factor) in columns.iter().zip(&across) {
+            for (sum, &sample) in along.iter_mut().zip(&row[column..column + C]) {
+                *sum += factor * f32::from(sample);
             }
+        }
+        for (sum, value) in sums.iter_mut().zip(along) {
+            *sum += weight * value;
         }
     }
     // The cast saturates and cuts, so with the half above it rounds.

@@ -26,7 +26,7 @@ impl Normalise {
         Normalise::new(&[0.0], &[1.0])
     }
 
-    /// The constants in use for ImageNet.
+    /// The constants in use for ImageNet. Its deviations are averages over images, not of all pixels together.
     pub fn imagenet() -> Self {
         Normalise::new(&[0.485, 0.456, 0.406], &[0.229, 0.224, 0.225])
     }
