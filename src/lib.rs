@@ -4,6 +4,7 @@
 
 pub mod autograd;
 pub mod cpu;
+pub mod data;
 pub mod driver;
 mod error;
 pub mod nn;
