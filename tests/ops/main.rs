@@ -3,16 +3,29 @@
 
 mod harness;
 
+mod dropout;
 mod elementwise;
+mod layer_norm;
 mod layout;
+mod loss;
 mod matmul;
 mod reduce;
+mod softmax;
 
 /// Cases at the sizes that models use, for the benchmarks.
 #[allow(dead_code, reason = "used by the benchmarks, which include this file")]
 pub fn benchmarks() -> Vec<Box<dyn harness::OpCase>> {
-    [elementwise::benchmarks(), layout::benchmarks(), matmul::benchmarks(), reduce::benchmarks()]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        dropout::benchmarks(),
+        elementwise::benchmarks(),
+        layer_norm::benchmarks(),
+        layout::benchmarks(),
+        loss::benchmarks(),
+        matmul::benchmarks(),
+        reduce::benchmarks(),
+        softmax::benchmarks(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }

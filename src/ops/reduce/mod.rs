@@ -51,7 +51,7 @@ impl Tensor {
         self.sum_all()?.scale(1.0 / self.elements() as f64)
     }
 
-    /// Largest value over `axes`; equal largest values share the gradient.
+    /// Largest value over `axes`, NaN where one of them is; equal largest values share the gradient.
     ///
     /// # Errors
     /// As [`Tensor::sum`], and where there is nothing to choose from.
@@ -66,7 +66,7 @@ impl Tensor {
         if keep { output.reshape(kept) } else { Ok(output) }
     }
 
-    /// Smallest value over `axes`; equal smallest values share the gradient.
+    /// Smallest value over `axes`, NaN where one of them is; equal smallest values share the gradient.
     ///
     /// # Errors
     /// As [`Tensor::max`].
@@ -74,7 +74,8 @@ impl Tensor {
         self.neg()?.max(axes, keep)?.neg()
     }
 
-    /// Index of the largest value along the last axis, the first where several are equal, as `i64`.
+    /// Index of the largest value along the last axis, the first where several are equal, as `i64`; the first NaN where
+    /// there is one.
     ///
     /// # Errors
     /// Where there is no last axis or it is empty, or the dtype is not floating point.
@@ -131,8 +132,8 @@ impl Tensor {
         dispatch_float!("reduce", dtype, T => {
             let values = source.floats::<T>("reduce")?;
             let output = match reduction {
-                Reduction::Sum => cpu::sum(&values, outer, count, inner),
-                Reduction::Max => cpu::max(&values, outer, count, inner),
+                Reduction::Sum => cpu::sum(&values, [outer, count, inner]),
+                Reduction::Max => cpu::max(&values, [outer, count, inner]),
             };
             Tensor::from_floats(output, shape, dtype)
         })
