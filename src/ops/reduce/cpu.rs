@@ -3,8 +3,8 @@
 use crate::cpu::{Float, lanes, parallel, simd};
 use crate::tensor::Buffer;
 
-pub(super) fn sum<T: Float>(values: &[T], [outer, count, inner]: [usize; 3]) -> Buffer<T> {
-    match (outer, inner) {
+pub(super) fn sum<T: Float>(values: &[T], [outer, count, inner]: [usize; 3], factor: f64) -> Buffer<T> {
+    let mut sums = match (outer, inner) {
         (1, 1) => parallel::accumulate(count, 1 << 14, 1, |range, sum| {
             sum[0] = simd::dispatch(
                 #[inline(always)]
@@ -19,7 +19,12 @@ pub(super) fn sum<T: Float>(values: &[T], [outer, count, inner]: [usize; 3]) -> 
             );
         }),
         _ => by_columns(values, [outer, count, inner], T::ZERO, |sum, value| sum + value),
+    };
+    if factor != 1.0 {
+        let factor = T::from_f64(factor);
+        sums.iter_mut().for_each(|sum| *sum *= factor);
     }
+    sums
 }
 
 pub(super) fn max<T: Float>(values: &[T], [outer, count, inner]: [usize; 3]) -> Buffer<T> {
@@ -44,12 +49,18 @@ pub(super) fn max<T: Float>(values: &[T], [outer, count, inner]: [usize; 3]) -> 
 
 #[inline(always)]
 fn sum_row<T: Float>(row: &[T]) -> T {
-    let [sum] = lanes::sum(
-        row,
-        #[inline(always)]
-        |value| [value],
-    );
-    sum
+    // In blocks: the error of a long running sum grows with its number of terms.
+    const BLOCK: usize = 1024;
+    let mut total = T::ZERO;
+    for block in row.chunks(BLOCK) {
+        let [sum] = lanes::sum(
+            block,
+            #[inline(always)]
+            |value| [value],
+        );
+        total += sum;
+    }
+    total
 }
 
 #[inline(always)]
