@@ -4,25 +4,31 @@
 mod harness;
 
 mod cross_scale_embedding;
+mod dropout;
 mod elementwise;
+mod layer_norm;
 mod layout;
+mod loss;
 mod lsda;
 mod matmul;
 mod position_bias;
 mod reduce;
+mod softmax;
 
-/// Cases at the sizes that models use, for the benchmarks.
+/// Cases at the sizes that models use, for the benchmarks, by the name of their room.
 #[allow(dead_code, reason = "used by the benchmarks, which include this file")]
-pub fn benchmarks() -> Vec<Box<dyn harness::OpCase>> {
-    [
-        elementwise::benchmarks(),
-        layout::benchmarks(),
-        lsda::benchmarks(),
-        matmul::benchmarks(),
-        position_bias::benchmarks(),
-        reduce::benchmarks(),
+pub fn benchmarks() -> Vec<(&'static str, Vec<Box<dyn harness::OpCase>>)> {
+    vec![
+        ("cross_scale_embedding", cross_scale_embedding::benchmarks()),
+        ("dropout", dropout::benchmarks()),
+        ("elementwise", elementwise::benchmarks()),
+        ("layer_norm", layer_norm::benchmarks()),
+        ("layout", layout::benchmarks()),
+        ("loss", loss::benchmarks()),
+        ("lsda", lsda::benchmarks()),
+        ("matmul", matmul::benchmarks()),
+        ("position_bias", position_bias::benchmarks()),
+        ("reduce", reduce::benchmarks()),
+        ("softmax", softmax::benchmarks()),
     ]
-    .into_iter()
-    .flatten()
-    .collect()
 }
