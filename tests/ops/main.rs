@@ -3,6 +3,7 @@
 
 mod harness;
 
+mod conv2d;
 mod elementwise;
 mod layout;
 mod matmul;
@@ -11,7 +12,7 @@ mod reduce;
 /// Cases at the sizes that models use, for the benchmarks.
 #[allow(dead_code, reason = "used by the benchmarks, which include this file")]
 pub fn benchmarks() -> Vec<Box<dyn harness::OpCase>> {
-    [elementwise::benchmarks(), layout::benchmarks(), matmul::benchmarks(), reduce::benchmarks()]
+    [conv2d::benchmarks(), elementwise::benchmarks(), layout::benchmarks(), matmul::benchmarks(), reduce::benchmarks()]
         .into_iter()
         .flatten()
         .collect()
