@@ -141,6 +141,17 @@ fn repack<T: Float>(weight: &[T], extents: [usize; 2], strides: [usize; 2], orde
     });
 }
 
+/// How a product enters a result that begins with `bias`.
+fn after<T>(bias: Option<&[T]>) -> Into {
+    if bias.is_some() { Into::Add } else { Into::Overwrite }
+}
+
+/// Begins rows with the bias, if there is one.
+fn start<T: Float>(rows: &mut [T], bias: Option<&[T]>) -> Into {
+    bias.iter().for_each(|bias| rows.chunks_mut(bias.len()).for_each(|row| row.copy_from_slice(bias)));
+    after(bias)
+}
+
 pub(super) fn output<T: Float>(g: &Geometry, input: &[T], weight: &[T], bias: Option<&[T]>) -> Buffer<T> {
     let features = g.out_channels;
     let rows = g.batch * g.output[0] * g.output[1];
@@ -148,14 +159,10 @@ pub(super) fn output<T: Float>(g: &Geometry, input: &[T], weight: &[T], bias: Op
         return depthwise::output(g, input, weight, bias);
     }
     let mut output = Buffer::recycled(rows * features);
-    let into = if bias.is_some() { Into::Add } else { Into::Overwrite };
-    let start = |piece: &mut [T]| {
-        bias.iter().for_each(|bias| piece.chunks_mut(features).for_each(|row| row.copy_from_slice(bias)));
-    };
     let tile = tile_rows(rows);
     if g.is_pointwise() {
-        parallel::pieces_mut(&mut output, tile * features, |_, piece| start(piece));
-        let weight = Matrix::row_major(weight, features, g.in_channels).transposed();
+        parallel::pieces_mut(&mut output, tile * features, |_, piece| _ = start(piece, bias));
+        let (into, weight) = (after(bias), Matrix::row_major(weight, features, g.in_channels).transposed());
         gemm(&mut output, features, Matrix::row_major(input, rows, g.in_channels), weight, into, Threads::All);
         return output;
     }
@@ -168,7 +175,7 @@ pub(super) fn output<T: Float>(g: &Geometry, input: &[T], weight: &[T], bias: Op
     }
     let taps = forward_taps(g);
     parallel::pieces_mut(&mut output, tile * features, |index, out| {
-        start(out);
+        let into = start(out, bias);
         let anchors: Vec<Anchor> =
             (index * tile..index * tile + out.len() / features).map(|row| forward_anchor(g, row)).collect();
         for (group, packed) in packed.chunks(group_weights).enumerate() {
@@ -248,17 +255,18 @@ fn phase_pairs<T: Float>(g: &Geometry, weight: &[T]) -> Vec<PhasePair<T>> {
     pairs
 }
 
-pub(super) fn input_gradient<T: Float>(g: &Geometry, grad: &[T], weight: &[T]) -> Buffer<T> {
+pub(super) fn input_gradient<T: Float>(g: &Geometry, grad: &[T], weight: &[T], bias: Option<&[T]>) -> Buffer<T> {
     let channels = g.in_channels;
     if g.is_depthwise() {
-        return depthwise::input_gradient(g, grad, weight);
+        return depthwise::input_gradient(g, grad, weight, bias);
     }
     let mut output = Buffer::recycled(g.input_shape().elements());
     if g.is_pointwise() {
         let rows = g.batch * g.input[0] * g.input[1];
+        parallel::pieces_mut(&mut output, tile_rows(rows) * channels, |_, piece| _ = start(piece, bias));
         let (grad, weight) =
             (Matrix::row_major(grad, rows, g.out_channels), Matrix::row_major(weight, g.out_channels, channels));
-        gemm(&mut output, channels, grad, weight, Into::Overwrite, Threads::All);
+        gemm(&mut output, channels, grad, weight, after(bias), Threads::All);
         return output;
     }
     let pairs = phase_pairs(g, weight);
@@ -268,66 +276,73 @@ pub(super) fn input_gradient<T: Float>(g: &Geometry, grad: &[T], weight: &[T]) -
     let strides = g.options.stride[0].saturating_mul(g.options.stride[1]).min(total.max(1));
     let lines = (tile_rows(total / strides) * strides).div_ceil(width.max(1)).max(1);
     parallel::pieces_mut(&mut output, lines * width * channels, |index, out| {
-        input_gradient_lines(g, &pairs, grad, index * lines, out);
+        input_gradient_lines(g, &pairs, (grad, bias), index * lines, out);
     });
     output
 }
 
 /// The gradient of whole lines of the input, counted over the batch from `first`.
-fn input_gradient_lines<T: Float>(g: &Geometry, pairs: &[PhasePair<T>], grad: &[T], first: usize, out: &mut [T]) {
-    let ([height, width], channels, group_inputs) = (g.input, g.in_channels, g.group_inputs());
-    let (stride, padding) = (g.options.stride, g.options.padding);
-    let lines = out.len() / (width * channels);
+fn input_gradient_lines<T: Float>(
+    g: &Geometry,
+    pairs: &[PhasePair<T>],
+    (grad, bias): (&[T], Option<&[T]>),
+    first: usize,
+    out: &mut [T],
+) {
+    let (channels, group_inputs, group_outputs) = (g.in_channels, g.group_inputs(), g.group_outputs());
     let source = |group: usize| Source {
         data: grad,
         extents: g.output,
         channels: g.out_channels,
-        group_channels: g.group_outputs(),
+        group_channels: group_outputs,
         group,
     };
     // Without stride the only phase holds every position, in the order of the output.
-    let direct = stride == [1; 2];
-    if !direct {
+    let direct = g.options.stride == [1; 2];
+    let into = start(out, bias);
+    if !direct && bias.is_none() {
         out.fill(T::ZERO);
     }
     for PhasePair { remainders, taps, weight } in pairs {
-        let (mut anchors, mut places) = (Vec::new(), Vec::new());
-        for line in 0..lines {
-            let (image, y) = ((first + line) / height, (first + line) % height + padding[0]);
-            if y % stride[0] != remainders[0] {
-                continue;
-            }
-            let skip = (remainders[1] + stride[1] - padding[1] % stride[1]) % stride[1];
-            for x in (skip..width).step_by(stride[1]) {
-                let anchor = Anchor { image, y: (y / stride[0]) as isize, x: ((x + padding[1]) / stride[1]) as isize };
-                anchors.push(anchor);
-                places.push(line * width + x);
-            }
-        }
+        let (anchors, places) = phase_positions(g, *remainders, first, out.len() / (g.input[1] * channels));
         if anchors.is_empty() {
             continue;
         }
         let mut scratch = Buffer::recycled(if direct { 0 } else { anchors.len() * group_inputs });
-        for (group, weight) in
-            weight.chunks(taps.ys.len() * taps.xs.len() * g.group_outputs() * group_inputs).enumerate()
-        {
-            let at = group * group_inputs;
+        let group_weights = taps.ys.len() * taps.xs.len() * group_outputs * group_inputs;
+        for (group, weight) in weight.chunks(group_weights).enumerate() {
+            let (source, at) = (source(group), group * group_inputs);
             if direct {
-                source(group).multiply(
-                    taps,
-                    &anchors,
-                    weight,
-                    group_inputs,
-                    (&mut out[at..], channels, Into::Overwrite),
-                );
+                source.multiply(taps, &anchors, weight, group_inputs, (&mut out[at..], channels, into));
                 continue;
             }
-            source(group).multiply(taps, &anchors, weight, group_inputs, (&mut scratch, group_inputs, Into::Overwrite));
+            let into = start(&mut scratch, bias.map(|bias| &bias[at..at + group_inputs]));
+            source.multiply(taps, &anchors, weight, group_inputs, (&mut scratch, group_inputs, into));
             for (row, place) in scratch.chunks(group_inputs).zip(&places) {
                 out[place * channels + at..][..group_inputs].copy_from_slice(row);
             }
         }
     }
+}
+
+/// The positions of a phase in `lines` lines of the input from line `first` of the batch: what they read, and their
+/// numbers within these lines.
+fn phase_positions(g: &Geometry, remainders: [usize; 2], first: usize, lines: usize) -> (Vec<Anchor>, Vec<usize>) {
+    let ([height, width], stride, padding) = (g.input, g.options.stride, g.options.padding);
+    let (mut anchors, mut places) = (Vec::new(), Vec::new());
+    for line in 0..lines {
+        let (image, y) = ((first + line) / height, (first + line) % height + padding[0]);
+        if y % stride[0] != remainders[0] {
+            continue;
+        }
+        let start = padding[1] % stride[1];
+        let skip = if remainders[1] >= start { remainders[1] - start } else { remainders[1] + (stride[1] - start) };
+        for x in (skip..width).step_by(stride[1]) {
+            anchors.push(Anchor { image, y: (y / stride[0]) as isize, x: ((x + padding[1]) / stride[1]) as isize });
+            places.push(line * width + x);
+        }
+    }
+    (anchors, places)
 }
 
 /// A share of the weight gradient: of one group and some lines of its taps, summed over some of the output positions.

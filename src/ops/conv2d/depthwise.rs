@@ -44,8 +44,8 @@ pub(super) fn output<T: Float>(g: &Geometry, input: &[T], weight: &[T], bias: Op
     gather(g, input, g.input, weight, bias, &[forward_reads(g, 0), forward_reads(g, 1)])
 }
 
-pub(super) fn input_gradient<T: Float>(g: &Geometry, grad: &[T], weight: &[T]) -> Buffer<T> {
-    gather(g, grad, g.output, weight, None, &[backward_reads(g, 0), backward_reads(g, 1)])
+pub(super) fn input_gradient<T: Float>(g: &Geometry, grad: &[T], weight: &[T], bias: Option<&[T]>) -> Buffer<T> {
+    gather(g, grad, g.output, weight, bias, &[backward_reads(g, 0), backward_reads(g, 1)])
 }
 
 /// Calls a generic function for blocks of 32, then 8, then single channels.

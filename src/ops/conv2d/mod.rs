@@ -190,8 +190,7 @@ pub fn conv_transpose2d(
         options,
     };
     geometry.input_shape().checked_elements(OP, size_of::<f64>())?;
-    let output = Map::Input.apply(input, weight, None, geometry)?;
-    bias.map_or(Ok(output.clone()), |bias| output.add(bias))
+    Map::Input.apply(input, weight, bias, geometry)
 }
 
 fn check_parameters(
@@ -228,7 +227,7 @@ impl Map {
             let bias = bias.map(|bias| bias.floats::<T>(op)).transpose()?;
             let (values, shape) = match self {
                 Map::Output => (cpu::output(&geometry, &a, &b, bias.as_deref()), geometry.output_shape()),
-                Map::Input => (cpu::input_gradient(&geometry, &a, &b), geometry.input_shape()),
+                Map::Input => (cpu::input_gradient(&geometry, &a, &b, bias.as_deref()), geometry.input_shape()),
                 Map::Weight => (cpu::weight_gradient(&geometry, &a, &b), geometry.weight_shape()),
             };
             Tensor::from_floats(values, shape, dtype)
