@@ -87,13 +87,8 @@ fn gather<T: Float>(
             #[inline(always)]
             || {
                 for (xs, out) in xs.0.iter().zip(out.chunks_mut(channels)) {
-                    let reads = ys.iter().flat_map(|y| {
-                        xs.iter().map(|x| {
-                            let place = (y.source * extents[1] + x.source) * channels;
-                            (place, (y.tap * g.kernel[1] + x.tap) * channels)
-                        })
-                    });
-                    for_channel_blocks!(channels, at => gather_block(reads.clone(), image, &weight, bias, at, out));
+                    let window = Window { ys, xs, width: extents[1], kernel_width: g.kernel[1], channels };
+                    for_channel_blocks!(channels, at => gather_block(&window, image, &weight, bias, at, out));
                 }
             },
         );
@@ -101,9 +96,18 @@ fn gather<T: Float>(
     output
 }
 
+/// What one position reads.
+struct Window<'a> {
+    ys: &'a [Read],
+    xs: &'a [Read],
+    width: usize,
+    kernel_width: usize,
+    channels: usize,
+}
+
 #[inline(always)]
 fn gather_block<T: Float, const N: usize>(
-    reads: impl Iterator<Item = (usize, usize)>,
+    window: &Window<'_>,
     source: &[T],
     weight: &[T],
     bias: Option<&[T]>,
@@ -114,13 +118,24 @@ fn gather_block<T: Float, const N: usize>(
     if let Some(bias) = bias {
         sums.copy_from_slice(&bias[channel..channel + N]);
     }
-    for (place, tap) in reads {
-        let (values, weight) = (&source[place + channel..][..N], &weight[tap + channel..][..N]);
-        for lane in 0..N {
-            sums[lane] = values[lane].mul_add(weight[lane], sums[lane]);
+    for y in window.ys {
+        for x in window.xs {
+            let place = (y.source * window.width + x.source) * window.channels + channel;
+            let tap = (y.tap * window.kernel_width + x.tap) * window.channels + channel;
+            add_product(&mut sums, &source[place..], &weight[tap..]);
         }
     }
     out[channel..channel + N].copy_from_slice(&sums);
+}
+
+/// `sums[i] += left[i] · right[i]`.
+#[inline(always)]
+fn add_product<T: Float, const N: usize>(sums: &mut [T; N], left: &[T], right: &[T]) {
+    let (left, right) = (&left[..N], &right[..N]);
+    *sums = std::array::from_fn(
+        #[inline(always)]
+        |lane| left[lane].mul_add(right[lane], sums[lane]),
+    );
 }
 
 pub(super) fn weight_gradient<T: Float>(g: &Geometry, input: &[T], grad: &[T]) -> Buffer<T> {
@@ -164,10 +179,7 @@ fn weight_block<T: Float, const N: usize>(
     let mut sums = [T::ZERO; N];
     sums.copy_from_slice(&out[channel..channel + N]);
     for &(output, place) in pairs {
-        let (values, grads) = (&input[place + channel..][..N], &grad[output + channel..][..N]);
-        for lane in 0..N {
-            sums[lane] = values[lane].mul_add(grads[lane], sums[lane]);
-        }
+        add_product(&mut sums, &input[place + channel..], &grad[output + channel..]);
     }
     out[channel..channel + N].copy_from_slice(&sums);
 }
