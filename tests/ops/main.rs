@@ -3,17 +3,31 @@
 
 mod harness;
 
+mod batch_norm;
 mod conv2d;
 mod elementwise;
+mod gather;
+mod interpolate;
 mod layout;
 mod matmul;
+mod pool;
 mod reduce;
 
 /// Cases at the sizes that models use, for the benchmarks.
 #[allow(dead_code, reason = "used by the benchmarks, which include this file")]
 pub fn benchmarks() -> Vec<Box<dyn harness::OpCase>> {
-    [conv2d::benchmarks(), elementwise::benchmarks(), layout::benchmarks(), matmul::benchmarks(), reduce::benchmarks()]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        batch_norm::benchmarks(),
+        conv2d::benchmarks(),
+        elementwise::benchmarks(),
+        gather::benchmarks(),
+        interpolate::benchmarks(),
+        layout::benchmarks(),
+        matmul::benchmarks(),
+        pool::benchmarks(),
+        reduce::benchmarks(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
