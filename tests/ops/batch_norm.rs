@@ -5,7 +5,7 @@ use std::fmt;
 use gridgrad::ops::{BatchNormMode, BatchStatistics, batch_norm};
 use gridgrad::{DType, Result, Tensor};
 
-use crate::harness::{OpCase, ROUNDING, Tolerance, Work, check, randn};
+use crate::harness::{OpCase, Tolerance, Work, check, randn};
 
 struct BatchNorm {
     shape: Vec<usize>,

@@ -27,9 +27,9 @@ pub(super) fn gather_rows<T: Float>(source: &[T], indices: &[usize], extents: Ex
     output
 }
 
-/// Each row of the source is the sum of the rows that were read from it: the indices are sorted by what they name, so
-/// that rows of the source can be summed in parallel.
-pub(super) fn scatter_rows<T: Float>(values: &[T], indices: &[usize], extents: Extents) -> Buffer<T> {
+/// Adds to each row of the source the rows that were read from it: the indices are sorted by what they name, so that
+/// rows of the source can be summed in parallel.
+pub(super) fn scatter_rows<T: Float>(values: &[T], indices: &[usize], extents: Extents, output: &mut [T]) {
     let Extents { inner, result, source, .. } = extents;
     let mut starts = vec![0; source + 1];
     indices.iter().for_each(|&index| starts[index + 1] += 1);
@@ -40,9 +40,8 @@ pub(super) fn scatter_rows<T: Float>(values: &[T], indices: &[usize], extents: E
         readers[next[index]] = reader;
         next[index] += 1;
     }
-    let mut output = Buffer::zeroed(extents.outer * source * inner);
     let rows_per_piece = (parallel::PIECE / inner.max(1)).max(1);
-    parallel::pieces_mut(&mut output, rows_per_piece * inner, |piece, out| {
+    parallel::pieces_mut(output, rows_per_piece * inner, |piece, out| {
         for (row, sums) in out.chunks_mut(inner).enumerate() {
             let row = piece * rows_per_piece + row;
             let (outer, index) = (row / source, row % source);
@@ -52,7 +51,6 @@ pub(super) fn scatter_rows<T: Float>(values: &[T], indices: &[usize], extents: E
             }
         }
     });
-    output
 }
 
 /// Element (o, i, j) is element (o, indices\[o, i, j\], j) of the source.
@@ -69,11 +67,10 @@ pub(super) fn gather_elements<T: Float>(source: &[T], indices: &[usize], extents
 }
 
 /// Outer parts are independent, and each is summed in order.
-pub(super) fn scatter_elements<T: Float>(values: &[T], indices: &[usize], extents: Extents) -> Buffer<T> {
+pub(super) fn scatter_elements<T: Float>(values: &[T], indices: &[usize], extents: Extents, output: &mut [T]) {
     let Extents { inner, result, source, .. } = extents;
-    let mut output = Buffer::zeroed(extents.outer * source * inner);
     let outer_per_piece = (parallel::PIECE / (source * inner).max(1)).max(1);
-    parallel::pieces_mut(&mut output, outer_per_piece * source * inner, |piece, out| {
+    parallel::pieces_mut(output, outer_per_piece * source * inner, |piece, out| {
         for (outer, sums) in out.chunks_mut(source * inner).enumerate() {
             let first = (piece * outer_per_piece + outer) * result * inner;
             for at in first..first + result * inner {
@@ -81,5 +78,4 @@ pub(super) fn scatter_elements<T: Float>(values: &[T], indices: &[usize], extent
             }
         }
     });
-    output
 }

@@ -5,7 +5,7 @@ mod cpu;
 use std::sync::Arc;
 
 use crate::autograd::{Backward, Function, record};
-use crate::tensor::Shape;
+use crate::tensor::{Buffer, Shape};
 use crate::{DType, Error, Result, Tensor, dispatch_float};
 
 /// Rows of `weight` (entries, features) at `indices`, `i64` of any shape: the result has the indices' shape and the
@@ -39,8 +39,7 @@ impl Tensor {
         let axis = self.shape().axis(OP, axis)?;
         let [count] = indices.dims(OP, "indices (count)")?;
         self.expect_source(source, with_extent(self.shape(), axis, count), OP)?;
-        let layout = Layout::new(OP, self.shape(), axis, indices, Reads::Rows)?;
-        self.add(&layout.scatter(source)?)
+        Layout::new(OP, self.shape(), axis, indices, Reads::Rows)?.scatter(source, Some(self))
     }
 
     /// For each element of `indices`, `i64`, the element of this tensor with that position on `axis` and the same
@@ -49,8 +48,7 @@ impl Tensor {
     /// # Errors
     /// Where the axis does not exist, an index is outside of it, other extents differ, or a dtype does not fit.
     pub fn gather(&self, axis: isize, indices: &Tensor) -> Result<Tensor> {
-        let layout = self.element_layout("gather", axis, indices)?;
-        layout.gather(self)
+        self.element_layout("gather", axis, indices)?.gather(self)
     }
 
     /// This tensor, with each element of `source` added at its index on `axis` and its own position on the other axes;
@@ -60,8 +58,7 @@ impl Tensor {
     /// As [`Tensor::gather`], and where `source` and `indices` differ in shape.
     pub fn scatter_add(&self, axis: isize, indices: &Tensor, source: &Tensor) -> Result<Tensor> {
         self.expect_source(source, indices.shape().clone(), "scatter_add")?;
-        let layout = self.element_layout("scatter_add", axis, indices)?;
-        self.add(&layout.scatter(source)?)
+        self.element_layout("scatter_add", axis, indices)?.scatter(source, Some(self))
     }
 
     fn select_rows(&self, op: &'static str, axis: usize, indices: &Tensor) -> Result<Tensor> {
@@ -132,49 +129,69 @@ impl Layout {
         Ok(Layout { op, source: source.clone(), result, axis, reads, indices })
     }
 
-    fn gather(&self, source: &Tensor) -> Result<Tensor> {
-        self.apply(source, false)
-    }
-
-    fn scatter(&self, values: &Tensor) -> Result<Tensor> {
-        self.apply(values, true)
-    }
-
-    fn apply(&self, input: &Tensor, scatter: bool) -> Result<Tensor> {
-        let (op, dtype) = (self.op, input.dtype());
-        let inner = self.source[self.axis + 1..].iter().product();
-        let extents = cpu::Extents {
+    fn extents(&self) -> cpu::Extents {
+        cpu::Extents {
             outer: self.source[..self.axis].iter().product(),
             source: self.source[self.axis],
             result: self.result[self.axis],
-            inner,
-        };
+            inner: self.source[self.axis + 1..].iter().product(),
+        }
+    }
+
+    fn gather(&self, source: &Tensor) -> Result<Tensor> {
+        let (op, dtype) = (self.op, source.dtype());
         let output = dispatch_float!(op, dtype, T => {
-            let values = input.floats::<T>(op)?;
-            let (values, shape) = match (scatter, self.reads) {
-                (false, Reads::Rows) => (cpu::gather_rows(&values, &self.indices, extents), &self.result),
-                (false, Reads::Elements) => (cpu::gather_elements(&values, &self.indices, extents), &self.result),
-                (true, Reads::Rows) => (cpu::scatter_rows(&values, &self.indices, extents), &self.source),
-                (true, Reads::Elements) => (cpu::scatter_elements(&values, &self.indices, extents), &self.source),
+            let values = source.floats::<T>(op)?;
+            let gathered = match self.reads {
+                Reads::Rows => cpu::gather_rows(&values, &self.indices, self.extents()),
+                Reads::Elements => cpu::gather_elements(&values, &self.indices, self.extents()),
             };
-            Tensor::from_floats(values, shape, dtype)
+            Tensor::from_floats(gathered, &self.result, dtype)
         })?;
-        Ok(record(output, &[input], |_| GatherRule { layout: self.clone(), scatter }))
+        Ok(record(output, &[source], |_| GatherRule(self.clone())))
+    }
+
+    /// The transpose of `gather`, added to `base`, or to zeros.
+    fn scatter(&self, values: &Tensor, base: Option<&Tensor>) -> Result<Tensor> {
+        let (op, dtype) = (self.op, values.dtype());
+        let output = dispatch_float!(op, dtype, T => {
+            let values = values.floats::<T>(op)?;
+            let mut sums = match base {
+                Some(base) => Buffer::copy_of(&base.floats::<T>(op)?),
+                None => Buffer::zeroed(self.source.elements()),
+            };
+            match self.reads {
+                Reads::Rows => cpu::scatter_rows(&values, &self.indices, self.extents(), &mut sums),
+                Reads::Elements => cpu::scatter_elements(&values, &self.indices, self.extents(), &mut sums),
+            }
+            Tensor::from_floats(sums, &self.source, dtype)
+        })?;
+        let inputs: Vec<&Tensor> = [Some(values), base].into_iter().flatten().collect();
+        Ok(record(output, &inputs, |_| ScatterRule(self.clone())))
     }
 }
 
-struct GatherRule {
-    layout: Layout,
-    /// Whether the recorded function is the scatter, and not the gather.
-    scatter: bool,
-}
+struct GatherRule(Layout);
 
 impl Function for GatherRule {
     fn name(&self) -> &'static str {
-        self.layout.op
+        self.0.op
     }
 
     fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
-        Ok(vec![Some(self.layout.apply(backward.grad(), !self.scatter)?)])
+        Ok(vec![Some(self.0.scatter(backward.grad(), None)?)])
+    }
+}
+
+struct ScatterRule(Layout);
+
+impl Function for ScatterRule {
+    fn name(&self) -> &'static str {
+        self.0.op
+    }
+
+    fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        let values = if backward.needs(0) { Some(self.0.gather(backward.grad())?) } else { None };
+        Ok(vec![values, Some(backward.grad().clone())])
     }
 }
