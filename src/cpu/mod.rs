@@ -3,7 +3,9 @@
 
 mod float;
 pub mod gemm;
+pub mod lanes;
 pub mod parallel;
 pub mod simd;
+pub mod small_gemm;
 
 pub use float::Float;
