@@ -4,7 +4,8 @@
 //! set (AVX-512, AVX2 with FMA, the baseline) and picks one when called. NEON is part of the AArch64 baseline.
 
 /// Runs `body` compiled for the best instruction set of this machine. `body` and what it calls must be
-/// `#[inline(always)]`, or they stay compiled for the baseline.
+/// `#[inline(always)]`, or they stay compiled for the baseline. That holds for every closure, too, also those given to
+/// iterators: write `for` loops, since the closure of a `for_each` is a function of its own once it is large.
 #[inline(always)]
 pub fn dispatch<R>(body: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(body)
