@@ -4,10 +4,13 @@
 
 pub mod autograd;
 pub mod cpu;
+pub mod data;
 pub mod driver;
 mod error;
+pub mod nn;
 pub mod ops;
 pub mod random;
+pub mod report;
 pub mod tensor;
 
 pub use error::{Error, Result};

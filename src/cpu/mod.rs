@@ -6,5 +6,6 @@ pub mod gemm;
 pub mod lanes;
 pub mod parallel;
 pub mod simd;
+pub mod small_gemm;
 
 pub use float::Float;

@@ -12,13 +12,17 @@ pub const PIECE: usize = 8192;
 /// Calls `body(index, piece)` for consecutive pieces of `piece_len` elements (the last may be shorter), in parallel
 /// where there are several.
 pub fn pieces_mut<T: Send>(output: &mut [T], piece_len: usize, body: impl Fn(usize, &mut [T]) + Sync + Send) {
+    // The loop is compiled once per element type, not once per body.
+    fn run<T: Send>(output: &mut [T], piece_len: usize, body: &(dyn Fn(usize, &mut [T]) + Sync + Send)) {
+        output.par_chunks_mut(piece_len).enumerate().for_each(|(index, piece)| body(index, piece));
+    }
     let piece_len = piece_len.max(1);
     if output.len() <= piece_len {
         if !output.is_empty() {
             body(0, output);
         }
     } else {
-        output.par_chunks_mut(piece_len).enumerate().for_each(|(index, piece)| body(index, piece));
+        run(output, piece_len, &body);
     }
 }
 
@@ -34,10 +38,13 @@ pub fn pieces_mut2<A: Send, B: Send>(
 
 /// Calls `body(index)` for each index below `count`, in parallel.
 pub fn indices(count: usize, body: impl Fn(usize) + Sync + Send) {
+    fn run(count: usize, body: &(dyn Fn(usize) + Sync + Send)) {
+        (0..count).into_par_iter().for_each(body);
+    }
     if count <= 1 {
         (0..count).for_each(body);
     } else {
-        (0..count).into_par_iter().for_each(body);
+        run(count, &body);
     }
 }
 

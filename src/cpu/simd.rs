@@ -1,24 +1,48 @@
 //! Run-time dispatch to the widest vector instructions that the processor has.
 //!
 //! Loops are plain Rust over slices, marked `#[inline(always)]`; [`dispatch`] compiles them once for each instruction
-//! set (AVX-512, AVX2 with FMA, the baseline) and picks one when called. NEON is part of the AArch64 baseline.
+//! set (AVX-512, AVX2 with FMA, the baseline) and picks one when called. NEON is part of the AArch64 baseline. Builds
+//! with debug assertions leave AVX-512 out, which halves the time they take to compile.
 
 /// Runs `body` compiled for the best instruction set of this machine. `body` and what it calls must be
 /// `#[inline(always)]`, or they stay compiled for the baseline. That holds for every closure, too, also those given to
 /// iterators: write `for` loops, since the closure of a `for_each` is a function of its own once it is large.
 #[inline(always)]
 pub fn dispatch<R>(body: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(body)
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[cfg(not(debug_assertions))]
+        if let Some(avx512) = pulp::x86::V4::try_new() {
+            return avx512.vectorize(body);
+        }
+        if let Some(avx2) = pulp::x86::V3::try_new() {
+            return avx2.vectorize(body);
+        }
+    }
+    body()
+}
+
+/// Whether [`dispatch`] has 32 registers of 512 bits.
+#[inline(always)]
+pub fn has_wide_registers() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        cfg!(not(debug_assertions)) && pulp::x86::V4::try_new().is_some()
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        false
+    }
 }
 
 /// The name of the instruction set that [`dispatch`] uses here.
 pub fn instruction_set() -> &'static str {
     #[cfg(target_arch = "x86_64")]
     {
-        match pulp::Arch::new() {
-            pulp::Arch::V4(_) => "AVX-512",
-            pulp::Arch::V3(_) => "AVX2 with FMA",
-            _ => "SSE2",
+        match pulp::x86::V3::try_new() {
+            _ if has_wide_registers() => "AVX-512",
+            Some(_) => "AVX2 with FMA",
+            None => "SSE2",
         }
     }
     #[cfg(target_arch = "aarch64")]

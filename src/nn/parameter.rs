@@ -1,0 +1,270 @@
+//! Parameters, their names, and the list of all of them.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use super::{Initializer, StateDict};
+use crate::random::Philox;
+use crate::tensor::{Element, Shape};
+use crate::{DType, Error, Result, Tensor};
+
+/// What a named tensor of a model is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Learned by the optimizer.
+    Weight,
+    /// Kept with the model and updated by its layers: running statistics.
+    Statistic,
+}
+
+/// A named tensor of a model. Clones share the value.
+#[derive(Clone)]
+pub struct Parameter(Arc<Inner>);
+
+struct Inner {
+    name: String,
+    role: Role,
+    value: RwLock<Tensor>,
+}
+
+impl Parameter {
+    /// The name in the state dict: layer names and the tensor's own, joined by dots.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// What it is for.
+    pub fn role(&self) -> Role {
+        self.0.role
+    }
+
+    /// The present value: a variable of the tape for weights.
+    pub fn tensor(&self) -> Tensor {
+        self.0.value.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Extents, axes as in PyTorch.
+    pub fn shape(&self) -> Shape {
+        self.tensor().shape().clone()
+    }
+
+    /// Replaces the value, keeping its identity on the tape.
+    ///
+    /// # Errors
+    /// Where shape or dtype differ from the present value's.
+    pub fn set(&self, value: &Tensor) -> Result<()> {
+        if value.shape() != &self.shape() {
+            let message = format!("value of shape {} for {} of shape {}", value.shape(), self.name(), self.shape());
+            return Err(Error::shape("Parameter::set", message));
+        }
+        fn overwrite<T: Element>(parameter: &Parameter, value: &Tensor) -> Result<()> {
+            let source = value.data::<T>()?;
+            parameter.update::<T>(|values| values.copy_from_slice(source))
+        }
+        value.expect_dtype("Parameter::set", self.tensor().dtype())?;
+        crate::dispatch_dtype!(value.dtype(), T => overwrite::<T>(self, value))
+    }
+
+    /// Changes the values in place.
+    ///
+    /// # Errors
+    /// Where `T` is not the element type.
+    pub fn update<T: Element>(&self, change: impl FnOnce(&mut [T])) -> Result<()> {
+        let mut value = self.0.value.write().unwrap_or_else(PoisonError::into_inner);
+        value.data_mut::<T>().map(change)
+    }
+}
+
+impl std::fmt::Debug for Parameter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}", self.name(), self.shape())
+    }
+}
+
+/// All named tensors of a model, in the order in which its layers made them. Clones share the list.
+#[derive(Clone, Default)]
+pub struct Parameters(Arc<Mutex<Vec<Parameter>>>);
+
+impl Parameters {
+    fn list(&self) -> MutexGuard<'_, Vec<Parameter>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> std::vec::IntoIter<Parameter> {
+        self.list().clone().into_iter()
+    }
+
+    /// Those that an optimizer learns.
+    pub fn weights(&self) -> impl Iterator<Item = Parameter> {
+        self.iter().filter(|parameter| parameter.role() == Role::Weight)
+    }
+
+    /// The one of this name.
+    pub fn get(&self, name: &str) -> Option<Parameter> {
+        self.iter().find(|parameter| parameter.name() == name)
+    }
+
+    /// Number of learned values.
+    pub fn count(&self) -> usize {
+        self.weights().map(|parameter| parameter.shape().elements()).sum()
+    }
+
+    /// The present values by name. The tensors share memory with the parameters until these are updated.
+    pub fn state_dict(&self) -> StateDict {
+        self.iter().map(|parameter| (parameter.name().to_owned(), parameter.tensor().detach())).collect()
+    }
+
+    /// Sets every value from `state`, in the model's dtype. Nothing changes unless everything fits.
+    ///
+    /// # Errors
+    /// [`Error::StateDict`], listing every missing, surplus or misshapen tensor.
+    pub fn load_state_dict(&self, state: &StateDict) -> Result<()> {
+        let parameters: Vec<Parameter> = self.iter().collect();
+        let mut problems = Vec::new();
+        for parameter in &parameters {
+            match state.get(parameter.name()) {
+                None => problems.push(format!("missing: {} {}", parameter.name(), parameter.shape())),
+                Some(value) if *value.shape() != parameter.shape() => problems.push(format!(
+                    "misshapen: {} is {}, the model has {}",
+                    parameter.name(),
+                    value.shape(),
+                    parameter.shape()
+                )),
+                Some(value) if !value.dtype().is_float() => {
+                    problems.push(format!("not floating point: {} is {}", parameter.name(), value.dtype()));
+                }
+                Some(_) => {}
+            }
+        }
+        let known: std::collections::HashSet<&str> = parameters.iter().map(Parameter::name).collect();
+        let surplus = state.iter().filter(|(name, _)| !known.contains(name.as_str()));
+        problems.extend(surplus.map(|(name, value)| format!("surplus: {name} {}", value.shape())));
+        if !problems.is_empty() {
+            return Err(Error::StateDict(problems));
+        }
+        for parameter in &parameters {
+            if let Some(value) = state.get(parameter.name()) {
+                parameter.set(&value.cast(parameter.tensor().dtype())?)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where a layer makes its parameters: a prefix for names, the seed of first values, and the dtype.
+///
+/// A first value depends on the seed and the parameter's full name alone, so a layer that is added or removed does not
+/// change the others.
+#[derive(Clone)]
+pub struct Scope {
+    prefix: String,
+    stream: Philox,
+    dtype: DType,
+    parameters: Parameters,
+}
+
+impl Scope {
+    /// The root of a new model.
+    pub fn new(seed: u64, dtype: DType) -> Self {
+        Scope {
+            prefix: String::new(),
+            stream: Philox::new(seed).stream("init"),
+            dtype,
+            parameters: Parameters::default(),
+        }
+    }
+
+    /// The scope of a part: `name` may hold several levels, joined by dots.
+    pub fn child(&self, name: impl std::fmt::Display) -> Self {
+        Scope { prefix: self.full_name(&name.to_string()), ..self.clone() }
+    }
+
+    /// Makes a parameter.
+    ///
+    /// # Errors
+    /// Where the name is taken or the shape too large.
+    pub fn parameter(&self, name: &str, shape: impl Into<Shape>, initializer: Initializer) -> Result<Parameter> {
+        self.make(name, shape.into(), initializer, Role::Weight)
+    }
+
+    /// Makes a tensor that is kept with the model but not learned.
+    ///
+    /// # Errors
+    /// Where the name is taken or the shape too large.
+    pub fn statistic(&self, name: &str, shape: impl Into<Shape>, initializer: Initializer) -> Result<Parameter> {
+        self.make(name, shape.into(), initializer, Role::Statistic)
+    }
+
+    /// All parameters made in this model so far.
+    pub fn parameters(&self) -> &Parameters {
+        &self.parameters
+    }
+
+    /// The element type of parameters.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn full_name(&self, name: &str) -> String {
+        if self.prefix.is_empty() { name.to_owned() } else { format!("{}.{name}", self.prefix) }
+    }
+
+    fn make(&self, name: &str, shape: Shape, initializer: Initializer, role: Role) -> Result<Parameter> {
+        let name = self.full_name(name);
+        let value = initializer.draw(&shape, self.dtype, self.stream.stream(&name))?;
+        let value = if role == Role::Weight { value.variable()? } else { value };
+        let mut list = self.parameters.list();
+        if list.iter().any(|parameter| parameter.name() == name) {
+            return Err(Error::Config(format!("two parameters are named {name}")));
+        }
+        let parameter = Parameter(Arc::new(Inner { name, role, value: RwLock::new(value) }));
+        list.push(parameter.clone());
+        Ok(parameter)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn two() -> (Scope, Parameter, Parameter) {
+        let scope = Scope::new(1, DType::F32);
+        let a = scope.parameter("a", [2], Initializer::Constant(1.0)).unwrap();
+        let b = scope.child("part").parameter("b", [3, 2], Initializer::DEFAULT).unwrap();
+        (scope, a, b)
+    }
+
+    #[test]
+    fn a_state_dict_that_does_not_fit_lists_everything_and_changes_nothing() {
+        let (scope, a, _) = two();
+        let mut state = scope.parameters().state_dict();
+        state.insert("a".into(), Tensor::zeros([2], DType::F32).unwrap());
+        state.insert("part.b".into(), Tensor::zeros([2, 3], DType::F32).unwrap());
+        state.insert("extra".into(), Tensor::zeros([1], DType::F32).unwrap());
+        let message = scope.parameters().load_state_dict(&state).unwrap_err().to_string();
+        assert!(message.contains("misshapen: part.b is (2, 3), the model has (3, 2)"), "{message}");
+        assert!(message.contains("surplus: extra (1)"), "{message}");
+        assert_eq!(a.tensor().to_vec::<f32>().unwrap(), [1.0, 1.0]);
+        state.clear();
+        let message = scope.parameters().load_state_dict(&state).unwrap_err().to_string();
+        assert!(message.contains("missing: a (2)") && message.contains("missing: part.b (3, 2)"), "{message}");
+    }
+
+    #[test]
+    fn updates_keep_identity_and_leave_saved_tensors_alone() {
+        let (_, a, _) = two();
+        let (before, id) = (a.tensor(), a.tensor().id());
+        a.update::<f32>(|values| values[0] = 9.0).unwrap();
+        assert_eq!(a.tensor().id(), id);
+        assert_eq!(before.to_vec::<f32>().unwrap(), [1.0, 1.0]);
+        assert_eq!(a.tensor().to_vec::<f32>().unwrap(), [9.0, 1.0]);
+    }
+
+    #[test]
+    fn names_are_unique_and_first_values_depend_on_them_alone() {
+        let (scope, _, b) = two();
+        assert!(scope.parameter("a", [1], Initializer::Constant(0.0)).is_err());
+        let alone = Scope::new(1, DType::F32).parameter("part.b", [3, 2], Initializer::DEFAULT).unwrap();
+        assert_eq!(alone.tensor().to_vec::<f32>().unwrap(), b.tensor().to_vec::<f32>().unwrap());
+    }
+}

@@ -1,0 +1,429 @@
+//! One task per run of groups. Each group owns the rows of its tokens in the output, so tasks write without sharing.
+//!
+//! Per group of N tokens and head of width d, everything lies in scratch of a few ten KiB: Q (N × d, scaled), Kᵀ
+//! (d × N), V (N × d) and the scores of up to 64 queries. Widths are rounded up to whole vectors; the padding of a score
+//! row is −∞, which the softmax turns into 0.
+
+use rayon::prelude::*;
+
+use super::grouping::{Group, Grouping};
+use crate::cpu::small_gemm::{LANES, Left, multiply};
+use crate::cpu::{Float, parallel, simd};
+use crate::tensor::Buffer;
+
+/// Queries whose scores are in scratch at once.
+const QUERIES: usize = 64;
+
+#[derive(Clone, Copy)]
+pub(super) struct Problem {
+    /// batch, height, width
+    pub extents: [usize; 3],
+    pub heads: usize,
+    pub head_width: usize,
+    pub grouping: Grouping,
+}
+
+/// A group of one image, with the rows of its tokens in the tensor to be written, in the order of local positions.
+struct Work<'a, T> {
+    image: usize,
+    group: Group,
+    rows: Vec<&'a mut [T]>,
+}
+
+impl Problem {
+    fn channels(&self) -> usize {
+        self.heads * self.head_width
+    }
+
+    /// The head width in whole vectors.
+    fn padded_width(&self) -> usize {
+        self.head_width.next_multiple_of(LANES)
+    }
+
+    /// Hands each group of each image the rows of its tokens.
+    fn split<'a, T>(&self, output: &'a mut [T], row: usize) -> Vec<Work<'a, T>> {
+        let [_, height, width] = self.extents;
+        let groups = self.grouping.groups(height, width);
+        let group_of_token = self.grouping.group_of_token(height, width);
+        let mut work = Vec::new();
+        for (image, output) in output.chunks_mut((height * width * row).max(1)).enumerate() {
+            let first = work.len();
+            let with_capacity = |&group: &Group| Work { image, group, rows: Vec::with_capacity(group.len()) };
+            work.extend(groups.iter().map(with_capacity));
+            for (row, &group) in output.chunks_mut(row).zip(&group_of_token) {
+                work[first + group].rows.push(row);
+            }
+        }
+        work
+    }
+
+    /// The distinct group sizes (rows, columns) of the map. The bias between two tokens depends on their distance
+    /// alone, so groups of one size share one expanded bias.
+    fn sizes(&self) -> Vec<[usize; 2]> {
+        let [_, height, width] = self.extents;
+        let mut sizes: Vec<[usize; 2]> = self.grouping.groups(height, width).iter().map(size).collect();
+        sizes.sort_unstable();
+        sizes.dedup();
+        sizes
+    }
+
+    /// The table row for tokens `query` and `key` of a group with `columns` columns.
+    fn table_row(&self, columns: usize, query: usize, key: usize) -> usize {
+        let [gh, gw] = self.grouping.group;
+        let dy = query / columns + gh - 1 - key / columns;
+        let dx = query % columns + gw - 1 - key % columns;
+        dy * (2 * gw - 1) + dx
+    }
+
+    /// Groups that one task takes, by the problem's size alone: about a millisecond of work.
+    fn groups_per_task(&self, groups: usize) -> usize {
+        let tokens = self.grouping.group[0] * self.grouping.group[1];
+        let flops_per_group = 4 * tokens * tokens * self.channels();
+        (10_000_000 / flops_per_group.max(1)).clamp(1, groups.div_ceil(16).max(1))
+    }
+}
+
+fn size(group: &Group) -> [usize; 2] {
+    [group.rows.count, group.columns.count]
+}
+
+/// The bias of one group size as score rows: (heads, N, padded N), with −∞ in the padding.
+struct ExpandedBias<T> {
+    size: [usize; 2],
+    values: Buffer<T>,
+}
+
+fn expand<T: Float>(problem: &Problem, table: Option<&[T]>) -> Vec<ExpandedBias<T>> {
+    let expand = |size: [usize; 2]| {
+        let tokens = size[0] * size[1];
+        let padded = tokens.next_multiple_of(LANES);
+        let mut values = Buffer::recycled(problem.heads * tokens * padded);
+        parallel::pieces_mut(&mut values, padded, |row, scores| {
+            let (head, query) = (row / tokens, row % tokens);
+            for (key, score) in scores.iter_mut().enumerate() {
+                *score = match table {
+                    _ if key >= tokens => T::NEG_INFINITY,
+                    Some(table) => table[problem.table_row(size[1], query, key) * problem.heads + head],
+                    None => T::ZERO,
+                };
+            }
+        });
+        ExpandedBias { size, values }
+    };
+    problem.sizes().into_iter().map(expand).collect()
+}
+
+/// Which of the sorted `biases` belongs to `group`.
+fn size_number<T>(biases: &[ExpandedBias<T>], group: &Group) -> usize {
+    biases.partition_point(|bias| bias.size < size(group))
+}
+
+/// Copies a head's channels of a group's tokens to rows of `padded` elements, times `scale`; the padding becomes 0.
+#[inline(always)]
+fn gather<T: Float>(
+    source: &[T],
+    (row, channel, width): (usize, usize, usize),
+    tokens: &[usize],
+    padded: usize,
+    scale: T,
+    out: &mut [T],
+) {
+    for (&token, out) in tokens.iter().zip(out.chunks_exact_mut(padded)) {
+        let source = &source[token * row + channel..][..width];
+        out[..width].iter_mut().zip(source).for_each(|(out, &value)| *out = value * scale);
+        out[width..].fill(T::ZERO);
+    }
+}
+
+/// (rows, padded width) to (width, padded rows), with 0 in the padding.
+#[inline(always)]
+fn transpose<T: Float>(source: &[T], rows: usize, padded: usize, width: usize, padded_rows: usize, out: &mut [T]) {
+    for (column, out) in out[..width * padded_rows].chunks_exact_mut(padded_rows).enumerate() {
+        let column = source[column..].iter().step_by(padded);
+        out[..rows].iter_mut().zip(column).for_each(|(out, &value)| *out = value);
+        out[rows..].fill(T::ZERO);
+    }
+}
+
+/// Turns a row of scores into exp(score − max) and returns their sum.
+#[inline(always)]
+fn exponentials<T: Float>(scores: &mut [T]) -> T {
+    let mut lanes = [T::NEG_INFINITY; LANES];
+    for chunk in scores.as_chunks::<LANES>().0 {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, &score)| *lane = lane.nan_max(score));
+    }
+    let largest = lanes.iter().fold(T::NEG_INFINITY, |largest, &lane| largest.nan_max(lane));
+    let mut sums = [T::ZERO; LANES];
+    for chunk in scores.as_chunks_mut::<LANES>().0 {
+        for (sum, score) in sums.iter_mut().zip(chunk) {
+            *score = (*score - largest).exp();
+            *sum += *score;
+        }
+    }
+    sums.into_iter().sum()
+}
+
+/// Scratch of one task, for groups of up to `tokens` tokens.
+struct Scratch<T> {
+    tokens: Vec<usize>,
+    query: Buffer<T>,
+    key: Buffer<T>,
+    value: Buffer<T>,
+    transposed: Buffer<T>,
+    scores: Buffer<T>,
+    output: Buffer<T>,
+}
+
+impl<T: Float> Scratch<T> {
+    fn new(problem: &Problem) -> Self {
+        let most = problem.sizes().iter().map(|size| size[0] * size[1]).max().unwrap_or(0);
+        let padded = most.next_multiple_of(LANES);
+        let rows = || Buffer::recycled(most * problem.padded_width());
+        Scratch {
+            tokens: Vec::with_capacity(most),
+            query: rows(),
+            key: rows(),
+            value: rows(),
+            transposed: Buffer::recycled(padded * problem.head_width),
+            scores: Buffer::recycled(QUERIES.min(most) * padded),
+            output: rows(),
+        }
+    }
+}
+
+pub(super) fn forward<T: Float>(problem: &Problem, qkv: &[T], table: Option<&[T]>) -> Buffer<T> {
+    let [batch, height, width] = problem.extents;
+    let mut output = Buffer::recycled(batch * height * width * problem.channels());
+    let biases = expand(problem, table);
+    let mut work = problem.split(&mut output, problem.channels());
+    let per_task = problem.groups_per_task(work.len());
+    let body = |task: &mut [Work<'_, T>]| {
+        let mut scratch = Scratch::new(problem);
+        for work in task {
+            simd::dispatch(
+                #[inline(always)]
+                || forward_group(problem, qkv, &biases, work, &mut scratch),
+            );
+        }
+    };
+    work.par_chunks_mut(per_task).for_each(body);
+    drop(work);
+    output
+}
+
+#[inline(always)]
+fn forward_group<T: Float>(
+    problem: &Problem,
+    qkv: &[T],
+    biases: &[ExpandedBias<T>],
+    work: &mut Work<'_, T>,
+    scratch: &mut Scratch<T>,
+) {
+    let [_, height, width] = problem.extents;
+    let (channels, d, padded_d) = (problem.channels(), problem.head_width, problem.padded_width());
+    let tokens = work.group.len();
+    let padded = tokens.next_multiple_of(LANES);
+    let qkv = &qkv[work.image * height * width * 3 * channels..];
+    let bias = &biases[size_number(biases, &work.group)].values;
+    let scale = T::ONE / T::from_f64(d as f64).sqrt();
+    scratch.tokens.clear();
+    scratch.tokens.extend(work.group.tokens(width));
+    for head in 0..problem.heads {
+        let part = |number: usize| (3 * channels, number * channels + head * d, d);
+        gather(qkv, part(0), &scratch.tokens, padded_d, scale, &mut scratch.query);
+        gather(qkv, part(1), &scratch.tokens, padded_d, T::ONE, &mut scratch.key);
+        gather(qkv, part(2), &scratch.tokens, padded_d, T::ONE, &mut scratch.value);
+        transpose(&scratch.key, tokens, padded_d, d, padded, &mut scratch.transposed);
+        for first in (0..tokens).step_by(QUERIES) {
+            let queries = QUERIES.min(tokens - first);
+            let scores = &mut scratch.scores[..queries * padded];
+            scores.copy_from_slice(&bias[(head * tokens + first) * padded..][..queries * padded]);
+            let query = Left::rows(&scratch.query[first * padded_d..], padded_d);
+            multiply::<T, true>(query, [queries, d, padded], &scratch.transposed, scores);
+            let mut shares = [T::ZERO; QUERIES];
+            for (scores, share) in scores.chunks_exact_mut(padded).zip(&mut shares) {
+                *share = T::ONE / exponentials(scores);
+            }
+            let product = [queries, tokens, padded_d];
+            multiply::<T, false>(Left::rows(scores, padded), product, &scratch.value, &mut scratch.output);
+            let rows = work.rows[first..first + queries].iter_mut().zip(scratch.output.chunks_exact(padded_d));
+            for ((row, result), share) in rows.zip(shares) {
+                let out = &mut row[head * d..][..d];
+                out.iter_mut().zip(result).for_each(|(out, &value)| *out = value * share);
+            }
+        }
+    }
+}
+
+/// Scratch that only the backward pass needs.
+struct BackwardScratch<T> {
+    forward: Scratch<T>,
+    grad: Buffer<T>,
+    transposed_value: Buffer<T>,
+    score_grads: Buffer<T>,
+    query_grad: Buffer<T>,
+    key_grad: Buffer<T>,
+    value_grad: Buffer<T>,
+    /// Sums of score gradients, shaped as the expanded biases.
+    bias_grads: Vec<Buffer<T>>,
+}
+
+impl<T: Float> BackwardScratch<T> {
+    fn new(problem: &Problem, biases: &[ExpandedBias<T>], with_bias: bool) -> Self {
+        let forward = Scratch::new(problem);
+        let like = |buffer: &Buffer<T>| Buffer::recycled(buffer.len());
+        BackwardScratch {
+            grad: like(&forward.query),
+            transposed_value: like(&forward.transposed),
+            score_grads: like(&forward.scores),
+            query_grad: like(&forward.query),
+            key_grad: like(&forward.query),
+            value_grad: like(&forward.query),
+            bias_grads: if with_bias {
+                biases.iter().map(|b| Buffer::zeroed(b.values.len())).collect()
+            } else {
+                vec![]
+            },
+            forward,
+        }
+    }
+}
+
+/// Gradients of qkv and of the table (empty where there is none).
+pub(super) fn backward<T: Float>(
+    problem: &Problem,
+    qkv: &[T],
+    table: Option<&[T]>,
+    grad: &[T],
+) -> (Buffer<T>, Buffer<T>) {
+    let mut dqkv = Buffer::recycled(qkv.len());
+    let biases = expand(problem, table);
+    let mut work = problem.split(&mut dqkv, 3 * problem.channels());
+    let per_task = problem.groups_per_task(work.len());
+    let table_len = table.map_or(0, <[T]>::len);
+    let tasks = work.len().div_ceil(per_task);
+    // One table per task, summed in order: the same bits whichever thread ran which task.
+    let mut partial = Buffer::<T>::zeroed(tasks * table_len);
+    let body = |(task, dtable): (&mut [Work<'_, T>], &mut [T])| {
+        let mut scratch = BackwardScratch::new(problem, &biases, table_len > 0);
+        for work in task {
+            simd::dispatch(
+                #[inline(always)]
+                || backward_group(problem, qkv, grad, &biases, work, &mut scratch),
+            );
+        }
+        fold_bias_grads(problem, &biases, &scratch.bias_grads, dtable);
+    };
+    if table_len > 0 {
+        work.par_chunks_mut(per_task).zip(partial.par_chunks_mut(table_len)).for_each(body);
+    } else {
+        work.par_chunks_mut(per_task).for_each(|task| body((task, &mut [])));
+    }
+    drop(work);
+    let mut dtable = Buffer::zeroed(table_len);
+    for partial in partial.chunks_exact(table_len.max(1)) {
+        dtable.iter_mut().zip(partial).for_each(|(sum, &value)| *sum += value);
+    }
+    (dqkv, dtable)
+}
+
+/// Adds the gradients of expanded biases to the table rows that they were expanded from.
+fn fold_bias_grads<T: Float>(
+    problem: &Problem,
+    biases: &[ExpandedBias<T>],
+    bias_grads: &[Buffer<T>],
+    dtable: &mut [T],
+) {
+    for (bias, grads) in biases.iter().zip(bias_grads) {
+        let tokens = bias.size[0] * bias.size[1];
+        let padded = tokens.next_multiple_of(LANES);
+        for (row, grads) in grads.chunks_exact(padded).enumerate() {
+            let (head, query) = (row / tokens, row % tokens);
+            for (key, &grad) in grads[..tokens].iter().enumerate() {
+                dtable[problem.table_row(bias.size[1], query, key) * problem.heads + head] += grad;
+            }
+        }
+    }
+}
+
+/// With P the probabilities: dV = Pᵀ dO, dP = dO Vᵀ, dS = P ∘ (dP − rowsum(P ∘ dP)), dQ = dS K / √d, dK = dSᵀ Q / √d.
+#[inline(always)]
+fn backward_group<T: Float>(
+    problem: &Problem,
+    qkv: &[T],
+    grad: &[T],
+    biases: &[ExpandedBias<T>],
+    work: &mut Work<'_, T>,
+    scratch: &mut BackwardScratch<T>,
+) {
+    let [_, height, width] = problem.extents;
+    let (channels, d, padded_d) = (problem.channels(), problem.head_width, problem.padded_width());
+    let tokens = work.group.len();
+    let padded = tokens.next_multiple_of(LANES);
+    let image = work.image * height * width;
+    let (qkv, grad) = (&qkv[image * 3 * channels..], &grad[image * channels..]);
+    let number = size_number(biases, &work.group);
+    let bias = &biases[number].values;
+    let scale = T::ONE / T::from_f64(d as f64).sqrt();
+    let BackwardScratch { forward, query_grad, key_grad, value_grad, .. } = scratch;
+    forward.tokens.clear();
+    forward.tokens.extend(work.group.tokens(width));
+    for head in 0..problem.heads {
+        let part = |number: usize| (3 * channels, number * channels + head * d, d);
+        gather(qkv, part(0), &forward.tokens, padded_d, scale, &mut forward.query);
+        gather(qkv, part(1), &forward.tokens, padded_d, T::ONE, &mut forward.key);
+        gather(qkv, part(2), &forward.tokens, padded_d, T::ONE, &mut forward.value);
+        gather(grad, (channels, head * d, d), &forward.tokens, padded_d, T::ONE, &mut scratch.grad);
+        transpose(&forward.key, tokens, padded_d, d, padded, &mut forward.transposed);
+        transpose(&forward.value, tokens, padded_d, d, padded, &mut scratch.transposed_value);
+        key_grad[..tokens * padded_d].fill(T::ZERO);
+        value_grad[..tokens * padded_d].fill(T::ZERO);
+        for first in (0..tokens).step_by(QUERIES) {
+            let queries = QUERIES.min(tokens - first);
+            let probabilities = &mut forward.scores[..queries * padded];
+            let bias_rows = (head * tokens + first) * padded..(head * tokens + first + queries) * padded;
+            probabilities.copy_from_slice(&bias[bias_rows.clone()]);
+            let (query, grad) = (&forward.query[first * padded_d..], &scratch.grad[first * padded_d..]);
+            let to_scores = [queries, d, padded];
+            multiply::<T, true>(Left::rows(query, padded_d), to_scores, &forward.transposed, probabilities);
+            let score_grads = &mut scratch.score_grads[..queries * padded];
+            multiply::<T, false>(Left::rows(grad, padded_d), to_scores, &scratch.transposed_value, score_grads);
+            for (row, grads) in probabilities.chunks_exact_mut(padded).zip(score_grads.chunks_exact_mut(padded)) {
+                softmax_backward(row, grads);
+            }
+            let over_queries = [tokens, queries, padded_d];
+            multiply::<T, true>(Left::transposed(probabilities, padded), over_queries, grad, value_grad);
+            multiply::<T, true>(Left::transposed(score_grads, padded), over_queries, query, key_grad);
+            let over_keys = [queries, tokens, padded_d];
+            let query_grad = &mut query_grad[first * padded_d..];
+            multiply::<T, false>(Left::rows(score_grads, padded), over_keys, &forward.key, query_grad);
+            if let Some(sums) = scratch.bias_grads.get_mut(number) {
+                sums[bias_rows].iter_mut().zip(&*score_grads).for_each(|(sum, &grad)| *sum += grad);
+            }
+        }
+        // The query was scaled on gathering, so the key's gradient has the factor already.
+        for (number, (grads, factor)) in
+            [(&*query_grad, scale), (&*key_grad, T::ONE), (&*value_grad, T::ONE)].into_iter().enumerate()
+        {
+            for (row, grads) in work.rows.iter_mut().zip(grads.chunks_exact(padded_d)) {
+                let out = &mut row[number * channels + head * d..][..d];
+                out.iter_mut().zip(grads).for_each(|(out, &grad)| *out = grad * factor);
+            }
+        }
+    }
+}
+
+/// Turns scores into probabilities, and gradients of probabilities into gradients of scores.
+#[inline(always)]
+fn softmax_backward<T: Float>(scores: &mut [T], grads: &mut [T]) {
+    let share = T::ONE / exponentials(scores);
+    let mut lanes = [T::ZERO; LANES];
+    for (scores, grads) in scores.as_chunks_mut::<LANES>().0.iter_mut().zip(grads.as_chunks::<LANES>().0) {
+        for (lane, (score, &grad)) in lanes.iter_mut().zip(scores.iter_mut().zip(grads)) {
+            *score *= share;
+            *lane = score.mul_add(grad, *lane);
+        }
+    }
+    let dot: T = lanes.into_iter().sum();
+    grads.iter_mut().zip(scores).for_each(|(grad, &mut probability)| *grad = probability * (*grad - dot));
+}

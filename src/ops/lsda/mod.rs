@@ -1,0 +1,85 @@
+//! Long/short-distance attention with a learned position bias: the attention of CrossFormer (ICLR 2022, section 3.2),
+//! and of any model whose tokens attend within windows or strided grids (Swin without shift, MaxViT).
+//!
+//! Tokens are read and written in the layout of the projections; there is no partition, no padding copy and no score
+//! matrix in memory. The backward pass recomputes the scores.
+
+mod cpu;
+mod grouping;
+
+use crate::autograd::{Backward, Function, record};
+use crate::{Error, Result, Tensor, dispatch_float};
+
+pub use grouping::{Group, Grouping, Line};
+
+/// Attention within groups of tokens.
+///
+/// For each head and each query token i of a group, with d = C / heads and (gy, gx) the local positions:
+///
+/// ```text
+/// output_i = Σ_j softmax_j(q_i · k_j / √d + T[gy_i − gy_j, gx_i − gx_j]) v_j
+/// ```
+///
+/// - `qkv`: (B, H, W, 3 C), the channels of Q, then K, then V, each head by head.
+/// - `bias`: the table T, ((2 G_h − 1)(2 G_w − 1), heads): row (dy + G_h − 1)(2 G_w − 1) + dx + G_w − 1. None for no bias.
+/// - Result: (B, H, W, C), head by head.
+///
+/// First derivatives only. The same bits for any number of threads. Cost: 4 N d multiply-adds per token and head for
+/// groups of N tokens.
+///
+/// # Errors
+/// Where the shapes do not match, `heads` does not divide C, or the grouping has a zero.
+pub fn lsda(qkv: &Tensor, bias: Option<&Tensor>, heads: usize, grouping: Grouping) -> Result<Tensor> {
+    const OP: &str = "lsda";
+    let dtype = qkv.dtype();
+    let [batch, height, width, channels] = qkv.dims::<4>(OP, "qkv (batch, height, width, 3·channels)")?;
+    grouping.check(OP)?;
+    if heads == 0 || !channels.is_multiple_of(3 * heads) {
+        let message = format!("qkv has {channels} channels; expected a multiple of 3 · {heads} heads");
+        return Err(Error::shape(OP, message));
+    }
+    if let Some(bias) = bias {
+        bias.expect_dtype(OP, dtype)?;
+        if **bias.shape() != [grouping.table_rows(), heads] {
+            let [gh, gw] = grouping.group;
+            let expected = format!("({}, {heads}) for groups of {gh}×{gw}", grouping.table_rows());
+            return Err(Error::shape(OP, format!("bias table {}; expected {expected}", bias.shape())));
+        }
+    }
+    let problem = cpu::Problem { extents: [batch, height, width], heads, head_width: channels / 3 / heads, grouping };
+    let output = dispatch_float!(OP, dtype, T => {
+        let table = bias.map(|bias| bias.floats::<T>(OP)).transpose()?;
+        let output = cpu::forward::<T>(&problem, &qkv.floats(OP)?, table.as_deref());
+        Tensor::from_floats(output, [batch, height, width, channels / 3], dtype)
+    })?;
+    let inputs: Vec<&Tensor> = [Some(qkv), bias].into_iter().flatten().collect();
+    Ok(record(output, &inputs, |_| LsdaRule { qkv: qkv.clone(), bias: bias.cloned(), problem }))
+}
+
+struct LsdaRule {
+    qkv: Tensor,
+    bias: Option<Tensor>,
+    problem: cpu::Problem,
+}
+
+impl Function for LsdaRule {
+    fn name(&self) -> &'static str {
+        "lsda"
+    }
+
+    fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        const OP: &str = "lsda";
+        backward.first_order_only(OP)?;
+        let dtype = self.qkv.dtype();
+        dispatch_float!(OP, dtype, T => {
+            let table = self.bias.as_ref().map(|bias| bias.floats::<T>(OP)).transpose()?;
+            let (qkv, grad) = (self.qkv.floats::<T>(OP)?, backward.grad().floats::<T>(OP)?);
+            let (dqkv, dtable) = cpu::backward(&self.problem, &qkv, table.as_deref(), &grad);
+            let mut gradients = vec![Some(Tensor::from_floats(dqkv, self.qkv.shape(), dtype)?)];
+            if let Some(bias) = &self.bias {
+                gradients.push(Some(Tensor::from_floats(dtable, bias.shape(), dtype)?));
+            }
+            Ok(gradients)
+        })
+    }
+}

@@ -1,0 +1,183 @@
+//! Long/short-distance attention.
+
+use std::fmt;
+
+use gridgrad::ops::lsda::{Grouping, lsda};
+use gridgrad::{Result, Tensor};
+
+use crate::harness::{Derivatives, OpCase, ROUNDING, Tolerance, Work, check, randn};
+
+#[derive(Debug)]
+struct Lsda {
+    map: [usize; 3],
+    heads: usize,
+    head_width: usize,
+    grouping: Grouping,
+    bias: bool,
+    /// Factor on q and k: large ones make one logit dominate.
+    sharpness: f64,
+}
+
+impl fmt::Display for Lsda {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self:?}")
+    }
+}
+
+impl OpCase for Lsda {
+    fn inputs(&self) -> Vec<Tensor> {
+        let [b, h, w] = self.map;
+        let channels = self.heads * self.head_width;
+        let mut inputs = vec![randn(&[b, h, w, 3 * channels], 0).scale(self.sharpness).unwrap()];
+        if self.bias {
+            inputs.push(randn(&[self.grouping.table_rows(), self.heads], 1));
+        }
+        inputs
+    }
+
+    fn run(&self, inputs: &[Tensor]) -> Result<Tensor> {
+        lsda(&inputs[0], inputs.get(1), self.heads, self.grouping)
+    }
+
+    /// For each query, over all tokens with the same group key, by the specification's table; no padding, no groups.
+    fn reference(&self, inputs: &[Vec<f64>]) -> Vec<f64> {
+        let [batch, height, width] = self.map;
+        let (d, channels) = (self.head_width, self.heads * self.head_width);
+        let Grouping { group, interval, origin } = self.grouping;
+        // (region, phase, local position) of a coordinate.
+        let place = |position: usize, axis: usize| {
+            let at = position + origin[axis];
+            (at / (group[axis] * interval[axis]), at % interval[axis], (at / interval[axis]) % group[axis])
+        };
+        let mut output = vec![0.0; batch * height * width * channels];
+        for image in 0..batch {
+            for query in 0..height * width {
+                let (y, x) = (place(query / width, 0), place(query % width, 1));
+                let keys: Vec<usize> = (0..height * width)
+                    .filter(|key| {
+                        let (ky, kx) = (place(key / width, 0), place(key % width, 1));
+                        (ky.0, ky.1, kx.0, kx.1) == (y.0, y.1, x.0, x.1)
+                    })
+                    .collect();
+                for head in 0..self.heads {
+                    let at = |token: usize, part: usize, c: usize| {
+                        inputs[0][(image * height * width + token) * 3 * channels + part * channels + head * d + c]
+                    };
+                    let score = |&key: &usize| {
+                        let dot: f64 = (0..d).map(|c| at(query, 0, c) * at(key, 1, c)).sum();
+                        let dy = y.2 + group[0] - 1 - place(key / width, 0).2;
+                        let dx = x.2 + group[1] - 1 - place(key % width, 1).2;
+                        let row = dy * (2 * group[1] - 1) + dx;
+                        dot / (d as f64).sqrt() + if self.bias { inputs[1][row * self.heads + head] } else { 0.0 }
+                    };
+                    let scores: Vec<f64> = keys.iter().map(score).collect();
+                    let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    let sum: f64 = scores.iter().map(|s| (s - largest).exp()).sum();
+                    for c in 0..d {
+                        let weighted =
+                            keys.iter().zip(&scores).map(|(&key, s)| (s - largest).exp() / sum * at(key, 2, c));
+                        output[(image * height * width + query) * channels + head * d + c] = weighted.sum();
+                    }
+                }
+            }
+        }
+        output
+    }
+
+    fn work(&self) -> Work {
+        let [batch, height, width] = self.map;
+        let channels = self.heads * self.head_width;
+        let tokens = self.grouping.group[0] * self.grouping.group[1];
+        let (map, channels, tokens) = ((batch * height * width) as u64, channels as u64, tokens as u64);
+        Work { bytes: 4 * 4 * map * channels, flops: 4 * map * tokens * channels }
+    }
+
+    fn tolerance(&self) -> Tolerance {
+        // Rounding of a logit of size s changes its exponential by s ulps; finite differences lose likewise.
+        let growth = 4.0 * self.sharpness * self.sharpness.max(1.0);
+        Tolerance { f64: growth * ROUNDING.f64, f32: growth * ROUNDING.f32, gradient: growth * ROUNDING.gradient }
+    }
+
+    fn derivatives(&self) -> Derivatives {
+        Derivatives::First
+    }
+}
+
+fn cases() -> Vec<Box<dyn OpCase>> {
+    let short = Grouping::short;
+    let rectangle = |group, interval| Grouping { group, interval, origin: [0, 0] };
+    let list = [
+        // batch, height, width; heads; head width; grouping; bias; sharpness
+        ([1, 1, 1], 1, 1, short(1), true, 1.0),
+        ([2, 4, 4], 2, 8, short(2), true, 1.0),
+        ([1, 7, 5], 3, 16, short(3), true, 1.0),
+        ([1, 6, 6], 1, 5, Grouping::long(3, 2), true, 1.0),
+        ([2, 9, 11], 2, 4, Grouping::long(3, 2), true, 1.0),
+        ([1, 13, 3], 1, 32, Grouping::long(4, 5), false, 1.0),
+        ([1, 5, 8], 2, 3, rectangle([5, 8], [1, 1]), true, 1.0),
+        ([1, 7, 10], 1, 6, rectangle([4, 5], [2, 2]), true, 1.0),
+        ([1, 9, 9], 1, 4, Grouping { group: [3, 3], interval: [2, 2], origin: [1, 2] }, true, 1.0),
+        ([1, 9, 8], 1, 17, short(9), true, 1.0),
+        ([1, 4, 4], 1, 4, short(4), true, 6.0),
+        ([0, 4, 4], 1, 4, short(2), true, 1.0),
+    ];
+    let case = |(map, heads, head_width, grouping, bias, sharpness)| {
+        Box::new(Lsda { map, heads, head_width, grouping, bias, sharpness }) as Box<dyn OpCase>
+    };
+    list.into_iter().map(case).collect()
+}
+
+/// The attention of CrossFormer-S at batch 8, and of CrossFormer++-S's third stage.
+pub fn benchmarks() -> Vec<Box<dyn OpCase>> {
+    let case = |side, heads, grouping| {
+        let case = Lsda { map: [8, side, side], heads, head_width: 32, grouping, bias: true, sharpness: 1.0 };
+        Box::new(case) as Box<dyn OpCase>
+    };
+    vec![
+        case(56, 3, Grouping::short(7)),
+        case(56, 3, Grouping::long(7, 8)),
+        case(14, 12, Grouping::long(7, 2)),
+        case(7, 24, Grouping::short(7)),
+        case(14, 8, Grouping::short(14)),
+    ]
+}
+
+#[test]
+fn attention_agrees_with_its_definition() {
+    check(&cases());
+}
+
+#[test]
+fn large_logits_give_no_nan() {
+    let qkv = randn(&[1, 4, 4, 24], 0).scale(1e3).unwrap().variable().unwrap();
+    let output = lsda(&qkv, None, 2, Grouping::short(4)).unwrap();
+    let gradient = output.sum_all().unwrap().backward().unwrap().take(&qkv).unwrap();
+    assert!(output.to_f64_vec().into_iter().chain(gradient.to_f64_vec()).all(f64::is_finite));
+}
+
+#[test]
+fn tokens_of_other_groups_do_not_matter() {
+    let grouping = Grouping::long(2, 2);
+    let values = randn(&[1, 4, 4, 12], 0).to_f64_vec();
+    let run = |values: &[f64]| {
+        lsda(&Tensor::new(values, [1, 4, 4, 12]).unwrap(), None, 1, grouping).unwrap().to_vec::<f64>().unwrap()
+    };
+    let (before, mut changed) = (run(&values), values.clone());
+    changed[..12].fill(0.0);
+    let after = run(&changed);
+    for token in 0..16 {
+        let same_group = token / 4 % 2 == 0 && token % 2 == 0;
+        assert_eq!(before[token * 4..][..4] != after[token * 4..][..4], same_group, "token {token}");
+    }
+}
+
+#[test]
+fn bad_arguments_are_errors() {
+    let message = |result: Result<Tensor>| result.unwrap_err().to_string();
+    let qkv = randn(&[1, 4, 4, 12], 0);
+    assert!(message(lsda(&qkv, None, 0, Grouping::short(2))).contains("0 heads"));
+    assert!(message(lsda(&qkv, None, 5, Grouping::short(2))).contains("multiple of 3 · 5"));
+    assert!(message(lsda(&qkv, None, 1, Grouping::long(2, 0))).contains("at least 1"));
+    assert!(message(lsda(&qkv, Some(&randn(&[9, 2], 0)), 1, Grouping::short(2))).contains("expected (9, 1)"));
+    assert!(message(lsda(&randn(&[4, 4, 12], 0), None, 1, Grouping::short(2))).contains("(batch, height, width"));
+}
