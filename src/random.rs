@@ -47,22 +47,47 @@ impl Philox {
         self.block_at(index, self.stream)
     }
 
+    /// Blocks `first` to `first + N − 1`, computed side by side, so that inside
+    /// [`simd::dispatch`](crate::cpu::simd::dispatch) they fill vector registers.
+    #[inline(always)]
+    pub fn blocks<const N: usize>(self, first: u64) -> [[u32; 4]; N] {
+        let words: [[u32; N]; 4] = self.words_at(first, self.stream);
+        let mut blocks = [[0; 4]; N];
+        for (number, block) in blocks.iter_mut().enumerate() {
+            *block = [words[0][number], words[1][number], words[2][number], words[3][number]];
+        }
+        blocks
+    }
+
     #[inline(always)]
     fn block_at(self, index: u64, stream: u64) -> [u32; 4] {
-        let mut counter = [index as u32, (index >> 32) as u32, stream as u32, (stream >> 32) as u32];
+        let [[a], [b], [c], [d]] = self.words_at(index, stream);
+        [a, b, c, d]
+    }
+
+    /// Word w of block `first + i` at `[w][i]`.
+    #[inline(always)]
+    fn words_at<const N: usize>(self, first: u64, stream: u64) -> [[u32; N]; 4] {
+        let mut counter = [[0; N], [0; N], [stream as u32; N], [(stream >> 32) as u32; N]];
+        for block in 0..N {
+            let index = first.wrapping_add(block as u64);
+            (counter[0][block], counter[1][block]) = (index as u32, (index >> 32) as u32);
+        }
         let mut key = self.key;
         for round in 0..10 {
             if round > 0 {
                 key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
             }
-            let low = u64::from(counter[0]) * 0xD251_1F53;
-            let high = u64::from(counter[2]) * 0xCD9E_8D57;
-            counter = [
-                (high >> 32) as u32 ^ counter[1] ^ key[0],
-                high as u32,
-                (low >> 32) as u32 ^ counter[3] ^ key[1],
-                low as u32,
-            ];
+            for block in 0..N {
+                let low = u64::from(counter[0][block]) * 0xD251_1F53;
+                let high = u64::from(counter[2][block]) * 0xCD9E_8D57;
+                (counter[0][block], counter[1][block], counter[2][block], counter[3][block]) = (
+                    (high >> 32) as u32 ^ counter[1][block] ^ key[0],
+                    high as u32,
+                    (low >> 32) as u32 ^ counter[3][block] ^ key[1],
+                    low as u32,
+                );
+            }
         }
         counter
     }
@@ -199,6 +224,17 @@ mod tests {
         assert_eq!(Philox::new(0).block(0), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
         let ones = Philox { key: [u32::MAX; 2], stream: u64::MAX };
         assert_eq!(ones.block(u64::MAX), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
+    }
+
+    #[test]
+    fn blocks_side_by_side_are_those_one_by_one() {
+        let stream = Philox::new(5).stream("blocks");
+        // Across a carry into the upper half of the counter, and around the end.
+        for first in [0, (1 << 32) - 5, u64::MAX - 6] {
+            for (block, words) in stream.blocks::<16>(first).into_iter().enumerate() {
+                assert_eq!(words, stream.block(first.wrapping_add(block as u64)));
+            }
+        }
     }
 
     #[test]

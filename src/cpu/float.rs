@@ -65,12 +65,12 @@ pub trait Float:
     /// The larger one; NaN if either is NaN, so that a NaN is never hidden.
     #[inline(always)]
     fn nan_max(self, other: Self) -> Self {
-        if self < other || other.is_nan() { other } else { self }
+        if (self < other) | other.is_nan() { other } else { self }
     }
     /// The smaller one; NaN if either is NaN.
     #[inline(always)]
     fn nan_min(self, other: Self) -> Self {
-        if self > other || other.is_nan() { other } else { self }
+        if (self > other) | other.is_nan() { other } else { self }
     }
     /// 1 / (1 + e⁻ˣ).
     #[inline(always)]

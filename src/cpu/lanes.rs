@@ -13,17 +13,18 @@ pub fn sum<T: Float, const N: usize>(row: &[T], terms: impl Fn(T) -> [T; N]) -> 
     for chunk in chunks {
         for lane in 0..LANES {
             let values = terms(chunk[lane]);
-            (0..N).for_each(|n| lanes[n][lane] += values[n]);
+            for n in 0..N {
+                lanes[n][lane] += values[n];
+            }
         }
     }
     for (lane, &a) in tail.iter().enumerate() {
         let values = terms(a);
-        (0..N).for_each(|n| lanes[n][lane] += values[n]);
+        for n in 0..N {
+            lanes[n][lane] += values[n];
+        }
     }
-    lanes.map(
-        #[inline(always)]
-        |lanes| halve(lanes, |a, b| a + b),
-    )
+    totals(lanes)
 }
 
 /// Component-wise sum of `terms(a, b)` over two rows of one length.
@@ -35,17 +36,18 @@ pub fn zip_sum<T: Float, const N: usize>(left: &[T], right: &[T], terms: impl Fn
     for (left, right) in left.iter().zip(right) {
         for lane in 0..LANES {
             let values = terms(left[lane], right[lane]);
-            (0..N).for_each(|n| lanes[n][lane] += values[n]);
+            for n in 0..N {
+                lanes[n][lane] += values[n];
+            }
         }
     }
     for (lane, (&a, &b)) in left_tail.iter().zip(right_tail).enumerate() {
         let values = terms(a, b);
-        (0..N).for_each(|n| lanes[n][lane] += values[n]);
+        for n in 0..N {
+            lanes[n][lane] += values[n];
+        }
     }
-    lanes.map(
-        #[inline(always)]
-        |lanes| halve(lanes, |a, b| a + b),
-    )
+    totals(lanes)
 }
 
 /// Folds a row with an associative, commutative `combine` whose neutral element is `start`.
@@ -54,10 +56,27 @@ pub fn fold<T: Float>(row: &[T], start: T, combine: impl Fn(T, T) -> T) -> T {
     let mut lanes = [start; LANES];
     let (chunks, tail) = row.as_chunks::<LANES>();
     for chunk in chunks {
-        lanes.iter_mut().zip(chunk).for_each(|(lane, &value)| *lane = combine(*lane, value));
+        for (lane, &value) in lanes.iter_mut().zip(chunk) {
+            *lane = combine(*lane, value);
+        }
     }
-    lanes.iter_mut().zip(tail).for_each(|(lane, &value)| *lane = combine(*lane, value));
+    for (lane, &value) in lanes.iter_mut().zip(tail) {
+        *lane = combine(*lane, value);
+    }
     halve(lanes, combine)
+}
+
+#[inline(always)]
+fn totals<T: Float, const N: usize>(lanes: [[T; LANES]; N]) -> [T; N] {
+    let mut totals = [T::ZERO; N];
+    for (total, lanes) in totals.iter_mut().zip(lanes) {
+        *total = halve(
+            lanes,
+            #[inline(always)]
+            |a, b| a + b,
+        );
+    }
+    totals
 }
 
 #[inline(always)]

@@ -48,14 +48,20 @@ pub fn indices(count: usize, body: impl Fn(usize) + Sync + Send) {
     }
 }
 
-/// `output[i] = f(input[i])`.
+/// `output[i] = f(input[i])`. What `f` holds, it should hold by value (`move`): a parameter behind a reference could
+/// change with every write, for all the compiler knows, and so would keep the loop from being vectorised.
 #[inline(always)]
-pub fn map<A: Element, B: Element>(input: &[A], output: &mut [B], f: impl Fn(A) -> B + Sync + Send) {
+pub fn map<A: Element, B: Element>(input: &[A], output: &mut [B], f: impl Fn(A) -> B + Copy + Sync + Send) {
     pieces_mut(output, PIECE, |index, piece| {
         let input = &input[index * PIECE..][..piece.len()];
         simd::dispatch(
             #[inline(always)]
-            || piece.iter_mut().zip(input).for_each(|(out, &a)| *out = f(a)),
+            || {
+                let f = f;
+                for (out, &a) in piece.iter_mut().zip(input) {
+                    *out = f(a);
+                }
+            },
         );
     });
 }
@@ -66,26 +72,36 @@ pub fn zip_map<A: Element, B: Element, C: Element>(
     left: &[A],
     right: &[B],
     output: &mut [C],
-    f: impl Fn(A, B) -> C + Sync + Send,
+    f: impl Fn(A, B) -> C + Copy + Sync + Send,
 ) {
     pieces_mut(output, PIECE, |index, piece| {
         let left = &left[index * PIECE..][..piece.len()];
         let right = &right[index * PIECE..][..piece.len()];
         simd::dispatch(
             #[inline(always)]
-            || piece.iter_mut().zip(left.iter().zip(right)).for_each(|(out, (&a, &b))| *out = f(a, b)),
+            || {
+                let f = f;
+                for (out, (&a, &b)) in piece.iter_mut().zip(left.iter().zip(right)) {
+                    *out = f(a, b);
+                }
+            },
         );
     });
 }
 
 /// Updates `output[i]` from itself and `input[i]`.
 #[inline(always)]
-pub fn update<A: Element, B: Element>(output: &mut [B], input: &[A], f: impl Fn(&mut B, A) + Sync + Send) {
+pub fn update<A: Element, B: Element>(output: &mut [B], input: &[A], f: impl Fn(&mut B, A) + Copy + Sync + Send) {
     pieces_mut(output, PIECE, |index, piece| {
         let input = &input[index * PIECE..][..piece.len()];
         simd::dispatch(
             #[inline(always)]
-            || piece.iter_mut().zip(input).for_each(|(out, &a)| f(out, a)),
+            || {
+                let f = f;
+                for (out, &a) in piece.iter_mut().zip(input) {
+                    f(out, a);
+                }
+            },
         );
     });
 }

@@ -5,7 +5,8 @@
 //! with debug assertions leave AVX-512 out, which halves the time they take to compile.
 
 /// Runs `body` compiled for the best instruction set of this machine. `body` and what it calls must be
-/// `#[inline(always)]`, or they stay compiled for the baseline.
+/// `#[inline(always)]`, or they stay compiled for the baseline. That holds for every closure, too, also those given to
+/// iterators: write `for` loops, since the closure of a `for_each` is a function of its own once it is large.
 #[inline(always)]
 pub fn dispatch<R>(body: impl FnOnce() -> R) -> R {
     #[cfg(target_arch = "x86_64")]

@@ -8,7 +8,7 @@ use crate::tensor::Buffer;
 /// Blocks of random numbers computed side by side, so that their rounds fill vector registers.
 const BLOCKS: usize = 16;
 
-/// Random numbers per block.
+/// Numbers per block.
 const WORDS: usize = 4;
 
 /// One decision per element.
@@ -21,13 +21,11 @@ pub(super) fn elements<T: Float>(input: &[T], mask: Mask, stream: Philox) -> Buf
         simd::dispatch(
             #[inline(always)]
             || {
+                let (mask, scale) = (mask, scale);
                 let chunks = piece.chunks_mut(BLOCKS * WORDS).zip(input.chunks(BLOCKS * WORDS));
                 for (chunk, (output, input)) in chunks.enumerate() {
                     let first = (at / WORDS + chunk * BLOCKS) as u64;
-                    let mut words = [[0; WORDS]; BLOCKS];
-                    for (block, words) in words.iter_mut().enumerate() {
-                        *words = stream.block(first + block as u64);
-                    }
+                    let words = stream.blocks::<BLOCKS>(first);
                     for (y, (&x, &bits)) in output.iter_mut().zip(input.iter().zip(words.as_flattened())) {
                         *y = x * if mask.keeps(bits) { scale } else { T::ZERO };
                     }
@@ -51,7 +49,11 @@ pub(super) fn samples<T: Float>(input: &[T], sample_len: usize, mask: Mask, stre
             let input = &input[at..][..part.len()];
             simd::dispatch(
                 #[inline(always)]
-                || part.iter_mut().zip(input).for_each(|(y, &x)| *y = x * factor),
+                || {
+                    for (y, &x) in part.iter_mut().zip(input) {
+                        *y = x * factor;
+                    }
+                },
             );
             at += part.len();
             piece = rest;

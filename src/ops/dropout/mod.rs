@@ -56,21 +56,22 @@ impl Granularity {
 /// Turns random bits into factors.
 #[derive(Clone, Copy)]
 struct Mask {
-    /// Smallest number that keeps; above every number where p is 1.
-    threshold: u64,
-    /// Factor of what is kept.
+    /// Smallest number that keeps.
+    threshold: u32,
+    /// Factor of what is kept: 0 where p is 1.
     scale: f64,
 }
 
 impl Mask {
     fn new(p: f64) -> Self {
-        let threshold = (p * (1u64 << 32) as f64).round() as u64;
+        // The conversion saturates.
+        let threshold = (p * (1u64 << 32) as f64).ceil() as u32;
         Mask { threshold, scale: if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 } }
     }
 
     #[inline(always)]
     fn keeps(self, bits: u32) -> bool {
-        u64::from(bits) >= self.threshold
+        bits >= self.threshold
     }
 }
 

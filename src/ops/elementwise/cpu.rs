@@ -18,7 +18,7 @@ pub(super) fn unary<T: Float>(function: Unary, input: &[T]) -> Buffer<T> {
                 input,
                 &mut output,
                 #[inline(always)]
-                |$x: T| $value,
+                move |$x: T| $value,
             )
         };
     }
@@ -40,14 +40,8 @@ pub(super) fn unary<T: Float>(function: Unary, input: &[T]) -> Buffer<T> {
             let slope = constant(slope);
             map!(x => if x < T::ZERO { slope * x } else { x })
         }
-        Unary::Silu => {
-            let low = constant(-LIMIT);
-            map!(x => x.nan_max(low) * x.sigmoid())
-        }
-        Unary::Gelu => {
-            let low = constant(-LIMIT);
-            map!(x => x.nan_max(low) * x.normal_cdf())
-        }
+        Unary::Silu => map!(x => x.nan_max(T::from_f64(-LIMIT)) * x.sigmoid()),
+        Unary::Gelu => map!(x => x.nan_max(T::from_f64(-LIMIT)) * x.normal_cdf()),
         Unary::Softplus => map!(x => softplus(x)),
         Unary::Scale(factor) => {
             let factor = constant(factor);
@@ -67,6 +61,11 @@ pub(super) fn unary<T: Float>(function: Unary, input: &[T]) -> Buffer<T> {
         }
     }
     output
+}
+
+#[inline(always)]
+fn limited<T: Float>(x: T) -> T {
+    x.nan_max(T::from_f64(-LIMIT)).nan_min(T::from_f64(LIMIT))
 }
 
 /// max(x, 0) + ln(1 + e^−|x|), which does not overflow.
@@ -92,7 +91,7 @@ pub(super) fn unary_backward<T: Float>(function: Unary, saved: &[T], grad: &[T])
                 grad,
                 &mut output,
                 #[inline(always)]
-                |$x: T, $grad: T| $value,
+                move |$x: T, $grad: T| $value,
             )
         };
     }
@@ -117,20 +116,14 @@ pub(super) fn unary_backward<T: Float>(function: Unary, saved: &[T], grad: &[T])
             let slope = constant(slope);
             map!(x, grad => if x > T::ZERO { grad } else if x.is_nan() { x } else { slope * grad })
         }
-        Unary::Silu => {
-            let (low, high) = (constant(-LIMIT), constant(LIMIT));
-            map!(x, grad => {
-                let (x, sigmoid) = (x.nan_max(low).nan_min(high), x.sigmoid());
-                sigmoid * (one + x * (one - sigmoid)) * grad
-            })
-        }
-        Unary::Gelu => {
-            let (low, high) = (constant(-LIMIT), constant(LIMIT));
-            map!(x, grad => {
-                let x = x.nan_max(low).nan_min(high);
-                x.mul_add(x.normal_pdf(), x.normal_cdf()) * grad
-            })
-        }
+        Unary::Silu => map!(x, grad => {
+            let (x, sigmoid) = (limited(x), x.sigmoid());
+            sigmoid * (T::ONE + x * (T::ONE - sigmoid)) * grad
+        }),
+        Unary::Gelu => map!(x, grad => {
+            let x = limited(x);
+            x.mul_add(x.normal_pdf(), x.normal_cdf()) * grad
+        }),
         Unary::Softplus => map!(x, grad => x.sigmoid() * grad),
         Unary::Scale(factor) => {
             let factor = constant(factor);
@@ -164,7 +157,7 @@ pub(super) fn binary<T: Float>(
                 shape,
                 &mut output,
                 #[inline(always)]
-                |$a: T, $b: T| $value,
+                move |$a: T, $b: T| $value,
             )
         };
     }
@@ -189,7 +182,7 @@ fn broadcast<T: Float>(
     (right, right_shape): (&[T], &Shape),
     shape: &Shape,
     output: &mut [T],
-    f: impl Fn(T, T) -> T + Sync + Send,
+    f: impl Fn(T, T) -> T + Copy + Sync + Send,
 ) {
     if output.is_empty() {
         return;
@@ -202,7 +195,7 @@ fn broadcast<T: Float>(
             left,
             output,
             #[inline(always)]
-            |a| f(a, b),
+            move |a| f(a, b),
         );
     }
     if let [a] = *left {
@@ -210,7 +203,7 @@ fn broadcast<T: Float>(
             right,
             output,
             #[inline(always)]
-            |b| f(a, b),
+            move |b| f(a, b),
         );
     }
     let axes = collapse(shape, &broadcast_strides(left_shape, shape), &broadcast_strides(right_shape, shape));
@@ -231,15 +224,21 @@ fn broadcast<T: Float>(
                 || match (left_step, right_step) {
                     (1, 1) => {
                         let (left, right) = (&left[at_left..][..inner], &right[at_right..][..inner]);
-                        out.iter_mut().zip(left.iter().zip(right)).for_each(|(out, (&a, &b))| *out = f(a, b));
+                        for (out, (&a, &b)) in out.iter_mut().zip(left.iter().zip(right)) {
+                            *out = f(a, b);
+                        }
                     }
                     (1, _) => {
                         let b = right[at_right];
-                        out.iter_mut().zip(&left[at_left..][..inner]).for_each(|(out, &a)| *out = f(a, b));
+                        for (out, &a) in out.iter_mut().zip(&left[at_left..][..inner]) {
+                            *out = f(a, b);
+                        }
                     }
                     _ => {
                         let a = left[at_left];
-                        out.iter_mut().zip(&right[at_right..][..inner]).for_each(|(out, &b)| *out = f(a, b));
+                        for (out, &b) in out.iter_mut().zip(&right[at_right..][..inner]) {
+                            *out = f(a, b);
+                        }
                     }
                 },
             );

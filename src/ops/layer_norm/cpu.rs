@@ -98,7 +98,7 @@ pub(super) fn backward<T: Float>(
     input_wanted: bool,
 ) -> (Option<Buffer<T>>, Buffer<T>) {
     let width = weight.len().max(1);
-    let grain = (parallel::PIECE / width).max(1);
+    let grain = (4 * parallel::PIECE / width).max(1);
     let body = |range: std::ops::Range<usize>, dx: Option<&mut [T]>, sums: &mut [T]| {
         let rows = Rows {
             input: &input[range.start * width..range.end * width],
@@ -153,7 +153,9 @@ impl<T: Float> Rows<'_, T> {
 #[inline(always)]
 fn input_gradient<T: Float>(row: Statistics<T>, x: &[T], dy: &[T], weight: &[T], dx: &mut [T]) {
     // γ waits in the output row until the means are known.
-    dx.iter_mut().zip(dy.iter().zip(weight)).for_each(|(dx, (&dy, &weight))| *dx = dy * weight);
+    for (dx, (&dy, &weight)) in dx.iter_mut().zip(dy.iter().zip(weight)) {
+        *dx = dy * weight;
+    }
     let [sum, product] = lanes::zip_sum(
         dx,
         x,

@@ -61,27 +61,32 @@ fn statistics_of<T: Float>(x: &[T]) -> [T; SAVED] {
     [largest, sum.ln()]
 }
 
+/// −ln p of a class with logit `x`.
+#[inline(always)]
+fn surprise<T: Float>(x: T, [largest, ln_sum]: [T; SAVED]) -> T {
+    ln_sum - (x - largest)
+}
+
+/// p of a class with logit `x`.
+#[inline(always)]
+fn probability<T: Float>(x: T, [largest, ln_sum]: [T; SAVED]) -> T {
+    (x - largest - ln_sum).exp()
+}
+
 /// Σ (keep · t + spread) · (−ln p), where a weight of 0 counts as 0 even if ln p is −∞.
 #[inline(always)]
-fn loss_of<T: Float>(
-    x: &[T],
-    targets: Rows<'_, T>,
-    row: usize,
-    smoothing: Smoothing<T>,
-    [largest, ln_sum]: [T; SAVED],
-) -> T {
-    let surprise = |x: T| ln_sum - (x - largest);
+fn loss_of<T: Float>(x: &[T], targets: Rows<'_, T>, row: usize, smoothing: Smoothing<T>, statistics: [T; SAVED]) -> T {
     match targets {
         Rows::Labels(labels) => {
             let Some(label) = labels[row] else { return T::ZERO };
-            let own = smoothing.keep * surprise(x[label]);
+            let own = smoothing.keep * surprise(x[label], statistics);
             if smoothing.spread == T::ZERO {
                 return own;
             }
             let [all] = lanes::sum(
                 x,
                 #[inline(always)]
-                |x| [surprise(x)],
+                |x| [surprise(x, statistics)],
             );
             smoothing.spread.mul_add(all, own)
         }
@@ -92,7 +97,7 @@ fn loss_of<T: Float>(
                 #[inline(always)]
                 |x, t| {
                     let weight = smoothing.keep.mul_add(t, smoothing.spread);
-                    [if weight == T::ZERO { T::ZERO } else { weight * surprise(x) }]
+                    [if weight == T::ZERO { T::ZERO } else { weight * surprise(x, statistics) }]
                 },
             );
             loss
@@ -121,8 +126,7 @@ pub(super) fn backward<T: Float>(
                     let row = index * per_piece + at;
                     let x = &logits[row * classes..][..classes];
                     let (scale, saved) = (scales[row], &statistics[row * SAVED..][..SAVED]);
-                    let (largest, ln_sum) = (saved[0], saved[1]);
-                    let probability = |x: T| (x - largest - ln_sum).exp();
+                    let statistics = [saved[0], saved[1]];
                     match targets {
                         Rows::Labels(labels) => {
                             let Some(label) = labels[row] else {
@@ -130,9 +134,10 @@ pub(super) fn backward<T: Float>(
                                 continue;
                             };
                             let total = keep + spread_total;
-                            let values = dx.iter_mut().zip(x);
-                            values.for_each(|(dx, &x)| *dx = (probability(x) * total - spread) * scale);
-                            dx[label] = (probability(x[label]) * total - spread - keep) * scale;
+                            for (dx, &x) in dx.iter_mut().zip(x) {
+                                *dx = (probability(x, statistics) * total - spread) * scale;
+                            }
+                            dx[label] = (probability(x[label], statistics) * total - spread - keep) * scale;
                         }
                         Rows::Soft(targets) => {
                             let targets = &targets[row * classes..][..classes];
@@ -143,7 +148,7 @@ pub(super) fn backward<T: Float>(
                             );
                             let total = keep.mul_add(sum, spread_total);
                             for (dx, (&x, &t)) in dx.iter_mut().zip(x.iter().zip(targets)) {
-                                *dx = (probability(x) * total - keep.mul_add(t, spread)) * scale;
+                                *dx = (probability(x, statistics) * total - keep.mul_add(t, spread)) * scale;
                             }
                         }
                     }

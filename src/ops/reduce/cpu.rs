@@ -114,7 +114,9 @@ fn by_columns<T: Float>(
 #[inline(always)]
 fn combine_rows<T: Float>(rows: &[T], results: &mut [T], combine: impl Fn(T, T) -> T) {
     for row in rows.chunks_exact(results.len()) {
-        results.iter_mut().zip(row).for_each(|(result, &value)| *result = combine(*result, value));
+        for (result, &value) in results.iter_mut().zip(row) {
+            *result = combine(*result, value);
+        }
     }
 }
 

@@ -11,13 +11,9 @@ pub(super) fn forward<T: Float>(form: Form, input: &[T], width: usize) -> Buffer
         let input = &input[index * piece_len..][..piece.len()];
         simd::dispatch(
             #[inline(always)]
-            || {
-                for (y, x) in piece.chunks_exact_mut(width).zip(input.chunks_exact(width)) {
-                    match form {
-                        Form::Probabilities => probabilities(x, y),
-                        Form::Logarithms => logarithms(x, y),
-                    }
-                }
+            || match form {
+                Form::Probabilities => probabilities(input, piece, width),
+                Form::Logarithms => logarithms(input, piece, width),
             },
         );
     });
@@ -35,29 +31,51 @@ pub(crate) fn largest<T: Float>(row: &[T]) -> T {
     )
 }
 
+/// y = exp(x − the row's largest), in one loop over all rows: a loop per row would leave many of them a remainder that
+/// fills no register.
 #[inline(always)]
-fn probabilities<T: Float>(x: &[T], y: &mut [T]) {
-    let largest = largest(x);
-    y.iter_mut().zip(x).for_each(|(y, &x)| *y = (x - largest).exp());
-    let [sum] = lanes::sum(
-        y,
-        #[inline(always)]
-        |y| [y],
-    );
-    let scale = T::ONE / sum;
-    y.iter_mut().for_each(|y| *y *= scale);
+fn shifted_exp<T: Float>(x: &[T], y: &mut [T], width: usize) {
+    for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+        let largest = largest(x);
+        for (y, &x) in y.iter_mut().zip(x) {
+            *y = x - largest;
+        }
+    }
+    for y in y {
+        *y = y.exp();
+    }
 }
 
 #[inline(always)]
-fn logarithms<T: Float>(x: &[T], y: &mut [T]) {
-    let largest = largest(x);
+fn sum<T: Float>(row: &[T]) -> T {
     let [sum] = lanes::sum(
-        x,
+        row,
         #[inline(always)]
-        |x| [(x - largest).exp()],
+        |value| [value],
     );
-    let ln_sum = sum.ln();
-    y.iter_mut().zip(x).for_each(|(y, &x)| *y = x - largest - ln_sum);
+    sum
+}
+
+#[inline(always)]
+fn probabilities<T: Float>(x: &[T], y: &mut [T], width: usize) {
+    shifted_exp(x, y, width);
+    for y in y.chunks_exact_mut(width) {
+        let scale = T::ONE / sum(y);
+        for y in y {
+            *y *= scale;
+        }
+    }
+}
+
+#[inline(always)]
+fn logarithms<T: Float>(x: &[T], y: &mut [T], width: usize) {
+    shifted_exp(x, y, width);
+    for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+        let (largest, ln_sum) = (largest(x), sum(y).ln());
+        for (y, &x) in y.iter_mut().zip(x) {
+            *y = x - largest - ln_sum;
+        }
+    }
 }
 
 /// From the output y: y · (dy − Σ y dy) for probabilities, dy − eʸ Σ dy for logarithms.
@@ -66,34 +84,43 @@ pub(super) fn backward<T: Float>(form: Form, output: &[T], grad: &[T], width: us
     let piece_len = (parallel::PIECE / width.max(1)).max(1) * width;
     parallel::pieces_mut(&mut input_gradient, piece_len, |index, piece| {
         let at = index * piece_len;
-        let rows = output[at..][..piece.len()].chunks_exact(width).zip(grad[at..].chunks_exact(width));
+        let (y, dy) = (&output[at..][..piece.len()], &grad[at..][..piece.len()]);
         simd::dispatch(
             #[inline(always)]
-            || {
-                for (dx, (y, dy)) in piece.chunks_exact_mut(width).zip(rows) {
-                    let values = y.iter().zip(dy);
-                    match form {
-                        Form::Probabilities => {
-                            let [sum] = lanes::zip_sum(
-                                y,
-                                dy,
-                                #[inline(always)]
-                                |y, dy| [y * dy],
-                            );
-                            dx.iter_mut().zip(values).for_each(|(dx, (&y, &dy))| *dx = y * (dy - sum));
-                        }
-                        Form::Logarithms => {
-                            let [sum] = lanes::sum(
-                                dy,
-                                #[inline(always)]
-                                |dy| [dy],
-                            );
-                            dx.iter_mut().zip(values).for_each(|(dx, (&y, &dy))| *dx = dy - y.exp() * sum);
-                        }
-                    }
-                }
+            || match form {
+                Form::Probabilities => probabilities_backward(y, dy, piece, width),
+                Form::Logarithms => logarithms_backward(y, dy, piece, width),
             },
         );
     });
     input_gradient
+}
+
+#[inline(always)]
+fn probabilities_backward<T: Float>(y: &[T], dy: &[T], dx: &mut [T], width: usize) {
+    let rows = y.chunks_exact(width).zip(dy.chunks_exact(width));
+    for (dx, (y, dy)) in dx.chunks_exact_mut(width).zip(rows) {
+        let [product] = lanes::zip_sum(
+            y,
+            dy,
+            #[inline(always)]
+            |y, dy| [y * dy],
+        );
+        for (dx, (&y, &dy)) in dx.iter_mut().zip(y.iter().zip(dy)) {
+            *dx = y * (dy - product);
+        }
+    }
+}
+
+#[inline(always)]
+fn logarithms_backward<T: Float>(y: &[T], dy: &[T], dx: &mut [T], width: usize) {
+    for (dx, &y) in dx.iter_mut().zip(y) {
+        *dx = y.exp();
+    }
+    for (dx, dy) in dx.chunks_exact_mut(width).zip(dy.chunks_exact(width)) {
+        let sum = sum(dy);
+        for (dx, &dy) in dx.iter_mut().zip(dy) {
+            *dx = dy - *dx * sum;
+        }
+    }
 }
