@@ -56,15 +56,21 @@ pub trait Float:
     fn cos(self) -> Self;
     /// xᵖ.
     fn powf(self, power: Self) -> Self;
-    /// The larger one; NaN if this one is NaN, so that a NaN is never hidden.
+    /// Whether this is no number.
+    #[inline(always)]
+    #[allow(clippy::eq_op, reason = "only a NaN differs from itself")]
+    fn is_nan(self) -> bool {
+        self != self
+    }
+    /// The larger one; NaN if either is NaN, so that a NaN is never hidden.
     #[inline(always)]
     fn nan_max(self, other: Self) -> Self {
-        if self < other { other } else { self }
+        if self < other || other.is_nan() { other } else { self }
     }
-    /// The smaller one; NaN if this one is NaN.
+    /// The smaller one; NaN if either is NaN.
     #[inline(always)]
     fn nan_min(self, other: Self) -> Self {
-        if self > other { other } else { self }
+        if self > other || other.is_nan() { other } else { self }
     }
     /// 1 / (1 + e⁻ˣ).
     #[inline(always)]
@@ -327,6 +333,9 @@ mod tests {
         assert_eq!((ln_f32(0.0), ln_f32(f32::INFINITY)), (f32::NEG_INFINITY, f32::INFINITY));
         assert!(ln_f32(-1.0).is_nan());
         assert_eq!((erf_f32(50.0), tanh_f32(-50.0)), (1.0, -1.0));
-        assert!(f32::NAN.nan_max(1.0).is_nan());
+        for (a, b) in [(f32::NAN, 1.0), (1.0, f32::NAN)] {
+            assert!(a.nan_max(b).is_nan() && a.nan_min(b).is_nan());
+        }
+        assert_eq!((1f32.nan_max(2.0), 1f32.nan_min(2.0)), (2.0, 1.0));
     }
 }

@@ -3,6 +3,7 @@
 
 mod float;
 pub mod gemm;
+pub mod lanes;
 pub mod parallel;
 pub mod simd;
 pub mod small_gemm;

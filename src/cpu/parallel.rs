@@ -26,6 +26,16 @@ pub fn pieces_mut<T: Send>(output: &mut [T], piece_len: usize, body: impl Fn(usi
     }
 }
 
+/// Like [`pieces_mut`], over two outputs that are cut into the same number of pieces, each with its own length.
+pub fn pieces_mut2<A: Send, B: Send>(
+    (first, first_len): (&mut [A], usize),
+    (second, second_len): (&mut [B], usize),
+    body: impl Fn(usize, &mut [A], &mut [B]) + Sync + Send,
+) {
+    let pieces = first.par_chunks_mut(first_len.max(1)).zip(second.par_chunks_mut(second_len.max(1)));
+    pieces.enumerate().for_each(|(index, (first, second))| body(index, first, second));
+}
+
 /// Calls `body(index)` for each index below `count`, in parallel.
 pub fn indices(count: usize, body: impl Fn(usize) + Sync + Send) {
     fn run(count: usize, body: &(dyn Fn(usize) + Sync + Send)) {
@@ -89,26 +99,62 @@ pub fn accumulate<T: Float>(
     width: usize,
     body: impl Fn(std::ops::Range<usize>, &mut [T]) + Sync + Send,
 ) -> Buffer<T> {
-    const PARTS: usize = 64;
-    let per_part = count.div_ceil(PARTS).max(grain).max(1);
-    let parts = count.div_ceil(per_part).max(1);
-    let mut partial = Buffer::<T>::zeroed(parts * width);
-    pieces_mut(&mut partial, width, |part, sums| {
-        body(part * per_part..count.min((part + 1) * per_part), sums);
-    });
-    if parts == 1 {
-        return partial;
+    let partition = Partition::new(count, grain);
+    let mut partial = Buffer::<T>::zeroed(partition.parts * width);
+    pieces_mut(&mut partial, width, |part, sums| body(partition.range(part), sums));
+    partition.total(partial, width)
+}
+
+/// Like [`accumulate`], for items that also produce output: item i owns elements `i * item_len..` of `output`, and
+/// `body(range, piece, sums)` writes those of its items.
+pub fn accumulate_writing<T: Float>(
+    output: &mut [T],
+    item_len: usize,
+    grain: usize,
+    width: usize,
+    body: impl Fn(std::ops::Range<usize>, &mut [T], &mut [T]) + Sync + Send,
+) -> Buffer<T> {
+    let partition = Partition::new(output.len() / item_len.max(1), grain);
+    let mut partial = Buffer::<T>::zeroed(partition.parts * width);
+    let pieces = output.par_chunks_mut((partition.per_part * item_len).max(1));
+    let sums = partial.par_chunks_mut(width.max(1));
+    pieces.zip(sums).enumerate().for_each(|(part, (piece, sums))| body(partition.range(part), piece, sums));
+    partition.total(partial, width)
+}
+
+/// How [`accumulate`] cuts its items.
+struct Partition {
+    count: usize,
+    per_part: usize,
+    parts: usize,
+}
+
+impl Partition {
+    fn new(count: usize, grain: usize) -> Self {
+        const PARTS: usize = 64;
+        let per_part = count.div_ceil(PARTS).max(grain).max(1);
+        Partition { count, per_part, parts: count.div_ceil(per_part).max(1) }
     }
-    let mut total = Buffer::<T>::recycled(width);
-    pieces_mut(&mut total, PIECE, |index, sums| {
-        let at = index * PIECE;
-        sums.copy_from_slice(&partial[at..][..sums.len()]);
-        for part in 1..parts {
-            let addend = &partial[part * width + at..][..sums.len()];
-            sums.iter_mut().zip(addend).for_each(|(sum, &value)| *sum += value);
+
+    fn range(&self, part: usize) -> std::ops::Range<usize> {
+        part * self.per_part..self.count.min((part + 1) * self.per_part)
+    }
+
+    fn total<T: Float>(&self, partial: Buffer<T>, width: usize) -> Buffer<T> {
+        if self.parts == 1 {
+            return partial;
         }
-    });
-    total
+        let mut total = Buffer::<T>::recycled(width);
+        pieces_mut(&mut total, PIECE, |index, sums| {
+            let at = index * PIECE;
+            sums.copy_from_slice(&partial[at..][..sums.len()]);
+            for part in 1..self.parts {
+                let addend = &partial[part * width + at..][..sums.len()];
+                sums.iter_mut().zip(addend).for_each(|(sum, &value)| *sum += value);
+            }
+        });
+        total
+    }
 }
 
 #[cfg(test)]

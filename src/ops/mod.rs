@@ -1,17 +1,40 @@
 //! The differentiable functions, one room each: the public function with its backward rule in `mod.rs`, the CPU
 //! implementation in `cpu.rs`.
 
+mod batch_norm;
+mod conv2d;
+pub mod cross_scale_embedding;
+mod dropout;
 mod elementwise;
+mod gather;
+mod interpolate;
+mod layer_norm;
 mod layout;
 mod linear;
+mod loss;
 pub mod lsda;
 mod matmul;
+mod pool;
+pub mod position_bias;
 mod reduce;
+mod resample;
+mod softmax;
 
+pub use batch_norm::{BatchNorm, BatchNormMode, BatchStatistics, batch_norm};
+pub use conv2d::{Conv2dOptions, conv_transpose2d, conv2d};
+pub use cross_scale_embedding::cross_scale_embedding;
+pub use dropout::{drop_path, dropout};
 pub use elementwise::{Binary, Unary, select};
+pub use gather::embedding;
+pub use interpolate::{Interpolation, interpolate};
+pub use layer_norm::layer_norm;
 pub use layout::concat;
 pub use linear::linear;
+pub use loss::{CrossEntropyOptions, Reduction, Targets, binary_cross_entropy_with_logits, cross_entropy, mse_loss};
 pub use lsda::lsda;
 pub use matmul::Transposed;
+pub use pool::{Pool2dOptions, adaptive_avg_pool2d, avg_pool2d, global_avg_pool2d, max_pool2d};
+pub use position_bias::dynamic_position_bias;
+pub use softmax::{log_softmax, softmax};
 
 pub(crate) use elementwise::add_in_place;

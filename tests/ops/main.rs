@@ -3,17 +3,42 @@
 
 mod harness;
 
+mod batch_norm;
+mod conv2d;
+mod cross_scale_embedding;
+mod dropout;
 mod elementwise;
+mod gather;
+mod interpolate;
+mod layer_norm;
 mod layout;
+mod loss;
 mod lsda;
 mod matmul;
+mod pool;
+mod position_bias;
 mod reduce;
+mod softmax;
 
-/// Cases at the sizes that models use, for the benchmarks.
+/// Cases at the sizes that models use, for the benchmarks, by the name of their room.
 #[allow(dead_code, reason = "used by the benchmarks, which include this file")]
-pub fn benchmarks() -> Vec<Box<dyn harness::OpCase>> {
-    [elementwise::benchmarks(), layout::benchmarks(), lsda::benchmarks(), matmul::benchmarks(), reduce::benchmarks()]
-        .into_iter()
-        .flatten()
-        .collect()
+pub fn benchmarks() -> Vec<(&'static str, Vec<Box<dyn harness::OpCase>>)> {
+    vec![
+        ("batch_norm", batch_norm::benchmarks()),
+        ("conv2d", conv2d::benchmarks()),
+        ("cross_scale_embedding", cross_scale_embedding::benchmarks()),
+        ("dropout", dropout::benchmarks()),
+        ("elementwise", elementwise::benchmarks()),
+        ("gather", gather::benchmarks()),
+        ("interpolate", interpolate::benchmarks()),
+        ("layer_norm", layer_norm::benchmarks()),
+        ("layout", layout::benchmarks()),
+        ("loss", loss::benchmarks()),
+        ("lsda", lsda::benchmarks()),
+        ("matmul", matmul::benchmarks()),
+        ("pool", pool::benchmarks()),
+        ("position_bias", position_bias::benchmarks()),
+        ("reduce", reduce::benchmarks()),
+        ("softmax", softmax::benchmarks()),
+    ]
 }

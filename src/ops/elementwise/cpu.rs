@@ -4,6 +4,10 @@ use super::{Binary, Unary};
 use crate::cpu::{Float, parallel, simd};
 use crate::tensor::{Buffer, Shape};
 
+/// Beyond ±LIMIT the logistic function and Φ are 0 or 1 in every compute type. Products with them are taken inside, so
+/// that an infinity times 0 does not become NaN.
+pub(super) const LIMIT: f64 = 1e4;
+
 pub(super) fn unary<T: Float>(function: Unary, input: &[T]) -> Buffer<T> {
     let mut output = Buffer::recycled(input.len());
     let constant = T::from_f64;
@@ -36,10 +40,15 @@ pub(super) fn unary<T: Float>(function: Unary, input: &[T]) -> Buffer<T> {
             let slope = constant(slope);
             map!(x => if x < T::ZERO { slope * x } else { x })
         }
-        Unary::Silu => map!(x => x * x.sigmoid()),
-        Unary::Gelu => map!(x => x * x.normal_cdf()),
-        // max(x, 0) + ln(1 + e^−|x|) does not overflow.
-        Unary::Softplus => map!(x => x.nan_max(T::ZERO) + ((-x.abs()).exp() + T::ONE).ln()),
+        Unary::Silu => {
+            let low = constant(-LIMIT);
+            map!(x => x.nan_max(low) * x.sigmoid())
+        }
+        Unary::Gelu => {
+            let low = constant(-LIMIT);
+            map!(x => x.nan_max(low) * x.normal_cdf())
+        }
+        Unary::Softplus => map!(x => softplus(x)),
         Unary::Scale(factor) => {
             let factor = constant(factor);
             map!(x => x * factor)
@@ -60,7 +69,18 @@ pub(super) fn unary<T: Float>(function: Unary, input: &[T]) -> Buffer<T> {
     output
 }
 
-/// grad · f′, with f′ at the saved input, or at the saved output where `derives_from_output`.
+/// max(x, 0) + ln(1 + e^−|x|), which does not overflow.
+#[inline(always)]
+fn softplus<T: Float>(x: T) -> T {
+    let small = (-x.abs()).exp();
+    let sum = T::ONE + small;
+    // The quotient makes up for what the sum lost of the small term.
+    let ln = if sum == T::ONE { small } else { sum.ln() * (small / (sum - T::ONE)) };
+    x.nan_max(T::ZERO) + ln
+}
+
+/// grad · f′, with f′ at the saved input, or at the saved output where `derives_from_output`. Where the saved value is NaN,
+/// so is the result.
 pub(super) fn unary_backward<T: Float>(function: Unary, saved: &[T], grad: &[T]) -> Buffer<T> {
     let mut output = Buffer::recycled(grad.len());
     let constant = T::from_f64;
@@ -78,7 +98,7 @@ pub(super) fn unary_backward<T: Float>(function: Unary, saved: &[T], grad: &[T])
     }
     match function {
         Unary::Neg => map!(_x, grad => -grad),
-        Unary::Abs => map!(x, grad => if x > T::ZERO { grad } else if x < T::ZERO { -grad } else { T::ZERO }),
+        Unary::Abs => map!(x, grad => if x > T::ZERO { grad } else if x < T::ZERO { -grad } else { x * T::ZERO }),
         Unary::Square => map!(x, grad => two * x * grad),
         Unary::Sqrt => map!(y, grad => half * grad / y),
         Unary::Recip => map!(y, grad => -(y * y) * grad),
@@ -92,16 +112,25 @@ pub(super) fn unary_backward<T: Float>(function: Unary, saved: &[T], grad: &[T])
             let scale = constant(std::f64::consts::FRAC_2_SQRT_PI);
             map!(x, grad => scale * (-(x * x)).exp() * grad)
         }
-        Unary::Relu => map!(x, grad => if x > T::ZERO { grad } else { T::ZERO }),
+        Unary::Relu => map!(x, grad => if x > T::ZERO { grad } else if x.is_nan() { x } else { T::ZERO }),
         Unary::LeakyRelu(slope) => {
             let slope = constant(slope);
-            map!(x, grad => if x > T::ZERO { grad } else { slope * grad })
+            map!(x, grad => if x > T::ZERO { grad } else if x.is_nan() { x } else { slope * grad })
         }
-        Unary::Silu => map!(x, grad => {
-            let sigmoid = x.sigmoid();
-            sigmoid * (one + x * (one - sigmoid)) * grad
-        }),
-        Unary::Gelu => map!(x, grad => x.mul_add(x.normal_pdf(), x.normal_cdf()) * grad),
+        Unary::Silu => {
+            let (low, high) = (constant(-LIMIT), constant(LIMIT));
+            map!(x, grad => {
+                let (x, sigmoid) = (x.nan_max(low).nan_min(high), x.sigmoid());
+                sigmoid * (one + x * (one - sigmoid)) * grad
+            })
+        }
+        Unary::Gelu => {
+            let (low, high) = (constant(-LIMIT), constant(LIMIT));
+            map!(x, grad => {
+                let x = x.nan_max(low).nan_min(high);
+                x.mul_add(x.normal_pdf(), x.normal_cdf()) * grad
+            })
+        }
         Unary::Softplus => map!(x, grad => x.sigmoid() * grad),
         Unary::Scale(factor) => {
             let factor = constant(factor);
@@ -114,7 +143,7 @@ pub(super) fn unary_backward<T: Float>(function: Unary, saved: &[T], grad: &[T])
         }
         Unary::Clamp(low, high) => {
             let (low, high) = (constant(low), constant(high));
-            map!(x, grad => if x < low || x > high { T::ZERO } else { grad })
+            map!(x, grad => if x < low || x > high { T::ZERO } else if x.is_nan() { x } else { grad })
         }
     }
     output
@@ -169,10 +198,20 @@ fn broadcast<T: Float>(
         return parallel::zip_map(left, right, output, f);
     }
     if let [b] = *right {
-        return parallel::map(left, output, |a| f(a, b));
+        return parallel::map(
+            left,
+            output,
+            #[inline(always)]
+            |a| f(a, b),
+        );
     }
     if let [a] = *left {
-        return parallel::map(right, output, |b| f(a, b));
+        return parallel::map(
+            right,
+            output,
+            #[inline(always)]
+            |b| f(a, b),
+        );
     }
     let axes = collapse(shape, &broadcast_strides(left_shape, shape), &broadcast_strides(right_shape, shape));
     // There is at least one axis here: both operands being single elements was handled above.

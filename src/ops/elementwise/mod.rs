@@ -64,6 +64,8 @@ impl Unary {
             Unary::Neg => Some(-1.0),
             Unary::Scale(factor) => Some(factor),
             Unary::Shift(_) => Some(1.0),
+            // By the formula, 0 · x⁻¹, which is NaN at 0.
+            Unary::Powf(0.0) => Some(0.0),
             _ => None,
         }
     }
@@ -236,25 +238,31 @@ impl Function for UnaryRule {
         if backward.create_graph() {
             return Ok(vec![Some(grad.mul(&derivative(self.function, &saved)?)?)]);
         }
-        let dtype = grad.dtype();
-        let gradient = dispatch_float!("unary", dtype, T => {
-            let gradient = cpu::unary_backward::<T>(self.function, &saved.floats("unary")?, &grad.floats("unary")?);
-            Tensor::from_floats(gradient, grad.shape(), dtype)
-        })?;
-        Ok(vec![Some(gradient)])
+        Ok(vec![Some(fused_gradient(self.function, &saved, grad)?)])
     }
+}
+
+/// grad · f′ in one loop, off the tape.
+fn fused_gradient(function: Unary, saved: &Tensor, grad: &Tensor) -> Result<Tensor> {
+    let dtype = grad.dtype();
+    dispatch_float!("unary", dtype, T => {
+        let gradient = cpu::unary_backward::<T>(function, &saved.floats("unary")?, &grad.floats("unary")?);
+        Tensor::from_floats(gradient, grad.shape(), dtype)
+    })
 }
 
 /// f′ made of recorded ops, at the saved input, or at the output where `derives_from_output`. The fused form of the
 /// same table is `cpu::unary_backward`.
 fn derivative(function: Unary, saved: &Tensor) -> Result<Tensor> {
-    let zero = || Tensor::zeros(saved.shape(), saved.dtype());
     let x = saved;
     match function {
         Unary::Neg | Unary::Scale(_) | Unary::Shift(_) => {
             Tensor::full(x.shape(), function.constant_derivative().unwrap_or(1.0), x.dtype())
         }
-        Unary::Abs => x.greater(&zero()?)?.sub(&zero()?.greater(x)?),
+        // Constant in pieces, so not differentiable again.
+        Unary::Abs | Unary::Relu | Unary::LeakyRelu(_) | Unary::Clamp(..) => {
+            fused_gradient(function, x, &Tensor::ones(x.shape(), x.dtype())?)
+        }
         Unary::Square => x.scale(2.0),
         Unary::Sqrt => saved.recip()?.scale(0.5),
         Unary::Recip => saved.square()?.neg(),
@@ -265,24 +273,19 @@ fn derivative(function: Unary, saved: &Tensor) -> Result<Tensor> {
         Unary::Tanh => saved.square()?.neg()?.shift(1.0),
         Unary::Sigmoid => saved.mul(&saved.neg()?.shift(1.0)?),
         Unary::Erf => x.square()?.neg()?.exp()?.scale(std::f64::consts::FRAC_2_SQRT_PI),
-        Unary::Relu => x.greater(&zero()?),
-        Unary::LeakyRelu(slope) => x.greater(&zero()?)?.scale(1.0 - slope)?.shift(slope),
         Unary::Silu => {
+            let x = x.clamp(-cpu::LIMIT, cpu::LIMIT)?;
             let sigmoid = x.sigmoid()?;
             sigmoid.mul(&x.mul(&sigmoid.neg()?.shift(1.0)?)?.shift(1.0)?)
         }
         Unary::Gelu => {
+            let x = x.clamp(-cpu::LIMIT, cpu::LIMIT)?;
             let cdf = x.scale(std::f64::consts::FRAC_1_SQRT_2)?.erf()?.scale(0.5)?.shift(0.5)?;
             let pdf = x.square()?.scale(-0.5)?.exp()?.scale(0.398_942_280_401_432_7)?;
             cdf.add(&x.mul(&pdf)?)
         }
         Unary::Softplus => x.sigmoid(),
         Unary::Powf(power) => x.powf(power - 1.0)?.scale(power),
-        Unary::Clamp(low, high) => {
-            let low = Tensor::full(x.shape(), low, x.dtype())?;
-            let high = Tensor::full(x.shape(), high, x.dtype())?;
-            low.greater(x)?.add(&x.greater(&high)?)?.neg()?.shift(1.0)
-        }
     }
 }
 

@@ -7,9 +7,10 @@ use crate::tensor::Shape;
 use crate::{Error, Result, Tensor, dispatch_float};
 
 /// How elements along the reduced axes are combined.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 enum Reduction {
-    Sum,
+    /// Their sum, times a factor.
+    Sum(f64),
     Max,
 }
 
@@ -19,11 +20,7 @@ impl Tensor {
     /// # Errors
     /// Where an axis does not exist or comes twice, or the dtype is not floating point.
     pub fn sum(&self, axes: &[isize], keep: bool) -> Result<Tensor> {
-        let reduced = self.reduced_axes("sum", axes)?;
-        let output = self.reduce(Reduction::Sum, &reduced)?;
-        let kept = keep_axes(self.shape(), &reduced);
-        let output = record(output, &[self], |_| SumRule { shape: self.shape().clone(), kept: kept.clone() });
-        if keep { output.reshape(kept) } else { Ok(output) }
+        self.scaled_sum(&self.reduced_axes("sum", axes)?, keep, 1.0)
     }
 
     /// Sum of all elements, as a scalar.
@@ -39,8 +36,9 @@ impl Tensor {
     /// # Errors
     /// As [`Tensor::sum`].
     pub fn mean(&self, axes: &[isize], keep: bool) -> Result<Tensor> {
-        let count: usize = self.reduced_axes("mean", axes)?.iter().map(|&axis| self.shape()[axis]).product();
-        self.sum(axes, keep)?.scale(1.0 / count as f64)
+        let reduced = self.reduced_axes("mean", axes)?;
+        let count: usize = reduced.iter().map(|&axis| self.shape()[axis]).product();
+        self.scaled_sum(&reduced, keep, 1.0 / count as f64)
     }
 
     /// Mean of all elements, as a scalar.
@@ -48,10 +46,18 @@ impl Tensor {
     /// # Errors
     /// Where the dtype is not floating point.
     pub fn mean_all(&self) -> Result<Tensor> {
-        self.sum_all()?.scale(1.0 / self.elements() as f64)
+        self.mean(&(0..self.rank() as isize).collect::<Vec<_>>(), false)
     }
 
-    /// Largest value over `axes`; equal largest values share the gradient.
+    /// The factor comes before the rounding to a half-precision type, where a long sum may overflow.
+    fn scaled_sum(&self, reduced: &[usize], keep: bool, factor: f64) -> Result<Tensor> {
+        let output = self.reduce(Reduction::Sum(factor), reduced)?;
+        let kept = keep_axes(self.shape(), reduced);
+        let output = record(output, &[self], |_| SumRule { shape: self.shape().clone(), kept: kept.clone(), factor });
+        if keep { output.reshape(kept) } else { Ok(output) }
+    }
+
+    /// Largest value over `axes`, NaN where one of them is; equal largest values share the gradient.
     ///
     /// # Errors
     /// As [`Tensor::sum`], and where there is nothing to choose from.
@@ -66,7 +72,7 @@ impl Tensor {
         if keep { output.reshape(kept) } else { Ok(output) }
     }
 
-    /// Smallest value over `axes`; equal smallest values share the gradient.
+    /// Smallest value over `axes`, NaN where one of them is; equal smallest values share the gradient.
     ///
     /// # Errors
     /// As [`Tensor::max`].
@@ -74,7 +80,8 @@ impl Tensor {
         self.neg()?.max(axes, keep)?.neg()
     }
 
-    /// Index of the largest value along the last axis, the first where several are equal, as `i64`.
+    /// Index of the largest value along the last axis, the first where several are equal, as `i64`; the first NaN where
+    /// there is one.
     ///
     /// # Errors
     /// Where there is no last axis or it is empty, or the dtype is not floating point.
@@ -131,8 +138,8 @@ impl Tensor {
         dispatch_float!("reduce", dtype, T => {
             let values = source.floats::<T>("reduce")?;
             let output = match reduction {
-                Reduction::Sum => cpu::sum(&values, outer, count, inner),
-                Reduction::Max => cpu::max(&values, outer, count, inner),
+                Reduction::Sum(factor) => cpu::sum(&values, [outer, count, inner], factor),
+                Reduction::Max => cpu::max(&values, [outer, count, inner]),
             };
             Tensor::from_floats(output, shape, dtype)
         })
@@ -147,6 +154,7 @@ fn keep_axes(shape: &Shape, reduced: &[usize]) -> Shape {
 struct SumRule {
     shape: Shape,
     kept: Shape,
+    factor: f64,
 }
 
 impl Function for SumRule {
@@ -155,7 +163,9 @@ impl Function for SumRule {
     }
 
     fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
-        Ok(vec![Some(backward.grad().reshape(&self.kept)?.broadcast_to(&self.shape)?)])
+        let grad = backward.grad().reshape(&self.kept)?;
+        let grad = if self.factor == 1.0 { grad } else { grad.scale(self.factor)? };
+        Ok(vec![Some(grad.broadcast_to(&self.shape)?)])
     }
 }
 

@@ -1,0 +1,206 @@
+//! Batch normalisation (Ioffe and Szegedy 2015).
+
+mod cpu;
+
+use crate::autograd::{Backward, Function, record};
+use crate::tensor::{Element, Shape};
+use crate::{Error, Result, Tensor, dispatch_float};
+
+const OP: &str = "batch_norm";
+
+/// Mean and variance of each channel, (channels) each.
+#[derive(Clone, Debug)]
+pub struct BatchStatistics {
+    /// Means.
+    pub mean: Tensor,
+    /// Variances.
+    pub variance: Tensor,
+}
+
+impl BatchStatistics {
+    /// Running statistics after a step: (1 − momentum) of these and momentum of the batch's, off the tape.
+    ///
+    /// # Errors
+    /// Where shapes or dtypes differ.
+    pub fn updated(&self, batch: &BatchStatistics, momentum: f64) -> Result<BatchStatistics> {
+        let blend = |old: &Tensor, new: &Tensor| {
+            old.detach().scale(1.0 - momentum)?.add(&new.detach().cast(old.dtype())?.scale(momentum)?)
+        };
+        Ok(BatchStatistics { mean: blend(&self.mean, &batch.mean)?, variance: blend(&self.variance, &batch.variance)? })
+    }
+}
+
+/// Whose statistics normalise.
+#[derive(Clone, Copy, Debug)]
+pub enum BatchNormMode<'a> {
+    /// The batch's own. The gradient flows through them.
+    Train,
+    /// Given ones, as constants.
+    Eval(&'a BatchStatistics),
+}
+
+/// What [`batch_norm`] returns.
+#[derive(Clone, Debug)]
+pub struct BatchNorm {
+    /// The normalised input.
+    pub output: Tensor,
+    /// When training, the batch's statistics for [`BatchStatistics::updated`], off the tape, with the unbiased
+    /// variance (the sum of squares over the count less one), in the dtype in which they were computed.
+    pub batch: Option<BatchStatistics>,
+}
+
+/// (x − mean) / √(variance + `eps`) · weight + bias for every channel of `input` (…, channels); `weight` and `bias` are
+/// (channels), 1 and 0 where absent. The batch's variance is the biased one (the sum of squares over the count).
+///
+/// The gradient of the first order is fused; where gradients are differentiated again it is made of primitive ops.
+///
+/// # Errors
+/// Where shapes or dtypes do not fit, `eps` is not positive, or there are fewer than two values per channel to train
+/// on, which have no unbiased variance.
+pub fn batch_norm(
+    input: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    mode: BatchNormMode<'_>,
+    eps: f64,
+) -> Result<BatchNorm> {
+    let Some((&channels, outer)) = input.shape().split_last().filter(|&(&channels, _)| channels > 0) else {
+        return Err(Error::shape(OP, format!("input {} has no channels", input.shape())));
+    };
+    let count: usize = outer.iter().product();
+    let given = match mode {
+        BatchNormMode::Train if count < 2 => {
+            let message = format!("input {}: training needs two values per channel or more", input.shape());
+            return Err(Error::shape(OP, message));
+        }
+        BatchNormMode::Train => None,
+        BatchNormMode::Eval(statistics) => Some(statistics),
+    };
+    if eps.is_nan() || eps <= 0.0 {
+        return Err(Error::argument(OP, format!("eps must be positive, got {eps}")));
+    }
+    let vectors = [weight, bias, given.map(|given| &given.mean), given.map(|given| &given.variance)];
+    for vector in vectors.into_iter().flatten().filter(|vector| **vector.shape() != [channels]) {
+        return Err(Error::shape(OP, format!("{} for input {}", vector.shape(), input.shape())));
+    }
+    let dtype = input.dtype();
+    let (output, batch, [mean, scale]) = dispatch_float!(OP, dtype, T => {
+        let x = input.floats::<T>(OP)?;
+        let (mean, variance, batch) = match given {
+            Some(given) => (given.mean.cast_values(T::DTYPE)?, given.variance.cast_values(T::DTYPE)?, None),
+            None => {
+                let [mean, biased, unbiased] = cpu::statistics(&x, channels).map(|s| Tensor::from_buffer(s, [channels]));
+                let (mean, biased) = (mean?, biased?);
+                (mean.clone(), biased, Some(BatchStatistics { mean, variance: unbiased? }))
+            }
+        };
+        let scale = Tensor::from_buffer(cpu::inverse_deviation(variance.data::<T>()?, eps), [channels])?;
+        let weight = weight.map(|weight| weight.floats::<T>(OP)).transpose()?;
+        let bias = bias.map(|bias| bias.floats::<T>(OP)).transpose()?;
+        let y = cpu::apply(&x, mean.data()?, scale.data()?, weight.as_deref(), bias.as_deref());
+        Ok((Tensor::from_floats(y, input.shape(), dtype)?, batch, [mean, scale]))
+    })?;
+    let inputs: Vec<&Tensor> = [Some(input), weight, bias].into_iter().flatten().collect();
+    let output = record(output, &inputs, |_| BatchNormRule {
+        input: input.clone(),
+        weight: weight.cloned(),
+        bias: bias.cloned(),
+        mean,
+        scale,
+        eps,
+        train: batch.is_some(),
+    });
+    Ok(BatchNorm { output, batch })
+}
+
+struct BatchNormRule {
+    input: Tensor,
+    weight: Option<Tensor>,
+    bias: Option<Tensor>,
+    mean: Tensor,
+    /// 1 / √(variance + eps)
+    scale: Tensor,
+    eps: f64,
+    train: bool,
+}
+
+/// Gradients of input, weight and bias.
+struct InputGradients {
+    input: Option<Tensor>,
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl Function for BatchNormRule {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    /// With x̂ the normalised input and ⟨·⟩ the mean over the batch: db = Σ dy, dw = Σ dy x̂, and
+    /// dx = w / √(variance + eps) · (dy − ⟨dy⟩ − x̂ ⟨dy x̂⟩), without the means where the statistics are constants.
+    fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        let gradients = if backward.create_graph() { self.composed(backward)? } else { self.fused(backward)? };
+        let mut all = vec![gradients.input];
+        for (parameter, gradient) in [(&self.weight, gradients.weight), (&self.bias, gradients.bias)] {
+            if let Some(parameter) = parameter {
+                all.push(Some(gradient.cast(parameter.dtype())?));
+            }
+        }
+        Ok(all)
+    }
+}
+
+impl BatchNormRule {
+    fn fused(&self, backward: &Backward<'_>) -> Result<InputGradients> {
+        let (dtype, shape) = (self.input.dtype(), self.input.shape());
+        let channels = self.mean.elements();
+        dispatch_float!(OP, dtype, T => {
+            let (x, dy) = (self.input.floats::<T>(OP)?, backward.grad().floats::<T>(OP)?);
+            let weight = self.weight.as_ref().map(|weight| weight.floats::<T>(OP)).transpose()?;
+            let (mean, scale) = (self.mean.data::<T>()?, self.scale.data::<T>()?);
+            let [dw, db] = cpu::parameter_gradients(&x, &dy, mean, scale);
+            let input = if backward.needs(0) {
+                let sums = self.train.then_some((&dw[..], &db[..]));
+                let dx = cpu::input_gradient(&x, &dy, mean, scale, weight.as_deref(), sums);
+                Some(Tensor::from_floats(dx, shape, dtype)?)
+            } else {
+                None
+            };
+            Ok(InputGradients {
+                input,
+                weight: Tensor::from_buffer(dw, [channels])?,
+                bias: Tensor::from_buffer(db, [channels])?,
+            })
+        })
+    }
+
+    fn composed(&self, backward: &Backward<'_>) -> Result<InputGradients> {
+        let (x, dy, dtype) = (&self.input, backward.grad(), self.input.dtype());
+        let channels = self.mean.elements();
+        let axes: Vec<isize> = (0..x.rank() as isize - 1).collect();
+        let (centred, scale) = if self.train {
+            let centred = x.sub(&x.mean(&axes, true)?)?;
+            let scale = centred.square()?.mean(&axes, true)?.shift(self.eps)?.sqrt()?.recip()?;
+            (centred, scale)
+        } else {
+            (x.sub(&self.mean.cast(dtype)?)?, self.scale.cast(dtype)?)
+        };
+        let normalised = centred.mul(&scale)?;
+        let along = dy.mul(&normalised)?;
+        let free = if self.train {
+            let projected = normalised.mul(&along.mean(&axes, true)?)?;
+            dy.sub(&dy.mean(&axes, true)?)?.sub(&projected)?
+        } else {
+            dy.clone()
+        };
+        let scale = match &self.weight {
+            Some(weight) => scale.mul(&weight.cast(dtype)?)?,
+            None => scale,
+        };
+        Ok(InputGradients {
+            input: Some(free.mul(&scale)?),
+            weight: along.sum_to(&Shape::from([channels]))?,
+            bias: dy.sum_to(&Shape::from([channels]))?,
+        })
+    }
+}

@@ -1,0 +1,274 @@
+//! Convolutions of channels-last maps, and their transposes.
+//!
+//! A convolution y = conv(x, w) is linear in x and in w, so the number ⟨g, conv(x, w)⟩ has three derivatives: by g the
+//! convolution itself, by x the input gradient and by w the weight gradient. Each of the three is linear in the two
+//! arguments that are left, and each is a recorded function whose backward rule is the other two. So convolutions have
+//! derivatives of every order.
+
+mod cpu;
+mod depthwise;
+
+use crate::autograd::{Backward, Function, record};
+use crate::tensor::Shape;
+use crate::{Error, Result, Tensor, dispatch_float};
+
+/// How a kernel moves over a map. Pairs are (vertical, horizontal).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Conv2dOptions {
+    /// Steps between neighbouring windows, in input positions.
+    pub stride: [usize; 2],
+    /// Zeros added on each side of the input.
+    pub padding: [usize; 2],
+    /// Distance between neighbouring taps of the kernel, in input positions.
+    pub dilation: [usize; 2],
+    /// Number of equal parts that the channels are cut into; a part of the output sees its part of the input alone.
+    pub groups: usize,
+}
+
+impl Default for Conv2dOptions {
+    /// Stride 1, no padding, dilation 1, one group.
+    fn default() -> Self {
+        Conv2dOptions { stride: [1; 2], padding: [0; 2], dilation: [1; 2], groups: 1 }
+    }
+}
+
+/// Extents of a convolution that has been checked. A transposed convolution runs it from output to input.
+#[derive(Clone, Copy)]
+struct Geometry {
+    batch: usize,
+    input: [usize; 2],
+    output: [usize; 2],
+    in_channels: usize,
+    out_channels: usize,
+    kernel: [usize; 2],
+    options: Conv2dOptions,
+}
+
+impl Geometry {
+    fn input_shape(&self) -> Shape {
+        [self.batch, self.input[0], self.input[1], self.in_channels].into()
+    }
+
+    fn output_shape(&self) -> Shape {
+        [self.batch, self.output[0], self.output[1], self.out_channels].into()
+    }
+
+    fn weight_shape(&self) -> Shape {
+        [self.out_channels, self.group_inputs(), self.kernel[0], self.kernel[1]].into()
+    }
+
+    fn taps(&self) -> usize {
+        self.kernel[0] * self.kernel[1]
+    }
+
+    /// Input channels of one group.
+    fn group_inputs(&self) -> usize {
+        self.in_channels / self.options.groups
+    }
+
+    /// Output channels of one group.
+    fn group_outputs(&self) -> usize {
+        self.out_channels / self.options.groups
+    }
+
+    /// Whether every position is mapped by itself: a matrix product of all positions.
+    fn is_pointwise(&self) -> bool {
+        let Conv2dOptions { stride, padding, groups, .. } = self.options;
+        self.kernel == [1; 2] && stride == [1; 2] && padding == [0; 2] && groups == 1 && self.input == self.output
+    }
+
+    /// Whether every channel is convolved by itself.
+    fn is_depthwise(&self) -> bool {
+        self.options.groups == self.in_channels && self.out_channels == self.in_channels
+    }
+
+    /// What both directions demand of the weight (out, in / groups, kernel height, kernel width) and the options.
+    fn check(op: &'static str, weight: [usize; 4], options: Conv2dOptions) -> Result<()> {
+        let Conv2dOptions { stride, dilation, groups, .. } = options;
+        if stride.contains(&0) || dilation.contains(&0) || groups == 0 {
+            return Err(Error::argument(op, format!("stride, dilation and groups must be positive, got {options:?}")));
+        }
+        if weight.contains(&0) || weight[0] % groups != 0 {
+            let message = format!("weight {} is empty or does not divide into {groups} groups", Shape::from(weight));
+            return Err(Error::shape(op, message));
+        }
+        Ok(())
+    }
+}
+
+/// The extent that a kernel with gaps covers.
+fn window(kernel: usize, dilation: usize) -> Option<usize> {
+    (kernel - 1).checked_mul(dilation)?.checked_add(1)
+}
+
+/// Convolves `input` (batch, height, width, channels) with `weight` (out, channels / groups, kernel height, kernel
+/// width) and adds `bias` (out). The result is (batch, height', width', out) with
+/// height' = ⌊(height + 2 padding − dilation (kernel height − 1) − 1) / stride⌋ + 1.
+///
+/// As everywhere in this field, the kernel is not flipped. Derivatives of every order.
+///
+/// # Errors
+/// Where extents, groups or dtypes do not fit together, a stride or dilation is 0, or the kernel is larger than the
+/// padded input.
+pub fn conv2d(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2dOptions) -> Result<Tensor> {
+    const OP: &str = "conv2d";
+    let [batch, height, width, in_channels] = input.dims(OP, "input (batch, height, width, channels)")?;
+    let weights = weight.dims(OP, "weight (out, in / groups, kernel height, kernel width)")?;
+    Geometry::check(OP, weights, options)?;
+    let [out_channels, group_inputs, kernel @ ..] = weights;
+    if group_inputs.checked_mul(options.groups) != Some(in_channels) {
+        let message = format!("input {}, weight {}, {} groups", input.shape(), weight.shape(), options.groups);
+        return Err(Error::shape(OP, message));
+    }
+    check_parameters(OP, input, weight, bias, out_channels)?;
+    let input_extents = [height, width];
+    let extent = |axis: usize| {
+        let padded = options.padding[axis].checked_mul(2).and_then(|both| both.checked_add(input_extents[axis]));
+        let free = padded.zip(window(kernel[axis], options.dilation[axis])).and_then(|(p, w)| p.checked_sub(w));
+        free.map(|free| free / options.stride[axis] + 1).ok_or_else(|| {
+            let message = format!("kernel {kernel:?} is larger than input {} with {options:?}", input.shape());
+            Error::shape(OP, message)
+        })
+    };
+    let output = [extent(0)?, extent(1)?];
+    let geometry = Geometry { batch, input: input_extents, output, in_channels, out_channels, kernel, options };
+    geometry.output_shape().checked_elements(OP, size_of::<f64>())?;
+    Map::Output.apply(input, weight, bias, geometry)
+}
+
+/// The transpose of [`conv2d`]: what turns the gradient of its output into that of its input, here with `input` (batch,
+/// height, width, channels), `weight` (channels, out / groups, kernel height, kernel width) and `bias` (out). The result
+/// is (batch, height', width', out) with
+/// height' = (height − 1) stride − 2 padding + dilation (kernel height − 1) + output padding + 1.
+///
+/// `output_padding` chooses among the extents that a convolution of this stride maps to `input`'s.
+///
+/// # Errors
+/// Where extents, groups or dtypes do not fit together, a stride or dilation is 0, the output padding is neither below
+/// the stride nor below the dilation, or nothing is left of the result.
+pub fn conv_transpose2d(
+    input: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    options: Conv2dOptions,
+    output_padding: [usize; 2],
+) -> Result<Tensor> {
+    const OP: &str = "conv_transpose2d";
+    let [batch, height, width, channels] = input.dims(OP, "input (batch, height, width, channels)")?;
+    let weights = weight.dims(OP, "weight (channels, out / groups, kernel height, kernel width)")?;
+    Geometry::check(OP, weights, options)?;
+    let [in_weight, group_outputs, kernel @ ..] = weights;
+    if in_weight != channels {
+        return Err(Error::shape(OP, format!("input {}, weight {}", input.shape(), weight.shape())));
+    }
+    let too_large = || Error::shape(OP, format!("weight {} with {options:?} overflows", weight.shape()));
+    let features = group_outputs.checked_mul(options.groups).ok_or_else(too_large)?;
+    check_parameters(OP, input, weight, bias, features)?;
+    let output_extents = [height, width];
+    let extent = |axis: usize| {
+        let (stride, dilation) = (options.stride[axis], options.dilation[axis]);
+        if output_padding[axis] >= stride.max(dilation) {
+            let message = format!("output padding {output_padding:?} must be below stride or dilation of {options:?}");
+            return Err(Error::argument(OP, message));
+        }
+        let covered = output_extents[axis].checked_sub(1).and_then(|steps| steps.checked_mul(stride));
+        let whole = covered.zip(window(kernel[axis], dilation)).and_then(|(c, w)| c.checked_add(w));
+        let whole = whole.and_then(|whole| whole.checked_add(output_padding[axis]));
+        let cropped = whole.zip(options.padding[axis].checked_mul(2)).and_then(|(whole, crop)| whole.checked_sub(crop));
+        cropped.filter(|&extent| extent > 0).ok_or_else(|| {
+            let message = format!("input {} with kernel {kernel:?} and {options:?} leaves no output", input.shape());
+            Error::shape(OP, message)
+        })
+    };
+    let geometry = Geometry {
+        batch,
+        input: [extent(0)?, extent(1)?],
+        output: output_extents,
+        in_channels: features,
+        out_channels: channels,
+        kernel,
+        options,
+    };
+    geometry.input_shape().checked_elements(OP, size_of::<f64>())?;
+    Map::Input.apply(input, weight, bias, geometry)
+}
+
+fn check_parameters(
+    op: &'static str,
+    input: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    features: usize,
+) -> Result<()> {
+    input.expect_float(op)?;
+    [Some(weight), bias].into_iter().flatten().try_for_each(|parameter| parameter.expect_dtype(op, input.dtype()))?;
+    match bias.filter(|bias| **bias.shape() != [features]) {
+        Some(bias) => Err(Error::shape(op, format!("bias {} for {features} output channels", bias.shape()))),
+        None => Ok(()),
+    }
+}
+
+/// The derivatives of ⟨y, conv(x, w)⟩, each named by the argument whose shape it has.
+#[derive(Clone, Copy)]
+enum Map {
+    /// (x, w) ↦ y
+    Output,
+    /// (y, w) ↦ x
+    Input,
+    /// (x, y) ↦ w
+    Weight,
+}
+
+impl Map {
+    fn apply(self, first: &Tensor, second: &Tensor, bias: Option<&Tensor>, geometry: Geometry) -> Result<Tensor> {
+        let (op, dtype) = (self.name(), first.dtype());
+        let output = dispatch_float!(op, dtype, T => {
+            let (a, b) = (first.floats::<T>(op)?, second.floats::<T>(op)?);
+            let bias = bias.map(|bias| bias.floats::<T>(op)).transpose()?;
+            let (values, shape) = match self {
+                Map::Output => (cpu::output(&geometry, &a, &b, bias.as_deref()), geometry.output_shape()),
+                Map::Input => (cpu::input_gradient(&geometry, &a, &b, bias.as_deref()), geometry.input_shape()),
+                Map::Weight => (cpu::weight_gradient(&geometry, &a, &b), geometry.weight_shape()),
+            };
+            Tensor::from_floats(values, shape, dtype)
+        })?;
+        let inputs: Vec<&Tensor> = [Some(first), Some(second), bias].into_iter().flatten().collect();
+        Ok(record(output, &inputs, |_| ConvRule { map: self, first: first.clone(), second: second.clone(), geometry }))
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Map::Output => "conv2d",
+            Map::Input => "conv2d input gradient",
+            Map::Weight => "conv2d weight gradient",
+        }
+    }
+}
+
+struct ConvRule {
+    map: Map,
+    first: Tensor,
+    second: Tensor,
+    geometry: Geometry,
+}
+
+impl Function for ConvRule {
+    fn name(&self) -> &'static str {
+        self.map.name()
+    }
+
+    fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        let (grad, first, second) = (backward.grad(), &self.first, &self.second);
+        // The gradient stands in the place of the map's result; the map of the place that is asked for takes it there.
+        let (of_first, of_second) = match self.map {
+            Map::Output => ((Map::Input, grad, second), (Map::Weight, first, grad)),
+            Map::Input => ((Map::Output, grad, second), (Map::Weight, grad, first)),
+            Map::Weight => ((Map::Input, second, grad), (Map::Output, first, grad)),
+        };
+        let gradient = |index: usize, (map, a, b): (Map, &Tensor, &Tensor)| {
+            if backward.needs(index) { map.apply(a, b, None, self.geometry).map(Some) } else { Ok(None) }
+        };
+        let bias = if backward.needs(2) { Some(grad.sum(&[0, 1, 2], false)?) } else { None };
+        Ok(vec![gradient(0, of_first)?, gradient(1, of_second)?, bias])
+    }
+}

@@ -1,0 +1,94 @@
+//! Two ways to the same result. With few input channels (the stem, 3) a row of a window is a short contiguous run, and
+//! the windows of a row of outputs are one overlapping strided matrix: [`rows`] multiplies it in place. With many
+//! channels (merging) a whole window is copied once into a row of a patch matrix, and [`patches`] makes large products.
+
+use super::{patches, rows};
+use crate::cpu::{Float, parallel};
+use crate::tensor::{Buffer, Shape};
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Kernel {
+    pub side: usize,
+    pub out: usize,
+}
+
+pub(super) struct Problem {
+    /// batch, height, width, channels
+    pub extents: [usize; 4],
+    pub stride: usize,
+    pub kernels: Vec<Kernel>,
+}
+
+pub(super) struct Gradients<T> {
+    pub input: Option<Buffer<T>>,
+    pub weights: Vec<Buffer<T>>,
+}
+
+impl Problem {
+    /// Height and width of the result.
+    pub fn output_map(&self) -> [usize; 2] {
+        let [_, height, width, _] = self.extents;
+        [height / self.stride, width / self.stride]
+    }
+
+    pub fn out_channels(&self) -> usize {
+        self.kernels.iter().map(|kernel| kernel.out).sum()
+    }
+
+    pub fn output_shape(&self) -> Shape {
+        let [rows, columns] = self.output_map();
+        Shape::from([self.extents[0], rows, columns, self.out_channels()])
+    }
+
+    /// The side of the largest window.
+    pub fn largest(&self) -> usize {
+        self.kernels.iter().map(|kernel| kernel.side).max().unwrap_or(self.stride)
+    }
+
+    /// Padding before the map that the largest window needs.
+    pub fn padding(&self) -> usize {
+        (self.largest() - self.stride) / 2
+    }
+
+    /// First channel of each kernel in the result.
+    pub fn first_channels(&self) -> Vec<usize> {
+        let starts = self.kernels.iter().scan(0, |next, kernel| {
+            *next += kernel.out;
+            Some(*next - kernel.out)
+        });
+        starts.collect()
+    }
+
+    fn prefers_rows(&self) -> bool {
+        self.extents[3] <= 16
+    }
+}
+
+pub(super) fn forward<T: Float>(problem: &Problem, input: &[T], weights: &[&[T]], biases: &[&[T]]) -> Buffer<T> {
+    let mut output = Buffer::recycled(problem.output_shape().elements());
+    let channels = problem.out_channels();
+    let bias = biases.concat();
+    parallel::pieces_mut(&mut output, channels * 64, |_, piece| {
+        piece.chunks_mut(channels).for_each(|row| row.copy_from_slice(&bias));
+    });
+    if problem.prefers_rows() {
+        rows::forward(problem, input, weights, &mut output);
+    } else {
+        patches::forward(problem, input, weights, &mut output);
+    }
+    output
+}
+
+pub(super) fn backward<T: Float>(
+    problem: &Problem,
+    input: &[T],
+    weights: &[&[T]],
+    grad: &[T],
+    needs_input: bool,
+) -> Gradients<T> {
+    if problem.prefers_rows() {
+        rows::backward(problem, input, weights, grad, needs_input)
+    } else {
+        patches::backward(problem, input, weights, grad, needs_input)
+    }
+}

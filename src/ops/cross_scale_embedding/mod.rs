@@ -1,0 +1,106 @@
+//! Cross-scale embedding: several convolutions of one stride with concentric windows, side by side in the channels
+//! (CrossFormer, section 3.1).
+
+mod cpu;
+mod patches;
+mod rows;
+
+use crate::autograd::{Backward, Function, record};
+use crate::{Error, Result, Tensor, dispatch_float};
+
+/// Convolves `input` with every kernel and joins the results.
+///
+/// - `input`: (B, H, W, C).
+/// - `weights`: one (O_i, C, k_i, k_i) per kernel, `biases`: one (O_i) per kernel.
+/// - Kernel i is padded by (k_i − stride) / 2 on all sides, so that all windows have one centre.
+/// - Result: (B, ⌊H / stride⌋, ⌊W / stride⌋, Σ O_i), the kernels' channels in the order given.
+///
+/// First derivatives only. The same bits for any number of threads.
+///
+/// # Errors
+/// Where shapes or dtypes do not match, a kernel is smaller than the stride or differs from it by an odd number, or the
+/// map is smaller than the stride.
+pub fn cross_scale_embedding(input: &Tensor, weights: &[Tensor], biases: &[Tensor], stride: usize) -> Result<Tensor> {
+    const OP: &str = "cross_scale_embedding";
+    let dtype = input.dtype();
+    let [batch, height, width, channels] = input.dims::<4>(OP, "input (batch, height, width, channels)")?;
+    if weights.is_empty() || weights.len() != biases.len() {
+        return Err(Error::argument(OP, format!("{} weights and {} biases", weights.len(), biases.len())));
+    }
+    if stride == 0 || height < stride || width < stride {
+        return Err(Error::shape(OP, format!("a map of {height}×{width} has no window of stride {stride}")));
+    }
+    let mut kernels = Vec::with_capacity(weights.len());
+    for (weight, bias) in weights.iter().zip(biases) {
+        weight.expect_dtype(OP, dtype)?;
+        bias.expect_dtype(OP, dtype)?;
+        let [out, fan_in, side, across] = weight.dims::<4>(OP, "weight (out, channels, kernel, kernel)")?;
+        if fan_in != channels || side != across || **bias.shape() != [out] {
+            let message = format!("weight {} and bias {} for {channels} channels", weight.shape(), bias.shape());
+            return Err(Error::shape(OP, message));
+        }
+        if side < stride || !(side - stride).is_multiple_of(2) {
+            let message = format!("kernel {side} for stride {stride}; expected stride plus an even number");
+            return Err(Error::argument(OP, message));
+        }
+        kernels.push(cpu::Kernel { side, out });
+    }
+    let problem = cpu::Problem { extents: [batch, height, width, channels], stride, kernels };
+    let output = dispatch_float!(OP, dtype, T => {
+        let weights = floats::<T>(weights)?;
+        let biases = floats::<T>(biases)?;
+        let output = cpu::forward(&problem, &input.floats::<T>(OP)?, &slices(&weights), &slices(&biases));
+        Tensor::from_floats(output, problem.output_shape(), dtype)
+    })?;
+    let inputs: Vec<&Tensor> = std::iter::once(input).chain(weights).chain(biases).collect();
+    Ok(record(output, &inputs, |_| EmbeddingRule { input: input.clone(), weights: weights.to_vec(), problem }))
+}
+
+fn floats<T: crate::cpu::Float>(tensors: &[Tensor]) -> Result<Vec<crate::tensor::Floats<'_, T>>> {
+    tensors.iter().map(|tensor| tensor.floats::<T>("cross_scale_embedding")).collect()
+}
+
+fn slices<'a, T: crate::cpu::Float>(tensors: &'a [crate::tensor::Floats<'_, T>]) -> Vec<&'a [T]> {
+    tensors.iter().map(|tensor| &**tensor).collect()
+}
+
+struct EmbeddingRule {
+    input: Tensor,
+    weights: Vec<Tensor>,
+    problem: cpu::Problem,
+}
+
+impl Function for EmbeddingRule {
+    fn name(&self) -> &'static str {
+        "cross_scale_embedding"
+    }
+
+    fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        const OP: &str = "cross_scale_embedding";
+        backward.first_order_only(OP)?;
+        let grad = backward.grad();
+        let dtype = grad.dtype();
+        dispatch_float!(OP, dtype, T => {
+            let weights = floats::<T>(&self.weights)?;
+            let gradients = cpu::backward(
+                &self.problem,
+                &self.input.floats::<T>(OP)?,
+                &slices(&weights),
+                &grad.floats::<T>(OP)?,
+                backward.needs(0),
+            );
+            let tensor = |gradient, like: &Tensor| Tensor::from_floats(gradient, like.shape(), dtype);
+            let mut results = vec![gradients.input.map(|gradient| tensor(gradient, &self.input)).transpose()?];
+            for (gradient, weight) in gradients.weights.into_iter().zip(&self.weights) {
+                results.push(Some(tensor(gradient, weight)?));
+            }
+            let per_channel = grad.sum(&[0, 1, 2], false)?;
+            let mut first = 0;
+            for kernel in &self.problem.kernels {
+                results.push(Some(per_channel.narrow(0, first, kernel.out)?));
+                first += kernel.out;
+            }
+            Ok(results)
+        })
+    }
+}

@@ -1,0 +1,168 @@
+//! Patch matrices and large products, for many input channels.
+//!
+//! One row per output holds the largest window, its taps ordered from the centre outwards: the window of every smaller
+//! kernel is then a prefix of the row, and one matrix serves all kernels. Images are taken in runs whose matrix is about
+//! 16 MiB.
+
+use super::cpu::{Gradients, Kernel, Problem};
+use crate::cpu::gemm::{Into, Matrix, Threads, gemm};
+use crate::cpu::{Float, parallel};
+use crate::tensor::Buffer;
+
+const PATCH_BYTES: usize = 16 << 20;
+
+/// Positions (row, column) in the largest window, those of smaller kernels first.
+fn taps(problem: &Problem) -> Vec<[usize; 2]> {
+    let largest = problem.largest();
+    let mut sides: Vec<usize> = problem.kernels.iter().map(|kernel| kernel.side).collect();
+    sides.sort_unstable();
+    let inside = |side: usize, at: usize| (at + side / 2 >= largest / 2) && at + side / 2 - largest / 2 < side;
+    let smallest = |[row, column]: [usize; 2]| {
+        sides.iter().position(|&side| inside(side, row) && inside(side, column)).unwrap_or(sides.len())
+    };
+    let mut taps: Vec<[usize; 2]> = (0..largest * largest).map(|i| [i / largest, i % largest]).collect();
+    taps.sort_by_key(|&tap| smallest(tap));
+    taps
+}
+
+/// Weights as (out, tap, channel).
+fn pack<T: Float>(problem: &Problem, kernel: Kernel, taps: &[[usize; 2]], weight: &[T]) -> Buffer<T> {
+    let (channels, side) = (problem.extents[3], kernel.side);
+    let index = weight_index(problem, kernel, taps);
+    Buffer::from_fn(kernel.out * side * side * channels, |i| weight[index(i)])
+}
+
+/// From an index into (out, tap, channel) to the one into (out, channel, row, column).
+fn weight_index(problem: &Problem, kernel: Kernel, taps: &[[usize; 2]]) -> impl Fn(usize) -> usize {
+    let (channels, side) = (problem.extents[3], kernel.side);
+    let inset = (problem.largest() - side) / 2;
+    move |i| {
+        let (out, tap, channel) = (i / (side * side * channels), i / channels % (side * side), i % channels);
+        let [row, column] = taps[tap];
+        ((out * channels + channel) * side + row - inset) * side + column - inset
+    }
+}
+
+fn images_per_run<T>(problem: &Problem) -> usize {
+    let [rows, columns] = problem.output_map();
+    let image = rows * columns * problem.largest().pow(2) * problem.extents[3] * size_of::<T>();
+    (PATCH_BYTES / image.max(1)).max(1)
+}
+
+/// Calls `visit(column, row)` for every tap that lies inside the map: the tap's place in a patch row, and the input's.
+#[inline(always)]
+fn for_each_tap(problem: &Problem, taps: &[[usize; 2]], [y, x]: [usize; 2], mut visit: impl FnMut(usize, usize)) {
+    let [_, height, width, channels] = problem.extents;
+    let border = problem.padding();
+    for (number, &[row, column]) in taps.iter().enumerate() {
+        let (row, column) = (y * problem.stride + row, x * problem.stride + column);
+        if (border..border + height).contains(&row) && (border..border + width).contains(&column) {
+            visit(number * channels, ((row - border) * width + column - border) * channels);
+        }
+    }
+}
+
+fn gather<T: Float>(problem: &Problem, taps: &[[usize; 2]], input: &[T], patches: &mut [T]) {
+    let [_, height, width, channels] = problem.extents;
+    let [rows, columns] = problem.output_map();
+    let depth = taps.len() * channels;
+    parallel::pieces_mut(patches, columns * depth, |number, patches| {
+        let input = &input[number / rows * height * width * channels..];
+        patches.fill(T::ZERO);
+        for (x, patch) in patches.chunks_exact_mut(depth).enumerate() {
+            for_each_tap(problem, taps, [number % rows, x], |to, from| {
+                patch[to..][..channels].copy_from_slice(&input[from..][..channels]);
+            });
+        }
+    });
+}
+
+/// Adds the convolutions to `output`, which holds the biases.
+pub(super) fn forward<T: Float>(problem: &Problem, input: &[T], weights: &[&[T]], output: &mut [T]) {
+    let [_, height, width, channels] = problem.extents;
+    let [rows, columns] = problem.output_map();
+    let (taps, out_channels) = (taps(problem), problem.out_channels());
+    let depth = taps.len() * channels;
+    let packed: Vec<Buffer<T>> =
+        problem.kernels.iter().zip(weights).map(|(&kernel, weight)| pack(problem, kernel, &taps, weight)).collect();
+    let run = images_per_run::<T>(problem);
+    let inputs = input.chunks(run * height * width * channels);
+    for (input, output) in inputs.zip(output.chunks_mut(run * rows * columns * out_channels)) {
+        let count = output.len() / out_channels;
+        let mut patches = Buffer::recycled(count * depth);
+        gather(problem, &taps, input, &mut patches);
+        for ((kernel, packed), first) in problem.kernels.iter().zip(&packed).zip(problem.first_channels()) {
+            let window = kernel.side * kernel.side * channels;
+            let left = Matrix::strided(&patches, count, window, depth, 1);
+            let right = Matrix::row_major(packed, kernel.out, window).transposed();
+            gemm(&mut output[first..], out_channels, left, right, Into::Add, Threads::All);
+        }
+    }
+}
+
+pub(super) fn backward<T: Float>(
+    problem: &Problem,
+    input: &[T],
+    weights: &[&[T]],
+    grad: &[T],
+    needs_input: bool,
+) -> Gradients<T> {
+    let [_, height, width, channels] = problem.extents;
+    let [rows, columns] = problem.output_map();
+    let (taps, out_channels) = (taps(problem), problem.out_channels());
+    let depth = taps.len() * channels;
+    let packed: Vec<Buffer<T>> =
+        problem.kernels.iter().zip(weights).map(|(&kernel, weight)| pack(problem, kernel, &taps, weight)).collect();
+    let mut packed_grads: Vec<Buffer<T>> = packed.iter().map(|packed| Buffer::zeroed(packed.len())).collect();
+    let mut input_grad = needs_input.then(|| Buffer::recycled(input.len()));
+    let run = images_per_run::<T>(problem);
+    for (number, input) in input.chunks(run * height * width * channels).enumerate() {
+        let images = input.len() / (height * width * channels);
+        let count = images * rows * columns;
+        let grad = &grad[number * run * rows * columns * out_channels..][..count * out_channels];
+        let mut patches = Buffer::recycled(count * depth);
+        gather(problem, &taps, input, &mut patches);
+        let parts = problem.kernels.iter().zip(problem.first_channels());
+        for ((kernel, first), packed_grad) in parts.clone().zip(&mut packed_grads) {
+            let window = kernel.side * kernel.side * channels;
+            let left = Matrix::strided(&grad[first..], count, kernel.out, out_channels, 1).transposed();
+            let right = Matrix::strided(&patches, count, window, depth, 1);
+            gemm(packed_grad, window, left, right, Into::Add, Threads::All);
+        }
+        if let Some(input_grad) = &mut input_grad {
+            patches.fill(T::ZERO);
+            for ((kernel, first), packed) in parts.zip(&packed) {
+                let window = kernel.side * kernel.side * channels;
+                let left = Matrix::strided(&grad[first..], count, kernel.out, out_channels, 1);
+                let right = Matrix::row_major(packed, kernel.out, window);
+                gemm(&mut patches, depth, left, right, Into::Add, Threads::All);
+            }
+            let run_grad = &mut input_grad[number * run * height * width * channels..][..input.len()];
+            scatter(problem, &taps, &patches, run_grad);
+        }
+    }
+    let unpack = |(grad, &kernel): (&Buffer<T>, &Kernel)| {
+        let index = weight_index(problem, kernel, &taps);
+        let mut weight_grad = Buffer::recycled(grad.len());
+        grad.iter().enumerate().for_each(|(i, &value)| weight_grad[index(i)] = value);
+        weight_grad
+    };
+    Gradients { input: input_grad, weights: packed_grads.iter().zip(&problem.kernels).map(unpack).collect() }
+}
+
+/// Adds every patch to the input positions that it was gathered from. One task per image: windows overlap.
+fn scatter<T: Float>(problem: &Problem, taps: &[[usize; 2]], patches: &[T], input_grad: &mut [T]) {
+    let [_, height, width, channels] = problem.extents;
+    let [rows, columns] = problem.output_map();
+    let depth = taps.len() * channels;
+    parallel::pieces_mut(input_grad, height * width * channels, |image, input_grad| {
+        input_grad.fill(T::ZERO);
+        let patches = &patches[image * rows * columns * depth..][..rows * columns * depth];
+        for (at, patch) in patches.chunks_exact(depth).enumerate() {
+            for_each_tap(problem, taps, [at / columns, at % columns], |from, to| {
+                let sums = input_grad[to..][..channels].iter_mut();
+                sums.zip(&patch[from..][..channels]).for_each(|(sum, &value)| *sum += value);
+            });
+        }
+    });
+}

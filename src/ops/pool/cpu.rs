@@ -1,0 +1,103 @@
+//! Largest values of windows, and where they were.
+
+use super::Window;
+use crate::cpu::{Float, parallel, simd};
+use crate::tensor::Buffer;
+
+/// The largest value of each window, and its position y · width + x as the bytes of a `u32`.
+pub(super) fn max_pool<T: Float>(
+    input: &[T],
+    [batch, height, width, channels]: [usize; 4],
+    [vertical, horizontal]: &[Vec<Window>; 2],
+) -> (Buffer<T>, Buffer<u8>) {
+    let line = horizontal.len() * channels;
+    let mut output = Buffer::recycled(batch * vertical.len() * line);
+    let mut positions = Buffer::<u8>::recycled(output.len() * size_of::<u32>());
+    let places = bytemuck::cast_slice_mut::<u8, u32>(&mut positions).chunks_mut(line.max(1));
+    let mut lines: Vec<(&mut [T], &mut [u32])> = output.chunks_mut(line.max(1)).zip(places).collect();
+    let lines_per_piece = (parallel::PIECE / line.max(1)).max(1);
+    parallel::pieces_mut(&mut lines, lines_per_piece, |piece, lines| {
+        let first = piece * lines_per_piece;
+        for (index, (largest, positions)) in lines.iter_mut().enumerate() {
+            let (image, y) = ((first + index) / vertical.len(), (first + index) % vertical.len());
+            let image = &input[image * height * width * channels..][..height * width * channels];
+            simd::dispatch(
+                #[inline(always)]
+                || {
+                    let outputs = largest.chunks_mut(channels).zip(positions.chunks_mut(channels));
+                    for ((largest, positions), x) in outputs.zip(horizontal) {
+                        let lines = vertical[y].inside.clone();
+                        let places = lines.flat_map(|y| x.inside.clone().map(move |x| y * width + x));
+                        choose(image, places, largest, positions);
+                    }
+                },
+            );
+        }
+    });
+    (output, positions)
+}
+
+/// The largest values of each channel over `places`.
+#[inline(always)]
+fn choose<T: Float>(image: &[T], places: impl Iterator<Item = usize>, largest: &mut [T], positions: &mut [u32]) {
+    let channels = largest.len();
+    for (number, place) in places.enumerate() {
+        let values = &image[place * channels..][..channels];
+        if number == 0 {
+            largest.copy_from_slice(values);
+            positions.fill(place as u32);
+            continue;
+        }
+        for ((best, position), &value) in largest.iter_mut().zip(positions.iter_mut()).zip(values) {
+            // False for a best that is NaN, true for a value that is.
+            let better = !(value <= *best || *best != *best);
+            *best = if better { value } else { *best };
+            *position = if better { place as u32 } else { *position };
+        }
+    }
+}
+
+pub(super) fn gather<T: Float>(
+    source: &[T],
+    positions: &[u32],
+    inputs: usize,
+    outputs: usize,
+    channels: usize,
+) -> Buffer<T> {
+    let mut output = Buffer::recycled(positions.len());
+    let row = channels.max(1);
+    let rows_per_piece = (parallel::PIECE / row).max(1);
+    parallel::pieces_mut(&mut output, rows_per_piece * row, |index, piece| {
+        for (out_row, out) in piece.chunks_mut(row).enumerate() {
+            let at = index * rows_per_piece + out_row;
+            let image = &source[at / outputs * inputs * channels..][..inputs * channels];
+            let positions = &positions[at * channels..][..channels];
+            for (channel, (out, &position)) in out.iter_mut().zip(positions).enumerate() {
+                *out = image[position as usize * channels + channel];
+            }
+        }
+    });
+    output
+}
+
+/// Images are independent, and each is summed in the order of the windows.
+pub(super) fn scatter<T: Float>(
+    source: &[T],
+    positions: &[u32],
+    inputs: usize,
+    outputs: usize,
+    channels: usize,
+) -> Buffer<T> {
+    let images = positions.len() / (outputs * channels).max(1);
+    let mut output = Buffer::zeroed(images * inputs * channels);
+    parallel::pieces_mut(&mut output, inputs * channels, |image, out| {
+        let at = image * outputs * channels;
+        let rows = source[at..][..outputs * channels].chunks(channels).zip(positions[at..].chunks(channels));
+        for (values, positions) in rows {
+            for (channel, (&value, &position)) in values.iter().zip(positions).enumerate() {
+                out[position as usize * channels + channel] += value;
+            }
+        }
+    });
+    output
+}

@@ -1,0 +1,167 @@
+//! Batch normalisation.
+
+use std::fmt;
+
+use gridgrad::ops::{BatchNormMode, BatchStatistics, batch_norm};
+use gridgrad::{DType, Result, Tensor};
+
+use crate::harness::{OpCase, Tolerance, Work, check, randn};
+
+struct BatchNorm {
+    shape: Vec<usize>,
+    affine: bool,
+    train: bool,
+    /// Added to the input: a mean far from zero must not cost precision.
+    offset: f64,
+}
+
+const EPS: f64 = 1e-5;
+
+impl fmt::Display for BatchNorm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { shape, affine, train, offset } = self;
+        write!(f, "batch_norm {shape:?}, affine {affine}, train {train}, offset {offset}")
+    }
+}
+
+impl BatchNorm {
+    fn channels(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
+    }
+
+    fn running(&self) -> BatchStatistics {
+        let value = |c: usize| 0.5 + c as f64 / 8.0;
+        let vector = |shift: f64| Tensor::from_index([self.channels()], DType::F64, |c| value(c) + shift).unwrap();
+        BatchStatistics { mean: vector(-1.0), variance: vector(0.0) }
+    }
+}
+
+impl OpCase for BatchNorm {
+    fn inputs(&self) -> Vec<Tensor> {
+        let mut inputs = vec![randn(&self.shape, 0).shift(self.offset).unwrap()];
+        if self.affine {
+            inputs.extend([randn(&[self.channels()], 1), randn(&[self.channels()], 2)]);
+        }
+        inputs
+    }
+
+    fn run(&self, inputs: &[Tensor]) -> Result<Tensor> {
+        let running = self.running();
+        let mode = if self.train { BatchNormMode::Train } else { BatchNormMode::Eval(&running) };
+        Ok(batch_norm(&inputs[0], inputs.get(1), inputs.get(2), mode, EPS)?.output)
+    }
+
+    fn reference(&self, inputs: &[Vec<f64>]) -> Vec<f64> {
+        let channels = self.channels();
+        let (x, rows) = (&inputs[0], inputs[0].len() / channels);
+        let running = self.running();
+        let statistics = |c: usize| {
+            if !self.train {
+                return (running.mean.to_f64_vec()[c], running.variance.to_f64_vec()[c]);
+            }
+            let column = || x.iter().skip(c).step_by(channels);
+            let mean = column().sum::<f64>() / rows as f64;
+            (mean, column().map(|v| (v - mean).powi(2)).sum::<f64>() / rows as f64)
+        };
+        let statistics: Vec<(f64, f64)> = (0..channels).map(statistics).collect();
+        let value = |(i, v): (usize, &f64)| {
+            let (mean, variance) = statistics[i % channels];
+            let (weight, bias) =
+                if self.affine { (inputs[1][i % channels], inputs[2][i % channels]) } else { (1.0, 0.0) };
+            (v - mean) / (variance + EPS).sqrt() * weight + bias
+        };
+        x.iter().enumerate().map(value).collect()
+    }
+
+    fn work(&self) -> Work {
+        let elements = self.shape.iter().product::<usize>() as u64;
+        Work { bytes: 4 * 2 * elements, flops: if self.train { 6 } else { 2 } * elements }
+    }
+
+    fn tolerance(&self) -> Tolerance {
+        // Two values per channel may lie close together: their difference is divided by a small deviation. And the
+        // differences of an offset input have its rounding.
+        Tolerance { f64: 1e-12, f32: 2e-5 + 1e-6 * self.offset, gradient: 1e-6 }
+    }
+}
+
+fn case(shape: &[usize], affine: bool, train: bool, offset: f64) -> Box<dyn OpCase> {
+    Box::new(BatchNorm { shape: shape.to_vec(), affine, train, offset })
+}
+
+fn cases() -> Vec<Box<dyn OpCase>> {
+    let mut cases = Vec::new();
+    for train in [true, false] {
+        for affine in [true, false] {
+            cases.push(case(&[5, 1], affine, train, 0.0));
+            cases.push(case(&[2, 3, 5, 7], affine, train, 0.0));
+            cases.push(case(&[97, 13], affine, train, 0.0));
+        }
+        cases.push(case(&[3, 1, 1, 4], true, train, 0.0));
+    }
+    // Several blocks and parts of uneven length.
+    cases.push(case(&[3, 31, 29, 5], true, true, 0.0));
+    cases.push(case(&[0, 4, 4, 3], true, false, 0.0));
+    cases.push(case(&[1, 1, 1, 3], true, false, 0.0));
+    cases
+}
+
+/// The first and last stage of ResNet-18 for CIFAR at batch 128.
+pub fn benchmarks() -> Vec<Box<dyn OpCase>> {
+    vec![case(&[128, 32, 32, 64], true, true, 0.0), case(&[128, 4, 4, 512], true, true, 0.0)]
+}
+
+#[test]
+fn normalisation_agrees_with_its_definition() {
+    check(&cases());
+}
+
+#[test]
+fn a_far_mean_costs_no_precision() {
+    let case = BatchNorm { shape: vec![5000, 3], affine: false, train: true, offset: 1000.0 };
+    let input = case.inputs()[0].cast(DType::F32).unwrap();
+    let got = case.run(&[input.clone()]).unwrap().to_f64_vec();
+    for (got, want) in got.into_iter().zip(case.reference(&[input.to_f64_vec()])) {
+        assert!((got - want).abs() < case.tolerance().f32, "{got} and {want}");
+    }
+}
+
+#[test]
+fn statistics_are_the_batchs_and_update_the_running_ones() {
+    let x = Tensor::new(&[1.0f32, 10.0, 2.0, 10.0, 6.0, 10.0], [3, 2]).unwrap();
+    let batch = batch_norm(&x, None, None, BatchNormMode::Train, EPS).unwrap().batch.unwrap();
+    assert_eq!(batch.mean.to_vec::<f32>().unwrap(), [3.0, 10.0]);
+    assert_eq!(batch.variance.to_vec::<f32>().unwrap(), [7.0, 0.0]);
+    let vector = |value: f32| Tensor::new(&[value; 2], [2]).unwrap();
+    let running = BatchStatistics { mean: vector(1.0), variance: vector(2.0) }.updated(&batch, 0.5).unwrap();
+    assert_eq!(running.mean.to_vec::<f32>().unwrap(), [2.0, 5.5]);
+    assert_eq!(running.variance.to_vec::<f32>().unwrap(), [4.5, 1.0]);
+    assert!(batch_norm(&x, None, None, BatchNormMode::Eval(&running), EPS).unwrap().batch.is_none());
+}
+
+#[test]
+fn half_precision_maps_take_single_precision_parameters() {
+    let (x, weight) = (randn(&[8, 3], 0).cast(DType::Bf16).unwrap(), Tensor::ones([3], DType::F32).unwrap());
+    let weight = weight.variable().unwrap();
+    let output = batch_norm(&x, Some(&weight), None, BatchNormMode::Train, EPS).unwrap().output;
+    assert_eq!(output.dtype(), DType::Bf16);
+    let gradients = output.square().unwrap().sum_all().unwrap().backward().unwrap();
+    assert_eq!(gradients.get(&weight).unwrap().dtype(), DType::F32);
+}
+
+#[test]
+fn bad_arguments_are_errors() {
+    let train = |x: &Tensor, weight: Option<&Tensor>, eps: f64| {
+        batch_norm(x, weight, None, BatchNormMode::Train, eps).unwrap_err().to_string()
+    };
+    let x = randn(&[4, 3], 0);
+    assert!(train(&x, Some(&randn(&[4], 0)), EPS).contains("(4) for input (4, 3)"));
+    assert!(train(&x, Some(&randn(&[3], 0).cast(DType::F32).unwrap()), EPS).contains("dtype f32"));
+    assert!(train(&x, None, 0.0).contains("eps must be positive"));
+    assert!(train(&x, None, f64::NAN).contains("eps must be positive"));
+    assert!(train(&randn(&[1, 1, 1, 3], 0), None, EPS).contains("two values per channel"));
+    assert!(train(&randn(&[0, 2, 2, 3], 0), None, EPS).contains("two values per channel"));
+    assert!(train(&randn(&[4, 0], 0), None, EPS).contains("no channels"));
+    assert!(train(&randn(&[], 0), None, EPS).contains("no channels"));
+    assert!(train(&Tensor::zeros([4, 3], DType::I64).unwrap(), None, EPS).contains("dtype i64"));
+}

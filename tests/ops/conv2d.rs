@@ -1,0 +1,323 @@
+//! Convolutions and transposed convolutions.
+
+use std::fmt;
+
+use gridgrad::autograd::{GradOptions, grad};
+use gridgrad::ops::{Conv2dOptions, conv_transpose2d, conv2d};
+use gridgrad::{DType, Result, Tensor};
+
+use crate::harness::{OpCase, ROUNDING, Tolerance, Work, check, randn};
+
+/// Sums of `terms` products of normal numbers: the error grows with the root of their number.
+fn sum_tolerance(terms: usize) -> Tolerance {
+    let growth = (terms as f64).sqrt().max(1.0);
+    Tolerance { f64: ROUNDING.f64 * growth, f32: ROUNDING.f32 * growth, ..ROUNDING }
+}
+
+const PLAIN: Conv2dOptions = Conv2dOptions { stride: [1; 2], padding: [0; 2], dilation: [1; 2], groups: 1 };
+
+#[derive(Debug)]
+struct Conv2d {
+    /// batch, height, width, channels
+    input: [usize; 4],
+    out_channels: usize,
+    kernel: [usize; 2],
+    bias: bool,
+    options: Conv2dOptions,
+}
+
+impl fmt::Display for Conv2d {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self:?}")
+    }
+}
+
+impl Conv2d {
+    fn output(&self) -> [usize; 2] {
+        let Conv2dOptions { stride, padding, dilation, .. } = self.options;
+        [0, 1].map(|axis| {
+            let window = dilation[axis] * (self.kernel[axis] - 1) + 1;
+            (self.input[axis + 1] + 2 * padding[axis] - window) / stride[axis] + 1
+        })
+    }
+
+    fn terms(&self) -> usize {
+        self.kernel[0] * self.kernel[1] * self.input[3] / self.options.groups
+    }
+}
+
+impl OpCase for Conv2d {
+    fn inputs(&self) -> Vec<Tensor> {
+        let weight = [self.out_channels, self.input[3] / self.options.groups, self.kernel[0], self.kernel[1]];
+        let mut inputs = vec![randn(&self.input, 0), randn(&weight, 1)];
+        if self.bias {
+            inputs.push(randn(&[self.out_channels], 2));
+        }
+        inputs
+    }
+
+    fn run(&self, inputs: &[Tensor]) -> Result<Tensor> {
+        conv2d(&inputs[0], &inputs[1], inputs.get(2), self.options)
+    }
+
+    fn reference(&self, inputs: &[Vec<f64>]) -> Vec<f64> {
+        let Conv2dOptions { stride, padding, dilation, groups } = self.options;
+        let ([batch, height, width, channels], [kh, kw]) = (self.input, self.kernel);
+        let (group_in, group_out) = (channels / groups, self.out_channels / groups);
+        let [out_height, out_width] = self.output();
+        let mut output = Vec::new();
+        for b in 0..batch {
+            for (y, x) in (0..out_height).flat_map(|y| (0..out_width).map(move |x| (y, x))) {
+                for o in 0..self.out_channels {
+                    let mut sum = if self.bias { inputs[2][o] } else { 0.0 };
+                    for (i, j) in (0..kh).flat_map(|i| (0..kw).map(move |j| (i, j))) {
+                        let (row, column) = (y * stride[0] + i * dilation[0], x * stride[1] + j * dilation[1]);
+                        if row < padding[0] || column < padding[1] {
+                            continue;
+                        }
+                        let (row, column) = (row - padding[0], column - padding[1]);
+                        if row >= height || column >= width {
+                            continue;
+                        }
+                        for c in 0..group_in {
+                            let channel = o / group_out * group_in + c;
+                            let value = inputs[0][((b * height + row) * width + column) * channels + channel];
+                            sum += value * inputs[1][((o * group_in + c) * kh + i) * kw + j];
+                        }
+                    }
+                    output.push(sum);
+                }
+            }
+        }
+        output
+    }
+
+    fn work(&self) -> Work {
+        let [out_height, out_width] = self.output();
+        let outputs = self.input[0] * out_height * out_width * self.out_channels;
+        let values = self.input.iter().product::<usize>() + self.out_channels * self.terms() + outputs;
+        Work { bytes: 4 * values as u64, flops: 2 * (outputs * self.terms()) as u64 }
+    }
+
+    fn tolerance(&self) -> Tolerance {
+        sum_tolerance(self.terms())
+    }
+}
+
+#[derive(Debug)]
+struct ConvTranspose2d {
+    /// batch, height, width, channels
+    input: [usize; 4],
+    out_channels: usize,
+    kernel: [usize; 2],
+    options: Conv2dOptions,
+    output_padding: [usize; 2],
+}
+
+impl fmt::Display for ConvTranspose2d {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self:?}")
+    }
+}
+
+impl OpCase for ConvTranspose2d {
+    fn inputs(&self) -> Vec<Tensor> {
+        let weight = [self.input[3], self.out_channels / self.options.groups, self.kernel[0], self.kernel[1]];
+        vec![randn(&self.input, 0), randn(&weight, 1), randn(&[self.out_channels], 2)]
+    }
+
+    fn run(&self, inputs: &[Tensor]) -> Result<Tensor> {
+        conv_transpose2d(&inputs[0], &inputs[1], Some(&inputs[2]), self.options, self.output_padding)
+    }
+
+    /// Every input value paints its kernel into the output.
+    fn reference(&self, inputs: &[Vec<f64>]) -> Vec<f64> {
+        let Conv2dOptions { stride, padding, dilation, groups } = self.options;
+        let ([batch, height, width, channels], [kh, kw]) = (self.input, self.kernel);
+        let (group_in, group_out) = (channels / groups, self.out_channels / groups);
+        let extent = |axis: usize| {
+            (self.input[axis + 1] - 1) * stride[axis]
+                + dilation[axis] * (self.kernel[axis] - 1)
+                + 1
+                + self.output_padding[axis]
+                - 2 * padding[axis]
+        };
+        let (out_height, out_width) = (extent(0), extent(1));
+        let mut output: Vec<f64> =
+            (0..batch * out_height * out_width * self.out_channels).map(|i| inputs[2][i % self.out_channels]).collect();
+        for at in 0..batch * height * width * channels {
+            let (channel, x, y) = (at % channels, at / channels % width, at / channels / width % height);
+            let b = at / channels / width / height;
+            for (i, j) in (0..kh).flat_map(|i| (0..kw).map(move |j| (i, j))) {
+                let row = (y * stride[0] + i * dilation[0]).checked_sub(padding[0]).filter(|&row| row < out_height);
+                let column = (x * stride[1] + j * dilation[1]).checked_sub(padding[1]).filter(|&c| c < out_width);
+                let (Some(row), Some(column)) = (row, column) else { continue };
+                for o in 0..group_out {
+                    let weight = inputs[1][((channel * group_out + o) * kh + i) * kw + j];
+                    let feature = channel / group_in * group_out + o;
+                    output[((b * out_height + row) * out_width + column) * self.out_channels + feature] +=
+                        inputs[0][at] * weight;
+                }
+            }
+        }
+        output
+    }
+
+    fn work(&self) -> Work {
+        let inputs: usize = self.input.iter().product();
+        let terms = self.kernel[0] * self.kernel[1] * self.out_channels / self.options.groups;
+        let area: usize = self.options.stride.iter().product::<usize>() * self.out_channels;
+        let outputs = inputs / self.input[3].max(1) * area;
+        Work { bytes: 4 * (inputs + outputs + terms * self.input[3]) as u64, flops: 2 * (inputs * terms) as u64 }
+    }
+
+    fn tolerance(&self) -> Tolerance {
+        sum_tolerance(self.kernel[0] * self.kernel[1] * self.input[3])
+    }
+}
+
+fn conv(input: [usize; 4], out_channels: usize, kernel: [usize; 2], options: Conv2dOptions) -> Box<dyn OpCase> {
+    Box::new(Conv2d { input, out_channels, kernel, bias: true, options })
+}
+
+fn cases() -> Vec<Box<dyn OpCase>> {
+    let mut cases = vec![
+        // Maps of one position, pointwise convolutions, and pointwise ones that are not: padded, strided, grouped.
+        conv([1, 1, 1, 1], 1, [1, 1], PLAIN),
+        conv([2, 5, 7, 3], 4, [1, 1], PLAIN),
+        conv([2, 5, 7, 3], 4, [1, 1], Conv2dOptions { padding: [1, 0], ..PLAIN }),
+        conv([2, 7, 6, 5], 3, [1, 1], Conv2dOptions { stride: [2, 3], ..PLAIN }),
+        // Primes, asymmetrical kernels and paddings.
+        conv([1, 7, 11, 3], 5, [3, 3], Conv2dOptions { padding: [1, 1], ..PLAIN }),
+        conv([2, 11, 5, 2], 3, [5, 1], Conv2dOptions { padding: [2, 0], ..PLAIN }),
+        conv([1, 5, 13, 2], 3, [1, 4], Conv2dOptions { padding: [0, 3], ..PLAIN }),
+        conv([1, 5, 4, 2], 3, [2, 3], Conv2dOptions { stride: [2, 1], padding: [1, 2], ..PLAIN }),
+        // Kernels larger than the map; padding beyond the kernel; strides beyond the kernel.
+        conv([2, 2, 3, 2], 3, [5, 4], Conv2dOptions { padding: [2, 1], ..PLAIN }),
+        conv([1, 3, 2, 2], 2, [2, 2], Conv2dOptions { padding: [3, 4], ..PLAIN }),
+        conv([1, 11, 9, 2], 3, [2, 1], Conv2dOptions { stride: [4, 3], ..PLAIN }),
+        conv([1, 11, 9, 2], 3, [2, 2], Conv2dOptions { stride: [3, 5], padding: [1, 2], ..PLAIN }),
+        // Strides that divide the kernel and strides that do not; input positions that no window reaches.
+        conv([2, 8, 12, 3], 5, [4, 4], Conv2dOptions { stride: [4, 4], ..PLAIN }),
+        conv([1, 16, 16, 3], 6, [8, 8], Conv2dOptions { stride: [4, 4], padding: [2, 2], ..PLAIN }),
+        conv([2, 9, 8, 4], 3, [3, 3], Conv2dOptions { stride: [2, 2], padding: [1, 1], ..PLAIN }),
+        conv([1, 10, 11, 2], 3, [3, 3], Conv2dOptions { stride: [4, 4], ..PLAIN }),
+        // Dilation, alone, with stride, with groups.
+        conv([1, 9, 9, 2], 3, [3, 3], Conv2dOptions { dilation: [2, 3], padding: [2, 3], ..PLAIN }),
+        conv([1, 11, 10, 2], 4, [3, 2], Conv2dOptions { dilation: [2, 3], stride: [2, 2], padding: [1, 1], groups: 2 }),
+        conv([1, 13, 12, 1], 2, [3, 3], Conv2dOptions { dilation: [3, 2], stride: [2, 3], ..PLAIN }),
+        // Groups, and depthwise in the widths of its vector blocks.
+        conv([2, 5, 6, 6], 9, [3, 2], Conv2dOptions { groups: 3, padding: [1, 1], ..PLAIN }),
+        conv([1, 5, 5, 4], 8, [3, 3], Conv2dOptions { groups: 4, padding: [1, 1], ..PLAIN }),
+        conv([2, 6, 7, 41], 41, [3, 3], Conv2dOptions { groups: 41, padding: [1, 1], ..PLAIN }),
+        conv([1, 9, 8, 9], 9, [3, 4], Conv2dOptions { groups: 9, stride: [2, 3], padding: [2, 1], dilation: [2, 1] }),
+        // No images, and enough positions for several tiles and parts.
+        conv([0, 5, 5, 3], 4, [3, 3], PLAIN),
+        conv([0, 5, 5, 3], 3, [3, 3], Conv2dOptions { groups: 3, ..PLAIN }),
+        conv([3, 23, 19, 5], 7, [3, 3], Conv2dOptions { padding: [1, 1], ..PLAIN }),
+        conv([3, 29, 31, 3], 8, [4, 4], Conv2dOptions { stride: [2, 2], padding: [1, 1], ..PLAIN }),
+        // More taps times channels than one panel holds.
+        conv([1, 4, 5, 400], 6, [3, 3], Conv2dOptions { padding: [1, 1], ..PLAIN }),
+    ];
+    cases.push(Box::new(Conv2d { input: [2, 4, 5, 3], out_channels: 2, kernel: [3, 3], bias: false, options: PLAIN }));
+    let transposed = |input, out_channels, kernel, options, output_padding| {
+        Box::new(ConvTranspose2d { input, out_channels, kernel, options, output_padding }) as Box<dyn OpCase>
+    };
+    cases.extend([
+        transposed([1, 1, 1, 1], 1, [1, 1], PLAIN, [0, 0]),
+        transposed([2, 3, 4, 5], 3, [1, 1], PLAIN, [0, 0]),
+        transposed([1, 4, 5, 3], 2, [3, 3], Conv2dOptions { padding: [1, 1], ..PLAIN }, [0, 0]),
+        transposed([2, 3, 5, 4], 3, [4, 4], Conv2dOptions { stride: [2, 2], padding: [1, 1], ..PLAIN }, [0, 0]),
+        transposed([1, 4, 3, 2], 3, [3, 2], Conv2dOptions { stride: [2, 3], padding: [1, 0], ..PLAIN }, [1, 2]),
+        transposed([1, 3, 3, 4], 6, [3, 3], Conv2dOptions { dilation: [2, 3], groups: 2, ..PLAIN }, [1, 2]),
+        transposed([1, 3, 4, 5], 5, [3, 3], Conv2dOptions { stride: [2, 2], groups: 5, ..PLAIN }, [1, 1]),
+        transposed([0, 3, 4, 5], 2, [3, 3], PLAIN, [0, 0]),
+    ]);
+    cases
+}
+
+/// The layers that models spend their time in.
+pub fn benchmarks() -> Vec<Box<dyn OpCase>> {
+    let padded = Conv2dOptions { padding: [1; 2], ..PLAIN };
+    vec![
+        // CrossFormer's cross-scale embedding at batch 8, and the one before its second stage.
+        conv([8, 224, 224, 3], 48, [4, 4], Conv2dOptions { stride: [4; 2], ..PLAIN }),
+        conv([8, 224, 224, 3], 12, [32, 32], Conv2dOptions { stride: [4; 2], padding: [14; 2], ..PLAIN }),
+        conv([8, 56, 56, 96], 96, [4, 4], Conv2dOptions { stride: [2; 2], padding: [1; 2], ..PLAIN }),
+        // ResNet-18 for CIFAR at batch 128: stem, first and last stage, a halving.
+        conv([128, 32, 32, 3], 64, [3, 3], padded),
+        conv([128, 32, 32, 64], 64, [3, 3], padded),
+        conv([128, 4, 4, 512], 512, [3, 3], padded),
+        conv([128, 32, 32, 64], 128, [3, 3], Conv2dOptions { stride: [2; 2], ..padded }),
+        // Depthwise, as dynamic position biases and mobile networks use it.
+        conv([8, 56, 56, 96], 96, [3, 3], Conv2dOptions { groups: 96, ..padded }),
+        Box::new(ConvTranspose2d {
+            input: [32, 16, 16, 128],
+            out_channels: 64,
+            kernel: [4, 4],
+            options: Conv2dOptions { stride: [2; 2], ..padded },
+            output_padding: [0; 2],
+        }),
+    ]
+}
+
+#[test]
+fn convolutions_agree_with_their_definition() {
+    check(&cases());
+}
+
+#[test]
+fn a_third_derivative_is_the_trilinear_form() {
+    // L = Σ conv(x, w)² has ∂²L/∂x² = 2 convᵀ conv, whose gradient by w is linear in w again.
+    let (x, w) = (randn(&[1, 4, 4, 2], 0).variable().unwrap(), randn(&[3, 2, 3, 3], 1).variable().unwrap());
+    let again = || GradOptions { create_graph: true, ..GradOptions::default() };
+    let loss = conv2d(&x, &w, None, PLAIN).unwrap().square().unwrap().sum_all().unwrap();
+    let first = grad(&loss, &[&x], again()).unwrap().remove(0).unwrap();
+    let second = grad(&first.square().unwrap().sum_all().unwrap(), &[&x], again()).unwrap().remove(0).unwrap();
+    let third = grad(&second.sum_all().unwrap(), &[&w], again()).unwrap().remove(0).unwrap();
+    // |∇ₓL|² has degree 4 in w, so Euler's identity gives ⟨w, ∂/∂w⟩ of the sum of its gradient as 4 times that sum.
+    let euler = third.mul(&w).unwrap().sum_all().unwrap().item().unwrap();
+    let sum = second.sum_all().unwrap().item().unwrap();
+    assert!((euler - 4.0 * sum).abs() < 1e-9 * sum.abs(), "{euler} and {sum}");
+}
+
+#[test]
+fn bad_arguments_are_errors() {
+    let x = randn(&[1, 4, 5, 6], 0);
+    let refuse = |weight: [usize; 4], options| conv2d(&x, &randn(&weight, 1), None, options).unwrap_err().to_string();
+    assert!(refuse([4, 5, 1, 1], PLAIN).contains("input (1, 4, 5, 6), weight (4, 5, 1, 1)"));
+    assert!(refuse([4, 6, 3, 3], Conv2dOptions { stride: [0, 1], ..PLAIN }).contains("must be positive"));
+    assert!(refuse([4, 6, 3, 3], Conv2dOptions { dilation: [1, 0], ..PLAIN }).contains("must be positive"));
+    assert!(refuse([4, 6, 3, 3], Conv2dOptions { groups: 0, ..PLAIN }).contains("must be positive"));
+    assert!(refuse([4, 2, 3, 3], Conv2dOptions { groups: 3, ..PLAIN }).contains("does not divide into 3 groups"));
+    assert!(refuse([4, 6, 5, 3], PLAIN).contains("larger than input"));
+    assert!(refuse([4, 6, 3, 3], Conv2dOptions { dilation: [1, 3], ..PLAIN }).contains("larger than input"));
+    assert!(refuse([4, 6, 3, 3], Conv2dOptions { dilation: [usize::MAX, 1], ..PLAIN }).contains("larger"));
+    assert!(refuse([4, 6, 3, 3], Conv2dOptions { padding: [usize::MAX, 1], ..PLAIN }).contains("larger"));
+    assert!(
+        refuse([4, 6, 1, 1], Conv2dOptions { padding: [usize::MAX / 8; 2], ..PLAIN }).contains("too many elements")
+    );
+    assert!(refuse([4, 0, 3, 3], PLAIN).contains("empty"));
+    let w = randn(&[4, 6, 3, 3], 1);
+    let message = |result: Result<Tensor>| result.unwrap_err().to_string();
+    assert!(message(conv2d(&x, &w, Some(&randn(&[3], 0)), PLAIN)).contains("bias (3) for 4 output channels"));
+    assert!(message(conv2d(&x, &w.cast(DType::F32).unwrap(), None, PLAIN)).contains("dtype f32"));
+    assert!(message(conv2d(&randn(&[4, 5, 6], 0), &w, None, PLAIN)).contains("expected input"));
+    let far = Conv2dOptions { stride: [usize::MAX; 2], padding: [1; 2], ..PLAIN };
+    assert_eq!(**conv2d(&x, &w, None, far).unwrap().shape(), [1, 1, 1, 4]);
+}
+
+#[test]
+fn bad_arguments_of_the_transpose_are_errors() {
+    let x = randn(&[1, 4, 5, 6], 0);
+    let refuse = |weight: [usize; 4], options, output_padding| {
+        conv_transpose2d(&x, &randn(&weight, 1), None, options, output_padding).unwrap_err().to_string()
+    };
+    assert!(refuse([4, 6, 3, 3], PLAIN, [0; 2]).contains("weight (4, 6, 3, 3)"));
+    assert!(refuse([6, 2, 3, 3], PLAIN, [1, 0]).contains("output padding [1, 0]"));
+    assert!(refuse([6, 2, 3, 3], Conv2dOptions { groups: 4, ..PLAIN }, [0; 2]).contains("4 groups"));
+    assert!(refuse([6, 2, 3, 3], Conv2dOptions { padding: [3, 3], ..PLAIN }, [0; 2]).contains("leaves no output"));
+    assert!(refuse([6, 2, 3, 3], Conv2dOptions { stride: [usize::MAX; 2], ..PLAIN }, [0; 2]).contains("leaves no"));
+    assert!(refuse([6, 2, 3, 3], Conv2dOptions { stride: [usize::MAX / 16; 2], ..PLAIN }, [0; 2]).contains("too many"));
+    assert!(refuse([6, 2, 3, 3], Conv2dOptions { stride: [0; 2], ..PLAIN }, [0; 2]).contains("must be positive"));
+}

@@ -1,0 +1,153 @@
+//! The dynamic position bias network.
+
+use std::fmt;
+
+use gridgrad::ops::position_bias::{Affine, BiasLayer, PositionBiasNetwork, dynamic_position_bias};
+use gridgrad::{Result, Tensor};
+
+use crate::harness::{Derivatives, OpCase, ROUNDING, Tolerance, Work, check, randn};
+
+#[derive(Debug)]
+struct PositionBias {
+    width: usize,
+    heads: usize,
+    group: [usize; 2],
+    residual: bool,
+}
+
+impl fmt::Display for PositionBias {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self:?}")
+    }
+}
+
+fn network(tensors: &[Tensor], residual: bool) -> PositionBiasNetwork {
+    let affine = |at: usize| Affine { weight: tensors[at].clone(), bias: tensors[at + 1].clone() };
+    let layer = |number: usize| BiasLayer { norm: affine(2 + 4 * number), linear: affine(4 + 4 * number) };
+    PositionBiasNetwork { projection: affine(0), layers: [layer(0), layer(1), layer(2)], residual, eps: 1e-5 }
+}
+
+impl OpCase for PositionBias {
+    fn inputs(&self) -> Vec<Tensor> {
+        let (p, h) = (self.width, self.heads);
+        let mut shapes = vec![vec![p, 2], vec![p]];
+        for out in [p, p, h] {
+            shapes.extend([vec![p], vec![p], vec![out, p], vec![out]]);
+        }
+        shapes.iter().zip(0..).map(|(shape, number)| randn(shape, number)).collect()
+    }
+
+    fn run(&self, inputs: &[Tensor]) -> Result<Tensor> {
+        dynamic_position_bias(&network(inputs, self.residual), self.group)
+    }
+
+    fn reference(&self, inputs: &[Vec<f64>]) -> Vec<f64> {
+        let p = self.width;
+        let linear = |at: usize, x: &[f64]| -> Vec<f64> {
+            let row = |(out, bias): (usize, &f64)| {
+                bias + x.iter().enumerate().map(|(i, value)| inputs[at][out * x.len() + i] * value).sum::<f64>()
+            };
+            inputs[at + 1].iter().enumerate().map(row).collect()
+        };
+        let layer = |number: usize, x: &[f64]| -> Vec<f64> {
+            let at = 2 + 4 * number;
+            let mean = x.iter().sum::<f64>() / p as f64;
+            let variance = x.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / p as f64;
+            let norm = |(i, v): (usize, &f64)| {
+                ((v - mean) / (variance + 1e-5).sqrt() * inputs[at][i] + inputs[at + 1][i]).max(0.0)
+            };
+            linear(at + 2, &x.iter().enumerate().map(norm).collect::<Vec<_>>())
+        };
+        let skip = |x: &[f64], y: Vec<f64>| -> Vec<f64> {
+            if self.residual { x.iter().zip(y).map(|(x, y)| x + y).collect() } else { y }
+        };
+        let [gh, gw] = self.group.map(|g| g as i64);
+        let mut table = Vec::new();
+        for dy in 1 - gh..gh {
+            for dx in 1 - gw..gw {
+                let h0 = linear(0, &[dy as f64, dx as f64]);
+                let h1 = skip(&h0, layer(0, &h0));
+                let h2 = skip(&h1, layer(1, &h1));
+                table.extend(layer(2, &h2));
+            }
+        }
+        table
+    }
+
+    fn work(&self) -> Work {
+        let rows = ((2 * self.group[0] - 1) * (2 * self.group[1] - 1)) as u64;
+        let (p, h) = (self.width as u64, self.heads as u64);
+        let parameters = 2 * p * p + 11 * p + p * h + h;
+        Work { bytes: 4 * (parameters + rows * h), flops: 2 * rows * (2 * p + 2 * p * p + p * h) }
+    }
+
+    fn tolerance(&self) -> Tolerance {
+        // Layer norms over two units amplify rounding by 1 / √eps where both are nearly equal.
+        Tolerance { f64: 1e-10, f32: if self.width < 3 { 1e-3 } else { 2e-5 }, gradient: 10.0 * ROUNDING.gradient }
+    }
+
+    fn derivatives(&self) -> Derivatives {
+        Derivatives::First
+    }
+}
+
+fn cases() -> Vec<Box<dyn OpCase>> {
+    let case =
+        |(width, heads, group, residual)| Box::new(PositionBias { width, heads, group, residual }) as Box<dyn OpCase>;
+    [
+        (6, 3, [7, 7], false),
+        (4, 2, [3, 3], true),
+        (5, 1, [1, 4], false),
+        (3, 7, [2, 5], true),
+        (1, 2, [2, 2], false),
+        (48, 24, [2, 2], false),
+    ]
+    .into_iter()
+    .map(case)
+    .collect()
+}
+
+/// The tables of CrossFormer-S's first and last stage and of CrossFormer++'s third.
+pub fn benchmarks() -> Vec<Box<dyn OpCase>> {
+    let case = |width, heads, side| {
+        Box::new(PositionBias { width, heads, group: [side; 2], residual: false }) as Box<dyn OpCase>
+    };
+    vec![case(6, 3, 7), case(48, 24, 7), case(16, 8, 14)]
+}
+
+#[test]
+fn tables_agree_with_their_definition() {
+    check(&cases());
+}
+
+#[test]
+fn a_smaller_group_has_the_centre_of_the_table() {
+    let inputs = PositionBias { width: 5, heads: 2, group: [1, 1], residual: false }.inputs();
+    let table = |side: usize| dynamic_position_bias(&network(&inputs, false), [side; 2]).unwrap().to_f64_vec();
+    let (small, large) = (table(3), table(5));
+    for (row, small) in small.chunks(2).enumerate() {
+        let (y, x) = (row / 5 + 2, row % 5 + 2);
+        assert_eq!(small, &large[(y * 9 + x) * 2..][..2]);
+    }
+}
+
+#[test]
+fn width_two_gives_no_nan() {
+    let inputs: Vec<Tensor> = PositionBias { width: 2, heads: 1, group: [1, 1], residual: false }
+        .inputs()
+        .iter()
+        .map(|input| input.cast(gridgrad::DType::F32).unwrap().variable().unwrap())
+        .collect();
+    let table = dynamic_position_bias(&network(&inputs, false), [7, 7]).unwrap();
+    let gradients = table.sum_all().unwrap().backward().unwrap();
+    assert!(inputs.iter().all(|input| gradients.get(input).unwrap().to_f64_vec().iter().all(|v| v.is_finite())));
+}
+
+#[test]
+fn parameters_that_do_not_fit_are_errors() {
+    let mut inputs = PositionBias { width: 5, heads: 2, group: [1, 1], residual: false }.inputs();
+    assert!(dynamic_position_bias(&network(&inputs, false), [0, 3]).unwrap_err().to_string().contains("[0, 3]"));
+    inputs[4] = randn(&[5, 4], 0);
+    let message = dynamic_position_bias(&network(&inputs, false), [3, 3]).unwrap_err().to_string();
+    assert!(message.contains("parameter 4 is (5, 4), expected [5, 5]"), "{message}");
+}
