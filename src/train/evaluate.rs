@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::metrics::{Evaluation, RunningMeans, top_hits};
 use crate::autograd::no_grad;
 use crate::data::{Batch, Loader};
+use crate::models::CrossFormer;
 use crate::nn::{Context, Parameters};
 use crate::ops::{CrossEntropyOptions, Reduction, Targets, cross_entropy};
 use crate::{DType, Error, Result, Tensor};
@@ -19,6 +20,16 @@ pub trait Classifier {
 
     /// All of its parameters.
     fn parameters(&self) -> &Parameters;
+}
+
+impl Classifier for CrossFormer {
+    fn forward(&self, images: &Tensor, context: &Context) -> Result<Tensor> {
+        self.logits(images, context)
+    }
+
+    fn parameters(&self) -> &Parameters {
+        CrossFormer::parameters(self)
+    }
 }
 
 /// A source of batches, the same every time it is asked.

@@ -68,7 +68,7 @@ impl Problem {
     }
 
     /// The table row for tokens `query` and `key` of a group with `columns` columns.
-    fn table_row(&self, columns: usize, query: usize, key: usize) -> usize {
+    pub fn table_row(&self, columns: usize, query: usize, key: usize) -> usize {
         let [gh, gw] = self.grouping.group;
         let dy = query / columns + gh - 1 - key / columns;
         let dx = query % columns + gw - 1 - key % columns;
