@@ -70,21 +70,28 @@ fn sum_of_squares(gradient: &Tensor) -> Result<f64> {
     })
 }
 
-/// Eight running sums, whatever the width of the registers, so that every machine adds in the same order.
+/// Sixteen running sums, whatever the width of the registers, so that every machine adds in the same order.
 fn piece_sum<T: Float>(values: &[T]) -> f64 {
+    const LANES: usize = 16;
     simd::dispatch(
         #[inline(always)]
         || {
-            let mut sums = [0.0f64; 8];
-            let (chunks, rest) = values.as_chunks::<8>();
+            let mut sums = [0.0f64; LANES];
+            let (chunks, rest) = values.as_chunks::<LANES>();
             for chunk in chunks {
-                for (sum, value) in sums.iter_mut().zip(chunk) {
-                    let value = value.to_f64();
-                    *sum += value * value;
+                for lane in 0..LANES {
+                    let value = chunk[lane].to_f64();
+                    sums[lane] += value * value;
                 }
             }
-            let rest: f64 = rest.iter().map(|value| value.to_f64() * value.to_f64()).sum();
-            sums.iter().sum::<f64>() + rest
+            let mut total = 0.0;
+            for sum in sums {
+                total += sum;
+            }
+            for value in rest {
+                total += value.to_f64() * value.to_f64();
+            }
+            total
         },
     )
 }

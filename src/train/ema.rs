@@ -41,7 +41,7 @@ impl Ema {
     pub fn update(&mut self) -> Result<()> {
         fn blend<T: Float>(average: &mut Tensor, value: &Tensor, decay: f64) -> Result<()> {
             let (keep, rest) = (T::from_f64(decay), T::from_f64(1.0 - decay));
-            parallel::update(average.data_mut::<T>()?, value.data::<T>()?, |average, value| {
+            parallel::update(average.data_mut::<T>()?, value.data::<T>()?, move |average, value| {
                 *average = keep * *average + rest * value;
             });
             Ok(())

@@ -105,7 +105,7 @@ fn a_trainer_that_was_stopped_goes_on_without_its_files() {
     // The flag stays set, so every call makes one step or one evaluation.
     loop {
         match trainer.run(&mut (), &AtomicBool::new(true)).unwrap() {
-            Outcome::Interrupted { step } if step == 6 => break,
+            Outcome::Interrupted { step: 6 } => break,
             Outcome::Interrupted { step } => steps.push(step),
             Outcome::Finished { .. } => panic!("finished early"),
         }

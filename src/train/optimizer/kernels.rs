@@ -47,16 +47,20 @@ pub(super) fn adamw<T: Float>(value: &mut [T], mean: &mut [T], square: &mut [T],
     written.zip(gradient.par_chunks(PIECE)).for_each(|(((value, mean), square), gradient)| {
         simd::dispatch(
             #[inline(always)]
-            || {
-                for (((p, m), v), &g) in value.iter_mut().zip(mean).zip(square).zip(gradient) {
-                    let g = g * f.gradient_scale;
-                    *m = f.beta1 * *m + f.beta1_rest * g;
-                    *v = f.beta2 * *v + f.beta2_rest * (g * g);
-                    *p = f.keep * *p - f.step_size * *m / (v.sqrt() * f.root_scale + f.eps);
-                }
-            },
+            || adamw_piece(value, mean, square, gradient, f),
         );
     });
+}
+
+/// Takes the factors by value: behind a reference, they might change with every write, for all the compiler knows.
+#[inline(always)]
+fn adamw_piece<T: Float>(value: &mut [T], mean: &mut [T], square: &mut [T], gradient: &[T], f: AdamWFactors<T>) {
+    for (((p, m), v), &g) in value.iter_mut().zip(mean).zip(square).zip(gradient) {
+        let g = g * f.gradient_scale;
+        *m = f.beta1 * *m + f.beta1_rest * g;
+        *v = f.beta2 * *v + f.beta2_rest * (g * g);
+        *p = f.keep * *p - f.step_size * *m / (v.sqrt() * f.root_scale + f.eps);
+    }
 }
 
 /// The numbers of one SGD step.
@@ -83,7 +87,7 @@ impl<T: Float> SgdFactors<T> {
 
 /// p ← p − lr (g + decay · p).
 pub(super) fn sgd<T: Float>(value: &mut [T], gradient: &[T], f: SgdFactors<T>) {
-    update(value, gradient, |p, g| *p -= f.lr * (g * f.gradient_scale + f.decay * *p));
+    update(value, gradient, move |p, g| *p -= f.lr * (g * f.gradient_scale + f.decay * *p));
 }
 
 /// d = g + decay · p, b ← momentum · b + d, p ← p − lr · b; with Nesterov p ← p − lr (d + momentum · b).
@@ -92,13 +96,16 @@ pub(super) fn sgd_momentum<T: Float>(value: &mut [T], buffer: &mut [T], gradient
     written.zip(gradient.par_chunks(PIECE)).for_each(|((value, buffer), gradient)| {
         simd::dispatch(
             #[inline(always)]
-            || {
-                for ((p, b), &g) in value.iter_mut().zip(buffer).zip(gradient) {
-                    let d = g * f.gradient_scale + f.decay * *p;
-                    *b = f.momentum * *b + d;
-                    *p -= f.lr * if f.nesterov { d + f.momentum * *b } else { *b };
-                }
-            },
+            || sgd_piece(value, buffer, gradient, f),
         );
     });
+}
+
+#[inline(always)]
+fn sgd_piece<T: Float>(value: &mut [T], buffer: &mut [T], gradient: &[T], f: SgdFactors<T>) {
+    for ((p, b), &g) in value.iter_mut().zip(buffer).zip(gradient) {
+        let d = g * f.gradient_scale + f.decay * *p;
+        *b = f.momentum * *b + d;
+        *p -= f.lr * if f.nesterov { d + f.momentum * *b } else { *b };
+    }
 }
