@@ -7,11 +7,13 @@ pub mod cpu;
 pub mod data;
 pub mod driver;
 mod error;
+pub mod models;
 pub mod nn;
 pub mod ops;
 pub mod random;
 pub mod report;
 pub mod tensor;
+pub mod train;
 
 pub use error::{Error, Result};
 pub use tensor::{DType, Device, Shape, Tensor};

@@ -211,12 +211,17 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         conv([1, 5, 5, 4], 8, [3, 3], Conv2dOptions { groups: 4, padding: [1, 1], ..PLAIN }),
         conv([2, 6, 7, 41], 41, [3, 3], Conv2dOptions { groups: 41, padding: [1, 1], ..PLAIN }),
         conv([1, 9, 8, 9], 9, [3, 4], Conv2dOptions { groups: 9, stride: [2, 3], padding: [2, 1], dilation: [2, 1] }),
-        // No images, and enough positions for several tiles and parts.
+        // Maps of padding alone; no images, and enough positions for several tiles and parts.
+        conv([1, 0, 3, 2], 3, [2, 3], Conv2dOptions { padding: [1, 1], ..PLAIN }),
+        conv([2, 3, 0, 17], 17, [1, 1], Conv2dOptions { padding: [0, 1], ..PLAIN }),
         conv([0, 5, 5, 3], 4, [3, 3], PLAIN),
         conv([0, 5, 5, 3], 3, [3, 3], Conv2dOptions { groups: 3, ..PLAIN }),
         conv([3, 23, 19, 5], 7, [3, 3], Conv2dOptions { padding: [1, 1], ..PLAIN }),
         conv([3, 29, 31, 3], 8, [4, 4], Conv2dOptions { stride: [2, 2], padding: [1, 1], ..PLAIN }),
-        // More taps times channels than one panel holds.
+        // More taps times channels than one panel holds, of many channels and of few, in pieces that cut images.
+        conv([3, 24, 5, 2], 5, [3, 400], Conv2dOptions { padding: [1, 199], stride: [2, 1], ..PLAIN }),
+        conv([1, 37, 6, 2], 3, [2, 3], Conv2dOptions { padding: [1, 0], stride: [3, 1], ..PLAIN }),
+        conv([17, 3, 4, 4], 12, [2, 2], Conv2dOptions { dilation: [1, 2], groups: 2, padding: [0, 2], ..PLAIN }),
         conv([1, 4, 5, 400], 6, [3, 3], Conv2dOptions { padding: [1, 1], ..PLAIN }),
     ];
     cases.push(Box::new(Conv2d { input: [2, 4, 5, 3], out_channels: 2, kernel: [3, 3], bias: false, options: PLAIN }));

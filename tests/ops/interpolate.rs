@@ -5,7 +5,7 @@ use std::fmt;
 use gridgrad::ops::{Interpolation, interpolate};
 use gridgrad::{DType, Result, Tensor};
 
-use crate::harness::{OpCase, ROUNDING, Tolerance, Work, check, randn};
+use crate::harness::{OpCase, Work, check, randn};
 
 #[derive(Debug)]
 struct Interpolate {
@@ -93,10 +93,6 @@ impl OpCase for Interpolate {
             bytes: 4 * batch * channels * (height * width + rows * columns),
             flops: 2 * taps * lines * (width + columns),
         }
-    }
-
-    fn tolerance(&self) -> Tolerance {
-        ROUNDING
     }
 }
 

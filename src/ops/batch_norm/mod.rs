@@ -80,7 +80,7 @@ pub fn batch_norm(
         return Err(Error::argument(OP, format!("eps must be positive, got {eps}")));
     }
     let vectors = [weight, bias, given.map(|given| &given.mean), given.map(|given| &given.variance)];
-    for vector in vectors.into_iter().flatten().filter(|vector| **vector.shape() != [channels]) {
+    if let Some(vector) = vectors.into_iter().flatten().find(|vector| **vector.shape() != [channels]) {
         return Err(Error::shape(OP, format!("{} for input {}", vector.shape(), input.shape())));
     }
     let dtype = input.dtype();

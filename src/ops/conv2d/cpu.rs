@@ -4,15 +4,16 @@
 //! channel) that fits the second-level cache, and multiplied with the weight in the order (tap, channel, out). The input
 //! gradient is computed the same way: input positions with the same remainder of division by the stride read the same
 //! taps, so each such phase is a convolution of stride 1 over the output's gradient. Nothing is scattered, every tap is
-//! used once, and no two tiles write to the same place.
+//! used once, and no two tiles write to the same place. Depthwise convolutions and gradients of images have ways of
+//! their own.
 
-use super::{Geometry, depthwise};
+use super::{Geometry, depthwise, scatter};
 use crate::cpu::gemm::{Into, Matrix, Threads, gemm};
 use crate::cpu::{Float, parallel, simd};
 use crate::tensor::Buffer;
 
 /// Columns of a panel, unless one line of taps alone has more.
-const PANEL_COLUMNS: usize = 1024;
+pub(super) const PANEL_COLUMNS: usize = 1024;
 
 /// Rows of a tile: enough to pay for reading the weight, few enough to share a small problem between threads.
 fn tile_rows(rows: usize) -> usize {
@@ -147,7 +148,7 @@ fn after<T>(bias: Option<&[T]>) -> Into {
 }
 
 /// Begins rows with the bias, if there is one.
-fn start<T: Float>(rows: &mut [T], bias: Option<&[T]>) -> Into {
+pub(super) fn start<T: Float>(rows: &mut [T], bias: Option<&[T]>) -> Into {
     bias.iter().for_each(|bias| rows.chunks_mut(bias.len()).for_each(|row| row.copy_from_slice(bias)));
     after(bias)
 }
@@ -268,6 +269,9 @@ pub(super) fn input_gradient<T: Float>(g: &Geometry, grad: &[T], weight: &[T], b
             (Matrix::row_major(grad, rows, g.out_channels), Matrix::row_major(weight, g.out_channels, channels));
         gemm(&mut output, channels, grad, weight, after(bias), Threads::All);
         return output;
+    }
+    if scatter::pays(g) {
+        return scatter::input_gradient(g, grad, weight, bias);
     }
     let pairs = phase_pairs(g, weight);
     let [height, width] = g.input;

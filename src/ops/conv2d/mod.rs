@@ -7,6 +7,7 @@
 
 mod cpu;
 mod depthwise;
+mod scatter;
 
 use crate::autograd::{Backward, Function, record};
 use crate::tensor::Shape;
@@ -88,7 +89,7 @@ impl Geometry {
         if stride.contains(&0) || dilation.contains(&0) || groups == 0 {
             return Err(Error::argument(op, format!("stride, dilation and groups must be positive, got {options:?}")));
         }
-        if weight.contains(&0) || weight[0] % groups != 0 {
+        if weight.contains(&0) || !weight[0].is_multiple_of(groups) {
             let message = format!("weight {} is empty or does not divide into {groups} groups", Shape::from(weight));
             return Err(Error::shape(op, message));
         }

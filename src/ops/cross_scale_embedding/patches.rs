@@ -27,20 +27,36 @@ fn taps(problem: &Problem) -> Vec<[usize; 2]> {
 
 /// Weights as (out, tap, channel).
 fn pack<T: Float>(problem: &Problem, kernel: Kernel, taps: &[[usize; 2]], weight: &[T]) -> Buffer<T> {
-    let (channels, side) = (problem.extents[3], kernel.side);
-    let index = weight_index(problem, kernel, taps);
-    Buffer::from_fn(kernel.out * side * side * channels, |i| weight[index(i)])
+    let (channels, positions) = (problem.extents[3], kernel.side * kernel.side);
+    let mut packed = Buffer::recycled(kernel.out * positions * channels);
+    parallel::pieces_mut(&mut packed, positions * channels, |out, packed| {
+        let weight = &weight[out * channels * positions..][..channels * positions];
+        for (&tap, packed) in taps.iter().zip(packed.chunks_exact_mut(channels)) {
+            let weight = weight[position(problem, kernel, tap)..].iter().step_by(positions);
+            packed.iter_mut().zip(weight).for_each(|(packed, &weight)| *packed = weight);
+        }
+    });
+    packed
 }
 
-/// From an index into (out, tap, channel) to the one into (out, channel, row, column).
-fn weight_index(problem: &Problem, kernel: Kernel, taps: &[[usize; 2]]) -> impl Fn(usize) -> usize {
-    let (channels, side) = (problem.extents[3], kernel.side);
-    let inset = (problem.largest() - side) / 2;
-    move |i| {
-        let (out, tap, channel) = (i / (side * side * channels), i / channels % (side * side), i % channels);
-        let [row, column] = taps[tap];
-        ((out * channels + channel) * side + row - inset) * side + column - inset
-    }
+/// The inverse of [`pack`].
+fn unpack<T: Float>(problem: &Problem, kernel: Kernel, taps: &[[usize; 2]], packed: &[T]) -> Buffer<T> {
+    let (channels, positions) = (problem.extents[3], kernel.side * kernel.side);
+    let mut weight = Buffer::recycled(packed.len());
+    parallel::pieces_mut(&mut weight, positions * channels, |out, weight| {
+        let packed = packed[out * channels * positions..].chunks_exact(channels);
+        for (&tap, packed) in taps[..positions].iter().zip(packed) {
+            let weight = weight[position(problem, kernel, tap)..].iter_mut().step_by(positions);
+            weight.zip(packed).for_each(|(weight, &packed)| *weight = packed);
+        }
+    });
+    weight
+}
+
+/// Where a tap of the largest window lies in a kernel's own.
+fn position(problem: &Problem, kernel: Kernel, [row, column]: [usize; 2]) -> usize {
+    let inset = (problem.largest() - kernel.side) / 2;
+    (row - inset) * kernel.side + column - inset
 }
 
 fn images_per_run<T>(problem: &Problem) -> usize {
@@ -141,12 +157,7 @@ pub(super) fn backward<T: Float>(
             scatter(problem, &taps, &patches, run_grad);
         }
     }
-    let unpack = |(grad, &kernel): (&Buffer<T>, &Kernel)| {
-        let index = weight_index(problem, kernel, &taps);
-        let mut weight_grad = Buffer::recycled(grad.len());
-        grad.iter().enumerate().for_each(|(i, &value)| weight_grad[index(i)] = value);
-        weight_grad
-    };
+    let unpack = |(grad, &kernel): (&Buffer<T>, &Kernel)| unpack(problem, kernel, &taps, grad);
     Gradients { input: input_grad, weights: packed_grads.iter().zip(&problem.kernels).map(unpack).collect() }
 }
 

@@ -38,6 +38,7 @@ pub(super) fn max_pool<T: Float>(
 }
 
 /// The largest values of each channel over `places`.
+#[allow(clippy::eq_op, reason = "NaN is what differs from itself")]
 #[inline(always)]
 fn choose<T: Float>(image: &[T], places: impl Iterator<Item = usize>, largest: &mut [T], positions: &mut [u32]) {
     let channels = largest.len();
@@ -49,8 +50,7 @@ fn choose<T: Float>(image: &[T], places: impl Iterator<Item = usize>, largest: &
             continue;
         }
         for ((best, position), &value) in largest.iter_mut().zip(positions.iter_mut()).zip(values) {
-            // False for a best that is NaN, true for a value that is.
-            let better = !(value <= *best || *best != *best);
+            let better = value > *best || value != value;
             *best = if better { value } else { *best };
             *position = if better { place as u32 } else { *position };
         }

@@ -1,0 +1,270 @@
+//! The parts of the network, under the official names.
+
+use super::config::{CrossFormerConfig, PositionBias, split_channels};
+use crate::nn::{Context, Conv2d, Initializer, LayerNorm, Linear, Parameter, Scope};
+use crate::ops::lsda::{Grouping, attention_weights, lsda};
+use crate::ops::position_bias::{Affine, BiasLayer, PositionBiasNetwork};
+use crate::tensor::Shape;
+use crate::{Error, Result, Tensor, ops};
+
+/// Every linear layer starts from N(0, 0.02), cut at ±2, with bias 0.
+const LINEAR: Initializer = Initializer::TruncatedNormal { std: 0.02, limit: 2.0 };
+const ZERO: Initializer = Initializer::Constant(0.0);
+
+fn linear(scope: &Scope, in_features: usize, out_features: usize, bias: bool) -> Result<Linear> {
+    Linear::with_init(scope, [in_features, out_features], LINEAR, bias.then_some(ZERO))
+}
+
+/// A cross-scale embedding layer: the patch embedding, or the step between stages.
+pub(super) struct CrossScaleEmbedding {
+    weights: Vec<Parameter>,
+    biases: Vec<Parameter>,
+    stride: usize,
+}
+
+impl CrossScaleEmbedding {
+    /// Kernels named `name`.0, `name`.1, … with `out` channels together.
+    pub fn new(
+        scope: &Scope,
+        name: &str,
+        kernels: &[usize],
+        [channels, out]: [usize; 2],
+        stride: usize,
+    ) -> Result<Self> {
+        let (mut weights, mut biases) = (Vec::new(), Vec::new());
+        for (number, (&kernel, out)) in kernels.iter().zip(split_channels(out, kernels.len())).enumerate() {
+            let scope = scope.child(format!("{name}.{number}"));
+            let shape = Shape::from([out, channels, kernel, kernel]);
+            biases.push((scope.clone(), Initializer::default_bias(&shape), out));
+            weights.push(scope.parameter("weight", shape, Initializer::DEFAULT)?);
+        }
+        let bias = |(scope, initializer, out): (Scope, _, usize)| scope.parameter("bias", [out], initializer);
+        let biases = biases.into_iter().map(bias).collect::<Result<_>>()?;
+        Ok(CrossScaleEmbedding { weights, biases, stride })
+    }
+
+    /// (batch, height, width, channels) to (batch, ⌊height / stride⌋, ⌊width / stride⌋, out).
+    pub fn forward(&self, input: &Tensor) -> Result<Tensor> {
+        let values = |parameters: &[Parameter]| -> Vec<Tensor> { parameters.iter().map(Parameter::tensor).collect() };
+        ops::cross_scale_embedding(input, &values(&self.weights), &values(&self.biases), self.stride)
+    }
+}
+
+/// Where the bias of attention scores comes from.
+enum BiasSource {
+    None,
+    /// A table for groups of one size.
+    Table {
+        table: Parameter,
+        group: usize,
+    },
+    Network(Box<BiasNetwork>),
+}
+
+struct BiasNetwork {
+    projection: Linear,
+    layers: Vec<(LayerNorm, Linear)>,
+    residual: bool,
+    eps: f64,
+}
+
+fn affine(weight: &Parameter, bias: Option<&Parameter>) -> Result<Affine> {
+    let missing = || Error::Config(format!("{} has no bias", weight.name()));
+    Ok(Affine { weight: weight.tensor(), bias: bias.ok_or_else(missing)?.tensor() })
+}
+
+impl BiasNetwork {
+    fn new(scope: &Scope, channels: usize, heads: usize, residual: bool, eps: f64) -> Result<Self> {
+        // A sixteenth: the official module is made with a quarter of the channels and takes a quarter of that.
+        let width = channels / 4 / 4;
+        let layer = |name: &str, out: usize| -> Result<(LayerNorm, Linear)> {
+            let scope = scope.child(name);
+            Ok((LayerNorm::new(&scope.child(0), width, eps)?, linear(&scope.child(2), width, out, true)?))
+        };
+        Ok(BiasNetwork {
+            projection: linear(&scope.child("pos_proj"), 2, width, true)?,
+            layers: vec![layer("pos1", width)?, layer("pos2", width)?, layer("pos3", heads)?],
+            residual,
+            eps,
+        })
+    }
+
+    fn table(&self, group: [usize; 2]) -> Result<Tensor> {
+        let layer = |(norm, linear): &(LayerNorm, Linear)| -> Result<BiasLayer> {
+            Ok(BiasLayer {
+                norm: affine(&norm.weight, Some(&norm.bias))?,
+                linear: affine(&linear.weight, linear.bias.as_ref())?,
+            })
+        };
+        let [first, second, third] = &self.layers[..] else {
+            return Err(Error::Config("the position bias network has three layers".into()));
+        };
+        let network = PositionBiasNetwork {
+            projection: affine(&self.projection.weight, self.projection.bias.as_ref())?,
+            layers: [layer(first)?, layer(second)?, layer(third)?],
+            residual: self.residual,
+            eps: self.eps,
+        };
+        ops::dynamic_position_bias(&network, group)
+    }
+}
+
+impl BiasSource {
+    fn new(scope: &Scope, config: &CrossFormerConfig, stage: usize, block: usize) -> Result<Self> {
+        let (channels, heads) = (config.channels(stage), config.num_heads[stage]);
+        let network = |residual| -> Result<Self> {
+            let network = BiasNetwork::new(&scope.child("pos"), channels, heads, residual, config.layer_norm_eps)?;
+            Ok(BiasSource::Network(Box::new(network)))
+        };
+        match config.position_bias {
+            PositionBias::Dynamic => network(false),
+            PositionBias::DynamicResidual => network(true),
+            PositionBias::Absolute | PositionBias::None => Ok(BiasSource::None),
+            PositionBias::Relative => {
+                let group = config.block_group_size(stage, block);
+                let shape = [(2 * group - 1) * (2 * group - 1), heads];
+                let table = scope.parameter("relative_position_bias_table", shape, LINEAR)?;
+                Ok(BiasSource::Table { table, group })
+            }
+        }
+    }
+
+    /// The table for groups of `gh` × `gw` tokens.
+    fn table(&self, [gh, gw]: [usize; 2]) -> Result<Option<Tensor>> {
+        match self {
+            BiasSource::None => Ok(None),
+            BiasSource::Network(network) => network.table([gh, gw]).map(Some),
+            BiasSource::Table { table, group } => {
+                let side = 2 * group - 1;
+                if gh > *group || gw > *group {
+                    let message =
+                        format!("a group of {gh}×{gw} with a relative position bias learned for {group}×{group}");
+                    return Err(Error::Config(message));
+                }
+                // The table of a smaller group is the centre of that of a larger one.
+                let table = table.tensor();
+                let heads = table.shape()[1];
+                let centre = table.reshape([side, side, heads])?.narrow(0, group - gh, 2 * gh - 1)?;
+                let centre = centre.narrow(1, group - gw, 2 * gw - 1)?;
+                centre.reshape([(2 * gh - 1) * (2 * gw - 1), heads]).map(Some)
+            }
+        }
+    }
+}
+
+/// Attention within groups, with its projections.
+struct Attention {
+    bias: BiasSource,
+    qkv: Linear,
+    proj: Linear,
+    heads: usize,
+    no_mask: bool,
+}
+
+impl Attention {
+    fn new(scope: &Scope, config: &CrossFormerConfig, stage: usize, block: usize) -> Result<Self> {
+        let channels = config.channels(stage);
+        Ok(Attention {
+            bias: BiasSource::new(scope, config, stage, block)?,
+            qkv: linear(&scope.child("qkv"), channels, 3 * channels, config.qkv_bias)?,
+            proj: linear(&scope.child("proj"), channels, channels, true)?,
+            heads: config.num_heads[stage],
+            no_mask: config.no_mask,
+        })
+    }
+
+    /// What the query of image 0 attends to, per head. `no_mask` padding is left out of the picture.
+    fn weights(&self, input: &Tensor, grouping: Grouping, query: [usize; 2]) -> Result<Vec<Vec<f32>>> {
+        let table = self.bias.table(grouping.group)?;
+        attention_weights(&self.qkv.forward(input)?, table.as_ref(), self.heads, grouping, 0, query)
+    }
+
+    fn forward(&self, input: &Tensor, grouping: Grouping) -> Result<Tensor> {
+        if self.no_mask {
+            return self.forward_padded(input, grouping);
+        }
+        let table = self.bias.table(grouping.group)?;
+        self.proj.forward(&lsda(&self.qkv.forward(input)?, table.as_ref(), self.heads, grouping)?)
+    }
+
+    /// Pads the map in memory, so that padded tokens take part in attention with the biases of K and V as content.
+    fn forward_padded(&self, input: &Tensor, grouping: Grouping) -> Result<Tensor> {
+        let mut padded = input.clone();
+        for axis in 0..2 {
+            let (extent, before) = (input.shape()[axis + 1], grouping.origin[axis]);
+            let full = (extent + before).next_multiple_of(grouping.group[axis] * grouping.interval[axis]);
+            padded = padded.pad(axis as isize + 1, before, full - extent - before)?;
+        }
+        let whole = Grouping { origin: [0; 2], ..grouping };
+        let table = self.bias.table(grouping.group)?;
+        let output = self.proj.forward(&lsda(&self.qkv.forward(&padded)?, table.as_ref(), self.heads, whole)?)?;
+        let rows = output.narrow(1, grouping.origin[0], input.shape()[1])?;
+        rows.narrow(2, grouping.origin[1], input.shape()[2])
+    }
+}
+
+/// A transformer block: attention and MLP, each behind a layer norm and around a skip.
+pub(super) struct Block {
+    norm1: LayerNorm,
+    attention: Attention,
+    norm2: LayerNorm,
+    fc1: Linear,
+    fc2: Linear,
+    cooling: Option<(Conv2d, LayerNorm)>,
+    drop_path_rate: f64,
+}
+
+impl Block {
+    pub fn new(scope: &Scope, config: &CrossFormerConfig, stage: usize, block: usize) -> Result<Self> {
+        let channels = config.channels(stage);
+        let hidden = (channels as f64 * config.mlp_ratio[stage]) as usize;
+        let eps = config.layer_norm_eps;
+        let number = config.depths[..stage].iter().sum::<usize>() + block;
+        let last = config.depths.iter().sum::<usize>() - 1;
+        let cooling = || -> Result<(Conv2d, LayerNorm)> {
+            let options = ops::Conv2dOptions { padding: [1; 2], groups: channels, ..Default::default() };
+            let conv = Conv2d::new(&scope.child("ex_conv"), [channels; 2], 3, true, options)?;
+            Ok((conv, LayerNorm::new(&scope.child("ex_ln"), channels, eps)?))
+        };
+        Ok(Block {
+            norm1: LayerNorm::new(&scope.child("norm1"), channels, eps)?,
+            attention: Attention::new(&scope.child("attn"), config, stage, block)?,
+            norm2: LayerNorm::new(&scope.child("norm2"), channels, eps)?,
+            fc1: linear(&scope.child("mlp.fc1"), channels, hidden, true)?,
+            fc2: linear(&scope.child("mlp.fc2"), hidden, channels, true)?,
+            cooling: config.has_cooling(stage, block).then(cooling).transpose()?,
+            drop_path_rate: config.drop_path_rate * number as f64 / last.max(1) as f64,
+        })
+    }
+
+    /// (batch, height, width, channels) to the same shape.
+    pub fn forward(&self, input: &Tensor, grouping: Grouping, context: &Context) -> Result<Tensor> {
+        let attended = self.attention.forward(&self.norm1.forward(input)?, grouping)?;
+        let x = input.add(&self.drop_path(attended, context)?)?;
+        let hidden = self.fc1.forward(&self.norm2.forward(&x)?)?.gelu()?;
+        let x = x.add(&self.drop_path(self.fc2.forward(&hidden)?, context)?)?;
+        match &self.cooling {
+            None => Ok(x),
+            Some((conv, norm)) => norm.forward(&conv.forward(&x)?),
+        }
+    }
+
+    /// What a query of the first image attends to, per head: weights over the map.
+    pub fn attention_weights(&self, input: &Tensor, grouping: Grouping, query: [usize; 2]) -> Result<Vec<Vec<f32>>> {
+        self.attention.weights(&self.norm1.forward(input)?, grouping, query)
+    }
+
+    fn drop_path(&self, branch: Tensor, context: &Context) -> Result<Tensor> {
+        match context.next_stream() {
+            Some(stream) if self.drop_path_rate > 0.0 => ops::drop_path(&branch, self.drop_path_rate, stream),
+            _ => Ok(branch),
+        }
+    }
+}
+
+impl CrossFormerConfig {
+    /// Whether an amplitude cooling layer follows a block: after every third one, but not after a stage's last.
+    pub(super) fn has_cooling(&self, stage: usize, block: usize) -> bool {
+        self.use_acl && (block + 1).is_multiple_of(3) && block + 1 < self.depths[stage]
+    }
+}

@@ -1,0 +1,5 @@
+//! Published networks, with their parameter names.
+
+pub mod crossformer;
+
+pub use crossformer::{CrossFormer, CrossFormerConfig};
