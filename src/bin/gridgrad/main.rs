@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod doctor;
 
 #[derive(Parser)]
@@ -15,6 +16,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Measures the speed of training on this machine.
+    Bench(bench::BenchArgs),
     /// Shows what this machine offers: processor, memory, GPU, data sets.
     Doctor {
         /// Prints one JSON object instead of words.
@@ -25,6 +28,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
+        Command::Bench(args) => bench::run(args),
         Command::Doctor { json } => doctor::run(json),
     };
     match outcome {
