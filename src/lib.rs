@@ -13,6 +13,7 @@ pub mod ops;
 pub mod random;
 pub mod report;
 pub mod tensor;
+pub mod train;
 
 pub use error::{Error, Result};
 pub use tensor::{DType, Device, Shape, Tensor};

@@ -91,30 +91,44 @@ fn tile<T: Float, const R: usize, const V: usize, const ADD: bool>(
     right: &[T],
     result: &mut [T],
 ) {
+    // Loops and no closures: a closure may stay a function of its own, compiled without the vector instructions.
     let mut sums = [[[T::ZERO; LANES]; V]; R];
-    let mut accumulate = |at: usize, factors: [T; R]| {
-        let row = &right[at * width + column..][..V * LANES];
-        for (sums, factor) in sums.iter_mut().zip(factors) {
-            for (sums, row) in sums.iter_mut().zip(row.as_chunks::<LANES>().0) {
-                for (sum, &value) in sums.iter_mut().zip(row) {
-                    *sum = factor.mul_add(value, *sum);
-                }
-            }
-        }
-    };
     if left.depth_stride == 1 {
-        let rows: [&[T]; R] = std::array::from_fn(|row| &left.data[(first + row) * left.row_stride..][..depth]);
-        (0..depth).for_each(|at| accumulate(at, std::array::from_fn(|row| rows[row][at])));
+        let mut rows: [&[T]; R] = [&[]; R];
+        for (row, slice) in rows.iter_mut().enumerate() {
+            *slice = &left.data[(first + row) * left.row_stride..][..depth];
+        }
+        for (at, right) in right.chunks_exact(width).enumerate() {
+            let mut factors = [T::ZERO; R];
+            for (factor, row) in factors.iter_mut().zip(rows) {
+                *factor = row[at];
+            }
+            accumulate(&mut sums, factors, &right[column..][..V * LANES]);
+        }
     } else {
-        for at in 0..depth {
-            let factors = &left.data[at * left.depth_stride + first..][..R];
-            accumulate(at, std::array::from_fn(|row| factors[row]));
+        for (at, right) in right.chunks_exact(width).enumerate() {
+            let mut factors = [T::ZERO; R];
+            factors.copy_from_slice(&left.data[at * left.depth_stride + first..][..R]);
+            accumulate(&mut sums, factors, &right[column..][..V * LANES]);
         }
     }
     for (row, sums) in sums.iter().enumerate() {
         let out = &mut result[row * width + column..][..V * LANES];
         for (out, &sum) in out.iter_mut().zip(sums.as_flattened()) {
             *out = if ADD { *out + sum } else { sum };
+        }
+    }
+}
+
+/// Adds the outer product of `factors` and `row` to the block.
+#[inline(always)]
+#[allow(clippy::needless_range_loop, reason = "one index for both arrays")]
+fn accumulate<T: Float, const R: usize, const V: usize>(sums: &mut [[[T; LANES]; V]; R], factors: [T; R], row: &[T]) {
+    for r in 0..R {
+        for v in 0..V {
+            for lane in 0..LANES {
+                sums[r][v][lane] = factors[r].mul_add(row[v * LANES + lane], sums[r][v][lane]);
+            }
         }
     }
 }

@@ -121,6 +121,110 @@ impl Conv2d {
     }
 }
 
+/// A transposed convolution of a channels-last map: the gradient of a [`Conv2d`] with respect to its input, as a layer.
+#[derive(Clone, Debug)]
+pub struct ConvTranspose2d {
+    /// (in, out / groups, kernel height, kernel width)
+    pub weight: Parameter,
+    /// (out)
+    pub bias: Option<Parameter>,
+    options: ops::Conv2dOptions,
+    output_padding: [usize; 2],
+}
+
+impl ConvTranspose2d {
+    /// A transposed convolution with square kernels and PyTorch's default initialisation.
+    ///
+    /// # Errors
+    /// Where `groups` does not divide the channels, or a name is taken.
+    pub fn new(
+        scope: &Scope,
+        [in_channels, out_channels]: [usize; 2],
+        kernel: usize,
+        bias: bool,
+        options: ops::Conv2dOptions,
+        output_padding: [usize; 2],
+    ) -> Result<Self> {
+        if options.groups == 0 || !out_channels.is_multiple_of(options.groups) {
+            let message = format!("{} groups do not divide {out_channels} channels", options.groups);
+            return Err(Error::argument("ConvTranspose2d", message));
+        }
+        let shape = Shape::from([in_channels, out_channels / options.groups, kernel, kernel]);
+        let default = Initializer::default_bias(&shape);
+        Ok(ConvTranspose2d {
+            weight: scope.parameter("weight", shape, Initializer::DEFAULT)?,
+            bias: bias.then(|| scope.parameter("bias", [out_channels], default)).transpose()?,
+            options,
+            output_padding,
+        })
+    }
+
+    /// (batch, height, width, in) to a larger map with `out` channels.
+    ///
+    /// # Errors
+    /// Where the channels are not `in`, or nothing is left of the map.
+    pub fn forward(&self, input: &Tensor) -> Result<Tensor> {
+        let bias = self.bias.as_ref().map(Parameter::tensor);
+        ops::conv_transpose2d(input, &self.weight.tensor(), bias.as_ref(), self.options, self.output_padding)
+    }
+}
+
+/// A learned vector for each of a number of symbols.
+#[derive(Clone, Debug)]
+pub struct Embedding {
+    /// (symbols, width)
+    pub weight: Parameter,
+}
+
+impl Embedding {
+    /// Vectors that start from N(0, 1), as in PyTorch.
+    ///
+    /// # Errors
+    /// Where the name is taken.
+    pub fn new(scope: &Scope, symbols: usize, width: usize) -> Result<Self> {
+        Ok(Embedding { weight: scope.parameter("weight", [symbols, width], Initializer::Normal { std: 1.0 })? })
+    }
+
+    /// `i64` indices of any shape to (…, width).
+    ///
+    /// # Errors
+    /// Where an index is not below the number of symbols.
+    pub fn forward(&self, indices: &Tensor) -> Result<Tensor> {
+        ops::embedding(&self.weight.tensor(), indices)
+    }
+}
+
+/// Zeroes elements at random in training; the others grow such that the mean stays.
+#[derive(Clone, Copy, Debug)]
+pub struct Dropout {
+    p: f64,
+}
+
+impl Dropout {
+    /// Drops each element with probability `p`.
+    ///
+    /// # Errors
+    /// Where `p` is not in 0 to 1.
+    pub fn new(p: f64) -> Result<Self> {
+        if (0.0..=1.0).contains(&p) {
+            Ok(Dropout { p })
+        } else {
+            Err(Error::argument("Dropout", format!("probability {p}; expected 0 to 1")))
+        }
+    }
+
+    /// Any shape to the same shape.
+    ///
+    /// # Errors
+    /// Where the dtype is not floating point.
+    pub fn forward(&self, input: &Tensor, context: &Context) -> Result<Tensor> {
+        match context.next_stream() {
+            Some(stream) if self.p > 0.0 => ops::dropout(input, self.p, stream),
+            _ => Ok(input.clone()),
+        }
+    }
+}
+
 /// Normalises each channel over the batch and the map in training, by running statistics in evaluation.
 #[derive(Clone, Debug)]
 pub struct BatchNorm {
@@ -166,5 +270,72 @@ impl BatchNorm {
             self.running_var.set(&updated.variance)?;
         }
         Ok(result.output)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::DType;
+    use crate::random::Philox;
+
+    fn names(scope: &Scope) -> Vec<String> {
+        scope.parameters().iter().map(|parameter| format!("{} {}", parameter.name(), parameter.shape())).collect()
+    }
+
+    #[test]
+    fn layers_have_pytorchs_names_and_shapes() {
+        let scope = Scope::new(0, DType::F32);
+        let grouped = ops::Conv2dOptions { groups: 2, stride: [2, 2], ..Default::default() };
+        let conv = Conv2d::new(&scope.child("conv"), [4, 6], 3, true, grouped).unwrap();
+        let up = ConvTranspose2d::new(&scope.child("up"), [6, 4], 2, false, grouped, [0, 0]).unwrap();
+        let norm = BatchNorm::new(&scope.child("bn"), 4).unwrap();
+        let embedding = Embedding::new(&scope.child("embed"), 5, 3).unwrap();
+        assert_eq!(
+            names(&scope),
+            [
+                "conv.weight (6, 2, 3, 3)",
+                "conv.bias (6)",
+                "up.weight (6, 2, 2, 2)",
+                "bn.weight (4)",
+                "bn.bias (4)",
+                "bn.running_mean (4)",
+                "bn.running_var (4)",
+                "embed.weight (5, 3)"
+            ]
+        );
+        let x = Tensor::randn([2, 9, 9, 4], DType::F32, Philox::new(1)).unwrap();
+        let y = up.forward(&conv.forward(&x).unwrap()).unwrap();
+        assert_eq!(norm.forward(&y, &Context::eval()).unwrap().shape().to_vec(), [2, 8, 8, 4]);
+        let indices = Tensor::new(&[4i64, 0], [2]).unwrap();
+        assert_eq!(embedding.forward(&indices).unwrap().shape().to_vec(), [2, 3]);
+        assert!(Conv2d::new(&scope.child("bad"), [3, 6], 3, true, grouped).is_err());
+    }
+
+    #[test]
+    fn batch_norm_normalises_in_training_and_follows_the_batches() {
+        let scope = Scope::new(0, DType::F64);
+        let norm = BatchNorm::new(&scope, 2).unwrap();
+        let x = Tensor::randn([64, 2], DType::F64, Philox::new(2)).unwrap().scale(3.0).unwrap().shift(5.0).unwrap();
+        let y = norm.forward(&x, &Context::train(Philox::new(0))).unwrap();
+        assert!(y.mean_all().unwrap().item().unwrap().abs() < 1e-9);
+        for _ in 0..200 {
+            norm.forward(&x, &Context::train(Philox::new(0))).unwrap();
+        }
+        let (trained, settled) = (y, norm.forward(&x, &Context::eval()).unwrap());
+        // Running statistics have reached the batch's own; variances differ by n / (n − 1).
+        let difference = trained.sub(&settled).unwrap().abs().unwrap().max(&[0, 1], false).unwrap().item().unwrap();
+        assert!(difference < 0.05, "{difference}");
+    }
+
+    #[test]
+    fn dropout_is_for_training_alone() {
+        let x = Tensor::ones([1000], DType::F32).unwrap();
+        let dropout = Dropout::new(0.25).unwrap();
+        assert_eq!(dropout.forward(&x, &Context::eval()).unwrap().raw_bytes(), x.raw_bytes());
+        let dropped = dropout.forward(&x, &Context::train(Philox::new(3))).unwrap().to_f64_vec();
+        let zeros = dropped.iter().filter(|&&v| v == 0.0).count();
+        assert!((200..300).contains(&zeros) && dropped.iter().all(|&v| v == 0.0 || (v - 4.0 / 3.0).abs() < 1e-6));
+        assert!(Dropout::new(1.5).is_err());
     }
 }

@@ -22,6 +22,6 @@ pub mod state_dict;
 
 pub use context::Context;
 pub use init::{Fan, Initializer};
-pub use layers::{BatchNorm, Conv2d, LayerNorm, Linear};
+pub use layers::{BatchNorm, Conv2d, ConvTranspose2d, Dropout, Embedding, LayerNorm, Linear};
 pub use parameter::{Parameter, Parameters, Role, Scope};
 pub use state_dict::StateDict;

@@ -9,6 +9,7 @@ use gridgrad::models::{CrossFormer, CrossFormerConfig};
 use gridgrad::nn::Context;
 use gridgrad::ops::{CrossEntropyOptions, Targets, cross_entropy};
 use gridgrad::random::Philox;
+use gridgrad::train::{Optimizer, OptimizerConfig};
 use gridgrad::{DType, Error, Result, Tensor};
 use serde::Serialize;
 
@@ -39,9 +40,6 @@ struct StepArgs {
     /// Height and width of the images; the network's own size where absent.
     #[arg(long, value_parser = value_parser!(u16).range(1..))]
     image: Option<u16>,
-    /// Threads; as many as the machine runs at once where absent.
-    #[arg(long, value_parser = value_parser!(u16).range(1..=1024))]
-    threads: Option<u16>,
     /// Measured steps.
     #[arg(long, default_value_t = 5, value_parser = value_parser!(u32).range(1..))]
     steps: u32,
@@ -56,9 +54,7 @@ struct StepArgs {
 /// Runs the benchmark and prints what it found.
 pub fn run(args: BenchArgs) -> Result<()> {
     let What::Step(args) = args.what;
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(args.threads.unwrap_or(0).into()).build();
-    let pool = pool.map_err(|error| Error::Config(format!("cannot start the threads: {error}")))?;
-    let report = pool.install(|| measure(&args))?;
+    let report = measure(&args)?;
     let text = if args.json {
         serde_json::to_string(&report).map_err(|error| Error::Config(format!("cannot write JSON: {error}")))? + "\n"
     } else {
@@ -118,8 +114,7 @@ fn measure(args: &StepArgs) -> Result<Report> {
         trainer.step(number)?;
     }
     let before = cpu_time();
-    let steps: Vec<Step> =
-        (0..args.steps).map(|number| trainer.step(args.warmup + number)).collect::<Result<_>>()?;
+    let steps: Vec<Step> = (0..args.steps).map(|number| trainer.step(args.warmup + number)).collect::<Result<_>>()?;
     let cpu = cpu_time().zip(before).map(|(after, before)| (after - before) / args.steps);
     let part = |part: fn(Step) -> Duration| median(steps.iter().map(|&step| milliseconds(part(step))).collect());
     let wall_ms = part(Step::wall);
@@ -142,6 +137,7 @@ fn measure(args: &StepArgs) -> Result<Report> {
 /// A network with one batch of random images and labels.
 struct Trainer {
     model: CrossFormer,
+    optimizer: Optimizer,
     images: Tensor,
     labels: Tensor,
     stream: Philox,
@@ -153,8 +149,10 @@ impl Trainer {
         let ([height, width], channels) = (config.img_size, config.in_chans);
         let labels: Vec<i64> =
             (0..batch).map(|image| stream.stream("labels").below(image as u64, CLASSES) as i64).collect();
+        let model = CrossFormer::new(config, 0, DType::F32)?;
         Ok(Trainer {
-            model: CrossFormer::new(config, 0, DType::F32)?,
+            optimizer: Optimizer::new(model.parameters(), OptimizerConfig::default())?,
+            model,
             images: Tensor::randn([batch, height, width, channels], DType::F32, stream.stream("images"))?,
             labels: Tensor::new(&labels, [batch])?,
             stream: stream.stream("steps"),
@@ -171,13 +169,7 @@ impl Trainer {
         let gradients = loss.backward()?;
         drop(loss);
         let backward = start.elapsed() - forward;
-        for parameter in self.model.parameters().weights() {
-            if let Some(gradient) = gradients.get(&parameter.tensor()) {
-                let gradient = gradient.data::<f32>()?;
-                let descend = |(value, gradient): (&mut f32, &f32)| *value -= 1e-4 * gradient;
-                parameter.update::<f32>(|values| values.iter_mut().zip(gradient).for_each(descend))?;
-            }
-        }
+        self.optimizer.step(&gradients, 1e-4)?;
         drop(gradients);
         Ok(Step { forward, backward, optimizer: start.elapsed() - forward - backward })
     }

@@ -5,17 +5,42 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod bench;
+mod checkpoint;
 mod doctor;
+mod eval;
+mod info;
+mod output;
+mod pictures;
+mod predict;
+mod progress;
+mod run;
+mod settings;
+mod train;
 
+/// Cross-scale vision transformers, trained and run from one command.
 #[derive(Parser)]
-#[command(version, about)]
+#[command(version, about, propagate_version = true, arg_required_else_help = true)]
 struct Arguments {
+    /// Threads to compute with; all processors where absent.
+    #[arg(long, global = true, value_name = "N")]
+    threads: Option<usize>,
     #[command(subcommand)]
     command: Command,
 }
 
 #[derive(Subcommand)]
 enum Command {
+    /// Trains a network on images and leaves checkpoints, metrics and pictures in a folder.
+    #[command(subcommand)]
+    Train(train::Train),
+    /// Measures a trained network on a data set.
+    Eval(eval::Eval),
+    /// Tells what images show.
+    Predict(predict::Predict),
+    /// Shows a network's layers, parameters and multiply-adds.
+    Info(info::Info),
+    /// Runs a network with given weights on given tensors: the bridge to other frameworks.
+    Run(run::Run),
     /// Measures the speed of training on this machine.
     Bench(bench::BenchArgs),
     /// Shows what this machine offers: processor, memory, GPU, data sets.
@@ -27,10 +52,16 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let outcome = match Arguments::parse().command {
+    let arguments = Arguments::parse();
+    let outcome = set_threads(arguments.threads).and_then(|()| match arguments.command {
+        Command::Train(train) => train::run(train),
+        Command::Eval(eval) => eval::run(eval),
+        Command::Predict(predict) => predict::run(predict),
+        Command::Info(info) => info::run(&info),
+        Command::Run(run) => run::run(&run),
         Command::Bench(args) => bench::run(args),
         Command::Doctor { json } => doctor::run(json),
-    };
+    });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -38,4 +69,15 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn set_threads(threads: Option<usize>) -> gridgrad::Result<()> {
+    let Some(threads) = threads else { return Ok(()) };
+    if !(1..=1024).contains(&threads) {
+        return Err(gridgrad::Error::Config(format!("--threads {threads} is not in 1 to 1024")));
+    }
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .map_err(|error| gridgrad::Error::Config(format!("cannot start {threads} threads: {error}")))
 }

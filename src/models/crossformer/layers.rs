@@ -2,7 +2,7 @@
 
 use super::config::{CrossFormerConfig, PositionBias, split_channels};
 use crate::nn::{Context, Conv2d, Initializer, LayerNorm, Linear, Parameter, Scope};
-use crate::ops::lsda::{Grouping, lsda};
+use crate::ops::lsda::{Grouping, attention_weights, lsda};
 use crate::ops::position_bias::{Affine, BiasLayer, PositionBiasNetwork};
 use crate::tensor::Shape;
 use crate::{Error, Result, Tensor, ops};
@@ -173,6 +173,12 @@ impl Attention {
         })
     }
 
+    /// What the query of image 0 attends to, per head. `no_mask` padding is left out of the picture.
+    fn weights(&self, input: &Tensor, grouping: Grouping, query: [usize; 2]) -> Result<Vec<Vec<f32>>> {
+        let table = self.bias.table(grouping.group)?;
+        attention_weights(&self.qkv.forward(input)?, table.as_ref(), self.heads, grouping, 0, query)
+    }
+
     fn forward(&self, input: &Tensor, grouping: Grouping) -> Result<Tensor> {
         if self.no_mask {
             return self.forward_padded(input, grouping);
@@ -241,6 +247,11 @@ impl Block {
             None => Ok(x),
             Some((conv, norm)) => norm.forward(&conv.forward(&x)?),
         }
+    }
+
+    /// What a query of the first image attends to, per head: weights over the map.
+    pub fn attention_weights(&self, input: &Tensor, grouping: Grouping, query: [usize; 2]) -> Result<Vec<Vec<f32>>> {
+        self.attention.weights(&self.norm1.forward(input)?, grouping, query)
     }
 
     fn drop_path(&self, branch: Tensor, context: &Context) -> Result<Tensor> {

@@ -25,8 +25,33 @@ pub use cost::{Cost, StageCost};
 pub use groups::BlockGrouping;
 
 use crate::nn::{Context, Initializer, LayerNorm, Linear, Parameter, Parameters, Scope};
+use crate::ops::lsda::Grouping;
 use crate::{DType, Error, Result, Tensor};
 use layers::{Block, CrossScaleEmbedding};
+
+/// A block's place in the network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockPosition {
+    /// Stage, from 0.
+    pub stage: usize,
+    /// Block within the stage, from 0.
+    pub block: usize,
+}
+
+/// What one token attends to in one block.
+#[derive(Clone, Debug)]
+pub struct AttentionMap {
+    /// The block.
+    pub position: BlockPosition,
+    /// Its groups.
+    pub grouping: BlockGrouping,
+    /// Height and width of the block's map, in tokens.
+    pub map: [usize; 2],
+    /// The token (y, x).
+    pub query: [usize; 2],
+    /// For each head, weights of all tokens, row-major; 0 outside the group.
+    pub heads: Vec<Vec<f32>>,
+}
 
 struct Stage {
     blocks: Vec<Block>,
@@ -98,6 +123,49 @@ impl CrossFormer {
     /// # Errors
     /// Where the images' channels are not the configuration's, or an image is too small.
     pub fn features(&self, images: &Tensor, context: &Context) -> Result<Vec<Tensor>> {
+        let mut features = Vec::with_capacity(self.stages.len());
+        self.run(images, |position, block, x, grouping| {
+            let x = block.forward(x, grouping, context)?;
+            if position.block + 1 == self.config.depths[position.stage] {
+                features.push(x.clone());
+            }
+            Ok(x)
+        })?;
+        Ok(features)
+    }
+
+    /// What tokens attend to: for every block, every head and every query (y, x) of the first image, weights over the
+    /// block's map. `queries` are given as shares of the map's height and width, 0 to 1.
+    ///
+    /// # Errors
+    /// As [`CrossFormer::features`].
+    pub fn attention_maps(&self, images: &Tensor, queries: &[[f64; 2]]) -> Result<Vec<AttentionMap>> {
+        let mut maps = Vec::new();
+        self.run(images, |position, block, x, grouping| {
+            let map = [x.shape()[1], x.shape()[2]];
+            for share in queries {
+                let token = |axis: usize| ((share[axis] * map[axis] as f64) as usize).min(map[axis] - 1);
+                let query = [token(0), token(1)];
+                let heads = block.attention_weights(x, grouping, query)?;
+                maps.push(AttentionMap {
+                    position,
+                    grouping: self.config.block_grouping(position.stage, position.block, map),
+                    map,
+                    query,
+                    heads,
+                });
+            }
+            block.forward(x, grouping, &Context::eval())
+        })?;
+        Ok(maps)
+    }
+
+    /// Embeds `images` and takes them through the blocks; `visit` applies each.
+    fn run(
+        &self,
+        images: &Tensor,
+        mut visit: impl FnMut(BlockPosition, &Block, &Tensor, Grouping) -> Result<Tensor>,
+    ) -> Result<()> {
         let [_, height, width, channels] =
             images.dims::<4>("crossformer", "images (batch, height, width, channels)")?;
         if channels != self.config.in_chans {
@@ -106,28 +174,29 @@ impl CrossFormer {
             return Err(Error::shape("crossformer", message));
         }
         let maps = self.config.stage_maps(height, width)?;
-        let mut x = self.embedding_norm.forward(&self.embedding.forward(images)?)?;
-        if let Some(position) = &self.absolute_position {
-            let position = position.tensor();
-            let [rows, columns] = maps[0];
-            if position.shape()[1] != rows * columns {
-                let message =
-                    format!("absolute positions for {} tokens, the image has {rows}×{columns}", position.shape()[1]);
-                return Err(Error::shape("crossformer", message));
-            }
-            x = x.add(&position.reshape([1, rows, columns, self.config.embed_dim])?)?;
-        }
-        let mut features = Vec::with_capacity(maps.len());
+        let x = self.embedding_norm.forward(&self.embedding.forward(images)?)?;
+        let mut x = self.add_absolute_position(x, maps[0])?;
         for (number, (stage, map)) in self.stages.iter().zip(maps).enumerate() {
             for (block, layer) in stage.blocks.iter().enumerate() {
-                x = layer.forward(&x, self.config.block_grouping(number, block, map).grouping, context)?;
+                let grouping = self.config.block_grouping(number, block, map).grouping;
+                x = visit(BlockPosition { stage: number, block }, layer, &x, grouping)?;
             }
-            features.push(x.clone());
             if let Some((norm, embedding)) = &stage.merging {
                 x = embedding.forward(&norm.forward(&x)?)?;
             }
         }
-        Ok(features)
+        Ok(())
+    }
+
+    fn add_absolute_position(&self, x: Tensor, [rows, columns]: [usize; 2]) -> Result<Tensor> {
+        let Some(position) = &self.absolute_position else { return Ok(x) };
+        let position = position.tensor();
+        if position.shape()[1] != rows * columns {
+            let message =
+                format!("absolute positions for {} tokens, the image has {rows}×{columns}", position.shape()[1]);
+            return Err(Error::shape("crossformer", message));
+        }
+        x.add(&position.reshape([1, rows, columns, self.config.embed_dim])?)
     }
 
     /// Class logits, (batch, classes).

@@ -68,7 +68,7 @@ impl Problem {
     }
 
     /// The table row for tokens `query` and `key` of a group with `columns` columns.
-    fn table_row(&self, columns: usize, query: usize, key: usize) -> usize {
+    pub fn table_row(&self, columns: usize, query: usize, key: usize) -> usize {
         let [gh, gw] = self.grouping.group;
         let dy = query / columns + gh - 1 - key / columns;
         let dx = query % columns + gw - 1 - key % columns;
@@ -130,7 +130,9 @@ fn gather<T: Float>(
 ) {
     for (&token, out) in tokens.iter().zip(out.chunks_exact_mut(padded)) {
         let source = &source[token * row + channel..][..width];
-        out[..width].iter_mut().zip(source).for_each(|(out, &value)| *out = value * scale);
+        for (out, &value) in out[..width].iter_mut().zip(source) {
+            *out = value * scale;
+        }
         out[width..].fill(T::ZERO);
     }
 }
@@ -140,7 +142,9 @@ fn gather<T: Float>(
 fn transpose<T: Float>(source: &[T], rows: usize, padded: usize, width: usize, padded_rows: usize, out: &mut [T]) {
     for (column, out) in out[..width * padded_rows].chunks_exact_mut(padded_rows).enumerate() {
         let column = source[column..].iter().step_by(padded);
-        out[..rows].iter_mut().zip(column).for_each(|(out, &value)| *out = value);
+        for (out, &value) in out[..rows].iter_mut().zip(column) {
+            *out = value;
+        }
         out[rows..].fill(T::ZERO);
     }
 }
@@ -150,7 +154,9 @@ fn transpose<T: Float>(source: &[T], rows: usize, padded: usize, width: usize, p
 fn exponentials<T: Float>(scores: &mut [T]) -> T {
     let mut lanes = [T::NEG_INFINITY; LANES];
     for chunk in scores.as_chunks::<LANES>().0 {
-        lanes.iter_mut().zip(chunk).for_each(|(lane, &score)| *lane = lane.nan_max(score));
+        for (lane, &score) in lanes.iter_mut().zip(chunk) {
+            *lane = lane.nan_max(score);
+        }
     }
     let largest = lanes.iter().fold(T::NEG_INFINITY, |largest, &lane| largest.nan_max(lane));
     let mut sums = [T::ZERO; LANES];
@@ -249,7 +255,9 @@ fn forward_group<T: Float>(
             let rows = work.rows[first..first + queries].iter_mut().zip(scratch.output.chunks_exact(padded_d));
             for ((row, result), share) in rows.zip(shares) {
                 let out = &mut row[head * d..][..d];
-                out.iter_mut().zip(result).for_each(|(out, &value)| *out = value * share);
+                for (out, &value) in out.iter_mut().zip(result) {
+                    *out = value * share;
+                }
             }
         }
     }
@@ -322,7 +330,9 @@ pub(super) fn backward<T: Float>(
     drop(work);
     let mut dtable = Buffer::zeroed(table_len);
     for partial in partial.chunks_exact(table_len.max(1)) {
-        dtable.iter_mut().zip(partial).for_each(|(sum, &value)| *sum += value);
+        for (sum, &value) in dtable.iter_mut().zip(partial) {
+            *sum += value;
+        }
     }
     (dqkv, dtable)
 }
@@ -398,7 +408,9 @@ fn backward_group<T: Float>(
             let query_grad = &mut query_grad[first * padded_d..];
             multiply::<T, false>(Left::rows(score_grads, padded), over_keys, &forward.key, query_grad);
             if let Some(sums) = scratch.bias_grads.get_mut(number) {
-                sums[bias_rows].iter_mut().zip(&*score_grads).for_each(|(sum, &grad)| *sum += grad);
+                for (sum, &grad) in sums[bias_rows].iter_mut().zip(&*score_grads) {
+                    *sum += grad;
+                }
             }
         }
         // The query was scaled on gathering, so the key's gradient has the factor already.
@@ -407,7 +419,9 @@ fn backward_group<T: Float>(
         {
             for (row, grads) in work.rows.iter_mut().zip(grads.chunks_exact(padded_d)) {
                 let out = &mut row[number * channels + head * d..][..d];
-                out.iter_mut().zip(grads).for_each(|(out, &grad)| *out = grad * factor);
+                for (out, &grad) in out.iter_mut().zip(grads) {
+                    *out = grad * factor;
+                }
             }
         }
     }
@@ -425,5 +439,7 @@ fn softmax_backward<T: Float>(scores: &mut [T], grads: &mut [T]) {
         }
     }
     let dot: T = lanes.into_iter().sum();
-    grads.iter_mut().zip(scores).for_each(|(grad, &mut probability)| *grad = probability * (*grad - dot));
+    for (grad, &mut probability) in grads.iter_mut().zip(scores) {
+        *grad = probability * (*grad - dot);
+    }
 }

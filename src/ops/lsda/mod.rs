@@ -56,6 +56,53 @@ pub fn lsda(qkv: &Tensor, bias: Option<&Tensor>, heads: usize, grouping: Groupin
     Ok(record(output, &inputs, |_| LsdaRule { qkv: qkv.clone(), bias: bias.cloned(), problem }))
 }
 
+/// What one query attends to in [`lsda`]: for each head the weights of all H · W keys, 0 outside the query's group. For
+/// pictures and tests: plain loops, off the tape.
+///
+/// # Errors
+/// As [`lsda`], and where the image or the query (y, x) is not there.
+pub fn attention_weights(
+    qkv: &Tensor,
+    bias: Option<&Tensor>,
+    heads: usize,
+    grouping: Grouping,
+    image: usize,
+    [y, x]: [usize; 2],
+) -> Result<Vec<Vec<f32>>> {
+    const OP: &str = "attention_weights";
+    let [batch, height, width, channels] = qkv.dims::<4>(OP, "qkv (batch, height, width, 3·channels)")?;
+    grouping.check(OP)?;
+    if image >= batch || y >= height || x >= width || heads == 0 || !channels.is_multiple_of(3 * heads) {
+        let message = format!("image {image}, query ({y}, {x}), {heads} heads for qkv {}", qkv.shape());
+        return Err(Error::argument(OP, message));
+    }
+    let (channels, d, query) = (channels / 3, channels / 3 / heads, y * width + x);
+    let groups = grouping.groups(height, width);
+    let group = groups[grouping.group_of_token(height, width)[query]];
+    let values = qkv.to_f64_vec();
+    let table = bias.map(Tensor::to_f64_vec);
+    let row = |token: usize, part: usize, head: usize| {
+        &values[((image * height * width + token) * 3 + part) * channels + head * d..][..d]
+    };
+    let tokens: Vec<usize> = group.tokens(width).collect();
+    let own = tokens.iter().position(|&token| token == query).unwrap_or(0);
+    let problem = cpu::Problem { extents: [batch, height, width], heads, head_width: d, grouping };
+    let weights = |head: usize| {
+        let score = |(local, &token): (usize, &usize)| {
+            let dot: f64 = row(query, 0, head).iter().zip(row(token, 1, head)).map(|(a, b)| a * b).sum();
+            let bias = |table: &Vec<f64>| table[problem.table_row(group.columns.count, own, local) * heads + head];
+            dot / (d as f64).sqrt() + table.as_ref().map_or(0.0, bias)
+        };
+        let scores: Vec<f64> = tokens.iter().enumerate().map(score).collect();
+        let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let sum: f64 = scores.iter().map(|score| (score - largest).exp()).sum();
+        let mut map = vec![0.0; height * width];
+        tokens.iter().zip(scores).for_each(|(&token, score)| map[token] = ((score - largest).exp() / sum) as f32);
+        map
+    };
+    Ok((0..heads).map(weights).collect())
+}
+
 struct LsdaRule {
     qkv: Tensor,
     bias: Option<Tensor>,

@@ -72,7 +72,9 @@ fn activations<T: Float>(problem: &Problem, parameters: &[&[T]]) -> Activations<
         let layer = normalise(&input, scale, shift, padded, T::from_f64(problem.eps));
         let mut output = affine(weight, bias, &layer.rectified, padded);
         if problem.residual && number < 2 {
-            output.iter_mut().zip(&*input).for_each(|(out, &value)| *out += value);
+            for (out, &value) in output.iter_mut().zip(&*input) {
+                *out += value;
+            }
         }
         layers.push(layer);
         input = output;
@@ -89,7 +91,9 @@ fn affine<T: Float>(weight: &[T], bias: &[T], input: &[T], padded: usize) -> Buf
     for (unit, out) in output.chunks_exact_mut(padded).enumerate() {
         out.fill(bias[unit]);
         for (&factor, input) in weight[unit * fan_in..][..fan_in].iter().zip(input.chunks_exact(padded)) {
-            out.iter_mut().zip(input).for_each(|(out, &value)| *out = factor.mul_add(value, *out));
+            for (out, &value) in out.iter_mut().zip(input) {
+                *out = factor.mul_add(value, *out);
+            }
         }
     }
     output
@@ -100,7 +104,9 @@ fn normalise<T: Float>(input: &[T], scale: &[T], shift: &[T], padded: usize, eps
     let share = T::ONE / T::from_f64((input.len() / padded) as f64);
     let mut mean = Buffer::<T>::zeroed(padded);
     for unit in input.chunks_exact(padded) {
-        mean.iter_mut().zip(unit).for_each(|(mean, &value)| *mean += value * share);
+        for (mean, &value) in mean.iter_mut().zip(unit) {
+            *mean += value * share;
+        }
     }
     let mut inverse_deviation = Buffer::<T>::zeroed(padded);
     let mut normalised = Buffer::recycled(input.len());
@@ -111,7 +117,9 @@ fn normalise<T: Float>(input: &[T], scale: &[T], shift: &[T], padded: usize, eps
             *variance += *out * *out * share;
         }
     }
-    inverse_deviation.iter_mut().for_each(|value| *value = T::ONE / (*value + eps).sqrt());
+    for value in inverse_deviation.iter_mut() {
+        *value = T::ONE / (*value + eps).sqrt();
+    }
     let mut rectified = Buffer::recycled(input.len());
     for (unit, (out, normalised)) in
         rectified.chunks_exact_mut(padded).zip(normalised.chunks_exact_mut(padded)).enumerate()
@@ -140,7 +148,9 @@ pub(super) fn backward<T: Float>(problem: &Problem, parameters: &[&[T]], grad: &
                 let (dweight, dbias, dinput) = affine_backward(weight, &layer.rectified, &grad, padded);
                 let (dscale, dshift, mut dinput) = normalise_backward(layer, scale, shift, dinput, padded);
                 if problem.residual && number < 2 {
-                    dinput.iter_mut().zip(&*grad).for_each(|(sum, &grad)| *sum += grad);
+                    for (sum, &grad) in dinput.iter_mut().zip(&*grad) {
+                        *sum += grad;
+                    }
                 }
                 gradients.extend([dbias, dweight, dshift, dscale]);
                 grad = dinput;
@@ -186,7 +196,9 @@ fn affine_backward<T: Float>(
     for (index, dinput) in dinput.chunks_exact_mut(padded).enumerate() {
         for (out, grad) in grad.chunks_exact(padded).enumerate() {
             let factor = weight[out * fan_in + index];
-            dinput.iter_mut().zip(grad).for_each(|(sum, &grad)| *sum = factor.mul_add(grad, *sum));
+            for (sum, &grad) in dinput.iter_mut().zip(grad) {
+                *sum = factor.mul_add(grad, *sum);
+            }
         }
     }
     (dweight, dbias, dinput)

@@ -1,0 +1,323 @@
+//! `gridgrad train`: from images to a checkpoint.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use clap::{Args, Subcommand};
+use gridgrad::data::{self, AugmentConfig, Dataset, Loader, LoaderConfig, Split};
+use gridgrad::models::{CrossFormer, CrossFormerConfig};
+use gridgrad::tensor::memory_stats;
+use gridgrad::train::{
+    BEST_CHECKPOINT, Decay, LAST_CHECKPOINT, METRICS_FILE, Outcome, ScheduleConfig, Span, TrainConfig, Trainer,
+    TrainingRun, Warmup,
+};
+use gridgrad::{DType, Device, Error, Result, driver};
+
+use crate::checkpoint::{Description, Trained};
+use crate::info::{grouped, named};
+use crate::output::print;
+use crate::progress::{CURVES, Display, human};
+use crate::settings::{self, Settings};
+use crate::{pictures, settings::File};
+
+const CONFIG_FILE: &str = "config.toml";
+
+/// What to train.
+#[derive(Subcommand)]
+pub enum Train {
+    /// An image classifier with cross-scale embeddings and long/short-distance attention.
+    ///
+    /// Without any option it trains a small network on handwritten digits that come with the program, in about two
+    /// minutes. Ctrl-C stops after the step with a checkpoint; --resume goes on from it, bit for bit.
+    #[command(name = "crossformer")]
+    CrossFormer(Box<TrainCrossFormer>),
+}
+
+/// Flags of `gridgrad train crossformer`. A flag goes over the configuration file, which goes over the defaults.
+#[derive(Args)]
+pub struct TrainCrossFormer {
+    /// builtin, mnist, cifar10, cifar100, gtsrb, imagenette (under the folder that GRIDGRAD_DATA names), or a folder
+    #[arg(long)]
+    data: Option<String>,
+    /// micro, tiny, small, base, large, ++small, ++base, ++large, ++huge
+    #[arg(long)]
+    model: Option<String>,
+    /// A TOML file with any of: data, batch_size, workers, and the tables [train], [model], [augment]
+    #[arg(long, value_name = "FILE.toml")]
+    config: Option<PathBuf>,
+    /// Where the run's files go; a new folder under runs/ where absent
+    #[arg(long, value_name = "FOLDER")]
+    out: Option<PathBuf>,
+    /// Goes on with the run in this folder, with the settings that it was started with
+    #[arg(long, value_name = "FOLDER", conflicts_with_all = ["data", "model", "config", "out", "epochs", "batch_size",
+        "lr", "seed", "image_size", "workers", "augment"])]
+    resume: Option<PathBuf>,
+    /// Passes over the training images
+    #[arg(long)]
+    epochs: Option<usize>,
+    /// Images in a step
+    #[arg(long)]
+    batch_size: Option<usize>,
+    /// Highest learning rate
+    #[arg(long)]
+    lr: Option<f64>,
+    /// Decides first weights, order, augmentation and stochastic depth
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Side of the images that the network sees, in pixels
+    #[arg(long, value_name = "PIXELS")]
+    image_size: Option<usize>,
+    /// Threads that decode and augment
+    #[arg(long)]
+    workers: Option<usize>,
+    /// imagenet, digits, small or none; what suits the data where absent
+    #[arg(long, value_name = "PRESET")]
+    augment: Option<String>,
+    /// cpu, cuda, cuda:N or emulated
+    #[arg(long, default_value = "cpu")]
+    device: Device,
+}
+
+pub fn run(train: Train) -> Result<()> {
+    let Train::CrossFormer(flags) = train;
+    driver::require(flags.device)?;
+    match &flags.resume {
+        Some(folder) => {
+            let settings = settings::read::<Settings>(&folder.join(CONFIG_FILE))?;
+            run_settings(&settings, folder, true)
+        }
+        None => {
+            let settings = flags.settings()?;
+            let folder = flags.folder(&settings)?;
+            run_settings(&settings, &folder, false)
+        }
+    }
+}
+
+impl TrainCrossFormer {
+    /// Flags over the file over what suits the data.
+    fn settings(&self) -> Result<Settings> {
+        let file: File = self.config.as_deref().map(settings::read).transpose()?.unwrap_or_default();
+        let data = self.data.clone().or(file.data).unwrap_or_else(|| "builtin".into());
+        let dataset = data::open(&data, Split::Train, None)?;
+        let is_small = ["builtin", "mnist", "cifar10", "cifar100", "gtsrb"].contains(&data.as_str());
+        let mut augment = match (&self.augment, file.augment) {
+            (Some(preset), _) => preset_for(preset, &data)?,
+            (None, Some(augment)) => augment,
+            (None, None) => AugmentConfig::for_set(&data).unwrap_or_else(AugmentConfig::imagenet),
+        };
+        if let Some(size) = self.image_size {
+            augment.image_size = size;
+        }
+        let mut model = self.model_config(file.model, is_small, &*dataset)?;
+        model.img_size = [augment.image_size; 2];
+        model.validate()?;
+        let given_train = file.train.is_some();
+        let mut train = file.train.unwrap_or_else(|| default_training(&data));
+        let batch_size = self.batch_size.or(file.batch_size).unwrap_or(if is_small { 64 } else { 32 });
+        if !given_train && !is_small {
+            train.schedule = ScheduleConfig { lr: 5e-4 * batch_size as f64 / 64.0, ..train.schedule };
+        }
+        train.epochs = self.epochs.unwrap_or(train.epochs);
+        train.schedule.lr = self.lr.unwrap_or(train.schedule.lr);
+        train.seed = self.seed.unwrap_or(train.seed);
+        let workers = self.workers.or(file.workers).unwrap_or(1);
+        Ok(Settings { data, batch_size, workers, train, model, augment })
+    }
+
+    fn model_config(&self, file: Option<toml::Table>, is_small: bool, data: &dyn Dataset) -> Result<CrossFormerConfig> {
+        let classes = data.class_names().len();
+        let mut config = match (&self.model, file) {
+            (Some(name), _) => named(name, classes)?,
+            (None, Some(table)) => {
+                let config = table.try_into().map_err(|error: toml::de::Error| {
+                    Error::format(self.config.clone().unwrap_or_default(), format!("[model] {}", error.message()))
+                })?;
+                CrossFormerConfig { num_classes: classes, ..config }
+            }
+            (None, None) => named(if is_small { "micro" } else { "tiny" }, classes)?,
+        };
+        config.in_chans = data.channels();
+        Ok(config)
+    }
+
+    /// The folder for the run: the given one, or the first free one under `runs/`.
+    fn folder(&self, settings: &Settings) -> Result<PathBuf> {
+        if let Some(folder) = &self.out {
+            let taken = [CONFIG_FILE, LAST_CHECKPOINT, METRICS_FILE].iter().any(|file| folder.join(file).exists());
+            if taken {
+                let message = format!(
+                    "{0} holds a run already; go on with it by --resume {0}, or choose another --out",
+                    folder.display()
+                );
+                return Err(Error::Config(message));
+            }
+            return Ok(folder.clone());
+        }
+        let set =
+            Path::new(&settings.data).file_name().map_or("data".into(), |name| name.to_string_lossy().into_owned());
+        let name = |number: usize| match number {
+            1 => format!("runs/crossformer-{set}"),
+            _ => format!("runs/crossformer-{set}-{number}"),
+        };
+        let free = (1..10_000).map(|number| PathBuf::from(name(number))).find(|folder| !folder.exists());
+        free.ok_or_else(|| Error::Config("10,000 runs under runs/; choose a folder with --out".into()))
+    }
+}
+
+/// A preset with the data's own mean and deviation where they are known.
+fn preset_for(preset: &str, data: &str) -> Result<AugmentConfig> {
+    let mut augment = AugmentConfig::preset(preset)?;
+    if let Some(known) = AugmentConfig::for_set(data) {
+        augment.normalise = known.normalise;
+    }
+    Ok(augment)
+}
+
+/// What trains the small networks well in a few minutes on two cores.
+fn default_training(data: &str) -> TrainConfig {
+    let epochs = match data {
+        "builtin" => 40,
+        "mnist" => 5,
+        "cifar10" | "cifar100" | "gtsrb" => 60,
+        _ => 30,
+    };
+    TrainConfig {
+        epochs,
+        schedule: ScheduleConfig {
+            lr: 1.5e-3,
+            warmup: Some(Warmup { length: Span::Epochs(epochs as f64 / 20.0), start_lr: 1e-6 }),
+            decay: Decay::Cosine { floor: 1e-5 },
+        },
+        ..TrainConfig::default()
+    }
+}
+
+fn loader(dataset: Arc<dyn Dataset>, settings: &Settings, training: bool) -> Result<Loader> {
+    Loader::new(
+        dataset,
+        LoaderConfig {
+            batch_size: settings.batch_size,
+            shuffle: training,
+            seed: settings.train.seed,
+            drop_last: training,
+            workers: settings.workers,
+            augment: settings.augment.clone(),
+            training,
+            ..LoaderConfig::default()
+        },
+    )
+}
+
+fn run_settings(settings: &Settings, folder: &Path, resume: bool) -> Result<()> {
+    let train_set: Arc<dyn Dataset> = Arc::from(data::open(&settings.data, Split::Train, None)?);
+    let test_set: Arc<dyn Dataset> = Arc::from(data::open(&settings.data, Split::Test, None)?);
+    if train_set.class_names() != test_set.class_names() {
+        return Err(Error::Config(format!("{}: training and held-out images have other classes", settings.data)));
+    }
+    let model = CrossFormer::new(settings.model.clone(), settings.train.seed, DType::F32)?;
+    let (batches, held_out) = (loader(train_set.clone(), settings, true)?, loader(test_set.clone(), settings, false)?);
+    let description = Description {
+        data: settings.data.clone(),
+        classes: train_set.class_names().to_vec(),
+        batch_size: settings.batch_size,
+        model: settings.model.clone(),
+        augment: settings.augment.clone(),
+    };
+    let description = serde_json::to_value(description)
+        .map_err(|error| Error::Config(format!("the settings cannot be written as JSON: {error}")))?;
+    let mut trainer = Trainer::new(TrainingRun {
+        model: &model,
+        batches: &batches,
+        held_out: Some(&held_out),
+        config: settings.train.clone(),
+        description,
+        folder: Some(folder.to_path_buf()),
+    })?;
+    if resume {
+        trainer.resume(folder.join(LAST_CHECKPOINT))?;
+    } else {
+        std::fs::create_dir_all(folder).map_err(|error| Error::io(folder, error))?;
+        settings.write(&folder.join(CONFIG_FILE))?;
+    }
+    introduce(settings, &model, &*train_set, &*test_set, folder)?;
+    let stop = stop_on_ctrl_c()?;
+    let start = Instant::now();
+    let mut display = Display::new(settings.train.epochs, format!("CrossFormer on {}", settings.data), folder.into());
+    let outcome = trainer.run(&mut display, &stop);
+    display.finish();
+    match outcome? {
+        Outcome::Interrupted { step } => print(&format!(
+            "Stopped after step {step}. Go on with:\n  gridgrad train crossformer --resume {}\n",
+            folder.display()
+        )),
+        Outcome::Finished { .. } => conclude(&*test_set, folder, start.elapsed(), &trainer),
+    }
+}
+
+fn introduce(
+    settings: &Settings,
+    model: &CrossFormer,
+    train_set: &dyn Dataset,
+    test_set: &dyn Dataset,
+    folder: &Path,
+) -> Result<()> {
+    let total = model.cost()?.total();
+    let [height, width] = settings.model.img_size;
+    print(&format!(
+        "CrossFormer: {} parameters, {:.1} million multiply-adds for an image of {height}×{width}\n\
+         {}: {} training images, {} held out, {} classes\n\
+         {} epochs of {} steps with {} images each, on {} threads; files go to {}\n\n",
+        grouped(total.parameters),
+        total.products as f64 / 1e6,
+        train_set.name(),
+        grouped(train_set.len()),
+        grouped(test_set.len()),
+        train_set.class_names().len(),
+        settings.train.epochs,
+        train_set.len() / settings.batch_size.max(1),
+        settings.batch_size,
+        rayon::current_num_threads(),
+        folder.display(),
+    ))
+}
+
+/// A flag that the first Ctrl-C sets; the second one ends the program at once.
+fn stop_on_ctrl_c() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&stop);
+    let handler = move || {
+        if flag.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+        eprintln!("\nStopping after this step; once more to stop at once.");
+    };
+    ctrlc::set_handler(handler).map_err(|error| Error::Config(format!("cannot listen for Ctrl-C: {error}")))?;
+    Ok(stop)
+}
+
+fn conclude(test_set: &dyn Dataset, folder: &Path, time: Duration, trainer: &Trainer<'_>) -> Result<()> {
+    let trained = Trained::read(&folder.join(BEST_CHECKPOINT))?;
+    pictures::draw(&trained, test_set, folder)?;
+    let best = trainer.progress().best_accuracy.unwrap_or(0.0);
+    let file = |name: &str| folder.join(name).display().to_string();
+    print(&format!(
+        "\nBest accuracy on held-out images: {:.2} %   (trained for {}, at most {:.0} MB of tensors)\n\n\
+         {}  the best network; try: gridgrad predict {} IMAGE\n\
+         {}  loss and accuracy of every epoch\n\
+         {}  held-out images and what the network takes them for\n\
+         {}  what attention heads look at\n\
+         {}  every number, a line of JSON each\n",
+        100.0 * best,
+        human(time),
+        memory_stats().peak as f64 / 1e6,
+        file(BEST_CHECKPOINT),
+        folder.display(),
+        file(CURVES),
+        file(pictures::PREDICTIONS),
+        file(pictures::ATTENTION),
+        file(METRICS_FILE),
+    ))
+}

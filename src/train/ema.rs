@@ -1,0 +1,161 @@
+//! Exponential moving averages of a model's parameters.
+
+use rayon::prelude::*;
+
+use super::state_problems;
+use crate::cpu::{Float, parallel};
+use crate::nn::{Parameter, Parameters, StateDict};
+use crate::{DType, Error, Result, Tensor};
+
+/// An average over the course of training of every weight and statistic, for use in their place at evaluation.
+///
+/// Starts at the values that the parameters have when it is made.
+pub struct Ema {
+    decay: f64,
+    entries: Vec<(Parameter, Tensor)>,
+}
+
+impl Ema {
+    /// An average that keeps `decay` of itself at every update.
+    ///
+    /// # Errors
+    /// `Config` where `decay` is outside \[0, 1\], `DType` where a parameter is neither `f32` nor `f64`.
+    pub fn new(parameters: &Parameters, decay: f64) -> Result<Self> {
+        if !(0.0..=1.0).contains(&decay) {
+            return Err(Error::Config(format!("ema_decay is {decay}, expected a number from 0 to 1")));
+        }
+        let entry = |parameter: Parameter| match parameter.tensor().dtype() {
+            DType::F32 | DType::F64 => {
+                let average = parameter.tensor().detach();
+                Ok((parameter, average))
+            }
+            got => Err(Error::DType { op: "Ema", got, expected: "f32 or f64".into() }),
+        };
+        Ok(Ema { decay, entries: parameters.iter().map(entry).collect::<Result<_>>()? })
+    }
+
+    /// average ← decay · average + (1 − decay) · value, to be called after every step.
+    ///
+    /// # Errors
+    /// None that a parameter list can cause: dtypes were compared when this was made.
+    pub fn update(&mut self) -> Result<()> {
+        fn blend<T: Float>(average: &mut Tensor, value: &Tensor, decay: f64) -> Result<()> {
+            let (keep, rest) = (T::from_f64(decay), T::from_f64(1.0 - decay));
+            parallel::update(average.data_mut::<T>()?, value.data::<T>()?, move |average, value| {
+                *average = keep * *average + rest * value;
+            });
+            Ok(())
+        }
+        let decay = self.decay;
+        self.entries.par_iter_mut().try_for_each(|(parameter, average)| match average.dtype() {
+            DType::F64 => blend::<f64>(average, &parameter.tensor(), decay),
+            _ => blend::<f32>(average, &parameter.tensor(), decay),
+        })
+    }
+
+    /// Runs `body` with the averages in the model, and then puts the model's own values back, also after a panic.
+    ///
+    /// # Errors
+    /// As [`Ema::update`].
+    pub fn with_averages<R>(&mut self, body: impl FnOnce() -> R) -> Result<R> {
+        struct SwapBack<'a>(&'a mut Ema);
+        impl Drop for SwapBack<'_> {
+            fn drop(&mut self) {
+                // What could be swapped in can be swapped out.
+                let _ = self.0.swap();
+            }
+        }
+        self.swap()?;
+        let _swap_back = SwapBack(self);
+        Ok(body())
+    }
+
+    /// Exchanges the averages and the model's values.
+    fn swap(&mut self) -> Result<()> {
+        fn exchange<T: Float>(parameter: &Parameter, average: &mut Tensor) -> Result<()> {
+            let average = average.data_mut::<T>()?;
+            parameter.update::<T>(|value| value.swap_with_slice(average))
+        }
+        self.entries.iter_mut().try_for_each(|(parameter, average)| match average.dtype() {
+            DType::F64 => exchange::<f64>(parameter, average),
+            _ => exchange::<f32>(parameter, average),
+        })
+    }
+
+    /// The averages, by the parameters' names: weights that a model can load.
+    pub fn state_dict(&self) -> StateDict {
+        self.entries.iter().map(|(parameter, average)| (parameter.name().to_owned(), average.clone())).collect()
+    }
+
+    /// Goes on from `state`. Nothing changes unless everything fits.
+    ///
+    /// # Errors
+    /// [`Error::StateDict`], listing every tensor that is missing, surplus, or of another shape or dtype.
+    pub fn load_state_dict(&mut self, state: &StateDict) -> Result<()> {
+        let problems = state_problems(&self.state_dict(), state);
+        if !problems.is_empty() {
+            return Err(Error::StateDict(problems));
+        }
+        for (parameter, average) in &mut self.entries {
+            if let Some(loaded) = state.get(parameter.name()) {
+                *average = loaded.clone();
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::{Initializer, Scope};
+
+    fn model(dtype: DType) -> (Scope, Parameter) {
+        let scope = Scope::new(0, dtype);
+        let weight = scope.parameter("weight", [3], Initializer::Constant(1.0)).unwrap();
+        scope.statistic("mean", [2], Initializer::Constant(0.0)).unwrap();
+        (scope, weight)
+    }
+
+    #[test]
+    fn averages_follow_the_formula_and_swap_in_and_out() {
+        for dtype in [DType::F32, DType::F64] {
+            let (scope, weight) = model(dtype);
+            let mut ema = Ema::new(scope.parameters(), 0.75).unwrap();
+            for value in [5.0, 9.0] {
+                weight.set(&Tensor::full([3], value, dtype).unwrap()).unwrap();
+                ema.update().unwrap();
+            }
+            // ¾ (¾ · 1 + ¼ · 5) + ¼ · 9
+            let inside = ema.with_averages(|| weight.tensor().to_f64_vec()).unwrap();
+            assert_eq!(inside, [3.75; 3]);
+            assert_eq!(weight.tensor().to_f64_vec(), [9.0; 3]);
+            assert_eq!(ema.state_dict()["weight"].to_f64_vec(), [3.75; 3]);
+            assert!(ema.state_dict().contains_key("mean"));
+        }
+    }
+
+    #[test]
+    fn a_panic_inside_leaves_the_model_as_it_was() {
+        let (scope, weight) = model(DType::F32);
+        let mut ema = Ema::new(scope.parameters(), 0.5).unwrap();
+        weight.set(&Tensor::full([3], 2.0, DType::F32).unwrap()).unwrap();
+        let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| ema.with_averages(|| panic!("meant"))));
+        assert!(panic.is_err());
+        assert_eq!(weight.tensor().to_f64_vec(), [2.0; 3]);
+    }
+
+    #[test]
+    fn state_dicts_that_do_not_fit_and_decays_that_cannot_be_are_refused() {
+        let (scope, _) = model(DType::F32);
+        assert!(matches!(Ema::new(scope.parameters(), 1.5), Err(Error::Config(_))));
+        let mut ema = Ema::new(scope.parameters(), 0.5).unwrap();
+        let mut state = ema.state_dict();
+        state.insert("weight".into(), Tensor::zeros([3], DType::F64).unwrap());
+        let message = ema.load_state_dict(&state).unwrap_err().to_string();
+        assert!(message.contains("weight is f64, expected f32"), "{message}");
+        state.insert("weight".into(), Tensor::full([3], 7.0, DType::F32).unwrap());
+        ema.load_state_dict(&state).unwrap();
+        assert_eq!(ema.state_dict()["weight"].to_f64_vec(), [7.0; 3]);
+    }
+}
