@@ -7,6 +7,7 @@ pub mod cpu;
 pub mod data;
 pub mod driver;
 mod error;
+pub mod file;
 pub mod models;
 pub mod nn;
 pub mod ops;

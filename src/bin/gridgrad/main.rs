@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod checkpoint;
 mod doctor;
 mod eval;
@@ -40,6 +41,8 @@ enum Command {
     Info(info::Info),
     /// Runs a network with given weights on given tensors: the bridge to other frameworks.
     Run(run::Run),
+    /// Measures the speed of training on this machine.
+    Bench(bench::BenchArgs),
     /// Shows what this machine offers: processor, memory, GPU, data sets.
     Doctor {
         /// Prints one JSON object instead of words.
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
         Command::Predict(predict) => predict::run(predict),
         Command::Info(info) => info::run(&info),
         Command::Run(run) => run::run(&run),
+        Command::Bench(args) => bench::run(args),
         Command::Doctor { json } => doctor::run(json),
     });
     match outcome {

@@ -1,0 +1,222 @@
+//! `gridgrad bench`: how fast this machine trains.
+
+use std::io::{ErrorKind, Write};
+use std::time::{Duration, Instant};
+
+use clap::{Args, Subcommand, value_parser};
+use gridgrad::models::crossformer::NAMES;
+use gridgrad::models::{CrossFormer, CrossFormerConfig};
+use gridgrad::nn::Context;
+use gridgrad::ops::{CrossEntropyOptions, Targets, cross_entropy};
+use gridgrad::random::Philox;
+use gridgrad::train::{Optimizer, OptimizerConfig};
+use gridgrad::{DType, Error, Result, Tensor};
+use serde::Serialize;
+
+/// Classes of the measured network: those of ImageNet-1K.
+const CLASSES: usize = 1000;
+
+/// What to measure.
+#[derive(Args)]
+pub struct BenchArgs {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Times training steps of a CrossFormer on random images: forward, backward, optimizer.
+    Step(StepArgs),
+}
+
+#[derive(Args)]
+struct StepArgs {
+    /// Size of the network.
+    #[arg(long, default_value = "small", value_parser = NAMES)]
+    model: String,
+    /// Images of a step.
+    #[arg(long, default_value_t = 8, value_parser = value_parser!(u16).range(1..))]
+    batch: u16,
+    /// Height and width of the images; the network's own size where absent.
+    #[arg(long, value_parser = value_parser!(u16).range(1..))]
+    image: Option<u16>,
+    /// Measured steps.
+    #[arg(long, default_value_t = 5, value_parser = value_parser!(u32).range(1..))]
+    steps: u32,
+    /// Steps before the first measured one.
+    #[arg(long, default_value_t = 2)]
+    warmup: u32,
+    /// Prints one line of JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the benchmark and prints what it found.
+pub fn run(args: BenchArgs) -> Result<()> {
+    let What::Step(args) = args.what;
+    let report = measure(&args)?;
+    let text = if args.json {
+        serde_json::to_string(&report).map_err(|error| Error::Config(format!("cannot write JSON: {error}")))? + "\n"
+    } else {
+        report.to_string()
+    };
+    match std::io::stdout().write_all(text.as_bytes()) {
+        // A reader such as `head` may leave early.
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Error::io("standard output", error)),
+        _ => Ok(()),
+    }
+}
+
+/// Times are medians over the steps, in milliseconds.
+#[derive(Serialize)]
+struct Report {
+    model: String,
+    batch: usize,
+    image: [usize; 2],
+    threads: usize,
+    wall_ms: f64,
+    forward_ms: f64,
+    backward_ms: f64,
+    optimizer_ms: f64,
+    /// Of all threads, mean over the steps; absent where the system does not tell.
+    cpu_ms: Option<f64>,
+    /// Two operations per multiply-add of convolutions and matrix products; backward counts as two forward passes.
+    gflops: f64,
+    /// Largest resident memory of the process; absent where the system does not tell.
+    peak_bytes: Option<u64>,
+    /// Every step, in order.
+    steps_ms: Vec<f64>,
+}
+
+/// How long the parts of a step took.
+#[derive(Clone, Copy)]
+struct Step {
+    forward: Duration,
+    backward: Duration,
+    optimizer: Duration,
+}
+
+impl Step {
+    fn wall(self) -> Duration {
+        self.forward + self.backward + self.optimizer
+    }
+}
+
+fn measure(args: &StepArgs) -> Result<Report> {
+    let mut config = CrossFormerConfig::named(&args.model, CLASSES)?;
+    if let Some(side) = args.image {
+        config.img_size = [side.into(); 2];
+    }
+    let (image, batch) = (config.img_size, usize::from(args.batch));
+    let mut trainer = Trainer::new(config, batch)?;
+    let products = trainer.model.cost()?.total().products;
+    for number in 0..args.warmup {
+        trainer.step(number)?;
+    }
+    let before = cpu_time();
+    let steps: Vec<Step> = (0..args.steps).map(|number| trainer.step(args.warmup + number)).collect::<Result<_>>()?;
+    let cpu = cpu_time().zip(before).map(|(after, before)| (after - before) / args.steps);
+    let part = |part: fn(Step) -> Duration| median(steps.iter().map(|&step| milliseconds(part(step))).collect());
+    let wall_ms = part(Step::wall);
+    Ok(Report {
+        model: args.model.clone(),
+        batch,
+        image,
+        threads: rayon::current_num_threads(),
+        wall_ms,
+        forward_ms: part(|step| step.forward),
+        backward_ms: part(|step| step.backward),
+        optimizer_ms: part(|step| step.optimizer),
+        cpu_ms: cpu.map(milliseconds),
+        gflops: (3 * 2 * products * batch as u64) as f64 / (wall_ms * 1e6),
+        peak_bytes: peak_bytes(),
+        steps_ms: steps.iter().map(|step| milliseconds(step.wall())).collect(),
+    })
+}
+
+/// A network with one batch of random images and labels.
+struct Trainer {
+    model: CrossFormer,
+    optimizer: Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    stream: Philox,
+}
+
+impl Trainer {
+    fn new(config: CrossFormerConfig, batch: usize) -> Result<Self> {
+        let stream = Philox::new(0);
+        let ([height, width], channels) = (config.img_size, config.in_chans);
+        let labels: Vec<i64> =
+            (0..batch).map(|image| stream.stream("labels").below(image as u64, CLASSES) as i64).collect();
+        let model = CrossFormer::new(config, 0, DType::F32)?;
+        Ok(Trainer {
+            optimizer: Optimizer::new(model.parameters(), OptimizerConfig::default())?,
+            model,
+            images: Tensor::randn([batch, height, width, channels], DType::F32, stream.stream("images"))?,
+            labels: Tensor::new(&labels, [batch])?,
+            stream: stream.stream("steps"),
+        })
+    }
+
+    fn step(&mut self, number: u32) -> Result<Step> {
+        let start = Instant::now();
+        let context = Context::train(self.stream.fork(number.into()));
+        let logits = self.model.logits(&self.images, &context)?;
+        let loss = cross_entropy(&logits, Targets::Labels(&self.labels), CrossEntropyOptions::default())?;
+        drop(logits);
+        let forward = start.elapsed();
+        let gradients = loss.backward()?;
+        drop(loss);
+        let backward = start.elapsed() - forward;
+        self.optimizer.step(&gradients, 1e-4)?;
+        drop(gradients);
+        Ok(Step { forward, backward, optimizer: start.elapsed() - forward - backward })
+    }
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+/// The middle value; of an even number, the mean of the two. `values` is not empty.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let half = values.len() / 2;
+    if values.len() % 2 == 1 { values[half] } else { (values[half - 1] + values[half]) / 2.0 }
+}
+
+/// Processor time of all threads so far, in the system's ticks of 10 ms.
+fn cpu_time() -> Option<Duration> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // The second field, the program's name in brackets, may hold spaces; user and system time are the 14th and 15th.
+    let (_, fields) = stat.rsplit_once(')')?;
+    let ticks = fields.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().ok());
+    ticks.sum::<Option<u64>>().map(|ticks| Duration::from_millis(10 * ticks))
+}
+
+/// Largest resident memory so far.
+fn peak_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.split_whitespace().next()?.parse::<u64>().ok().map(|kibibytes| 1024 * kibibytes)
+}
+
+impl std::fmt::Display for Report {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [height, width] = self.image;
+        let Report { model, batch, threads, .. } = self;
+        writeln!(f, "{model}, {batch} images of {height}×{width}, {threads} threads, {} steps", self.steps_ms.len())?;
+        writeln!(f, "step       {:>9.1} ms median, {:.1} GFLOP/s", self.wall_ms, self.gflops)?;
+        writeln!(f, "forward    {:>9.1} ms", self.forward_ms)?;
+        writeln!(f, "backward   {:>9.1} ms", self.backward_ms)?;
+        writeln!(f, "optimizer  {:>9.1} ms", self.optimizer_ms)?;
+        if let Some(cpu_ms) = self.cpu_ms {
+            writeln!(f, "processor  {cpu_ms:>9.1} ms of all threads, mean")?;
+        }
+        if let Some(bytes) = self.peak_bytes {
+            writeln!(f, "memory     {:>9.2} GB at most", bytes as f64 / 1e9)?;
+        }
+        Ok(())
+    }
+}
