@@ -9,6 +9,12 @@ use crate::{Error, Result};
 ///
 /// # Errors
 /// Where the system refuses; an existing file is then untouched.
+///
+/// ```
+/// let folder = tempfile::tempdir().unwrap();
+/// gridgrad::file::write_atomically(folder.path().join("notes.txt"), b"whole")?;
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 pub fn write_atomically(path: impl AsRef<Path>, bytes: &[u8]) -> Result<()> {
     let path = path.as_ref();
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));

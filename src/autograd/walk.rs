@@ -19,6 +19,14 @@ pub struct GradOptions {
 }
 
 /// Gradients of variables, by tensor.
+///
+/// ```
+/// use gridgrad::Tensor;
+/// let (x, y) = (Tensor::scalar(2.0f32).variable()?, Tensor::scalar(5.0f32).variable()?);
+/// let gradients = x.mul(&y)?.backward()?;
+/// assert_eq!((gradients.len(), gradients.get(&x).unwrap().item()?), (2, 5.0));
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct Gradients(HashMap<TensorId, Tensor>);
 

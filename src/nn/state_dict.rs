@@ -1,4 +1,16 @@
 //! Named tensors in safetensors files.
+//!
+//! ```
+//! use gridgrad::nn::state_dict::{self, Metadata, StateDict};
+//! use gridgrad::{DType, Tensor};
+//! let folder = tempfile::tempdir().unwrap();
+//! let path = folder.path().join("weights.safetensors");
+//! let state = StateDict::from([("fc.weight".to_owned(), Tensor::ones([2, 3], DType::F32)?)]);
+//! state_dict::write(&path, &state, Metadata::new())?;
+//! let (state, _) = state_dict::read(&path)?;
+//! assert_eq!(state["fc.weight"].shape().to_vec(), [2, 3]);
+//! # Ok::<(), gridgrad::Error>(())
+//! ```
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
