@@ -48,7 +48,7 @@ pub fn run(run: &Run) -> Result<()> {
     }
     let model = CrossFormer::new(read_config(&run.config)?, 0, run.dtype)?;
     let (weights, _) = state_dict::read(&run.weights)?;
-    model.load_official(&weights)?;
+    model.load_official(&weights).map_err(|error| Error::format(&run.weights, error.to_string()))?;
     let (tensors, _) = state_dict::read(&run.input)?;
     let inputs = Inputs { run, tensors };
     let images = inputs.floats("input")?;
