@@ -102,7 +102,8 @@ fn with_gradients(model: &CrossFormer, images: Tensor, inputs: &Inputs<'_>) -> R
     for (number, (name, output)) in outputs.iter().enumerate() {
         let term = if name == "logits" {
             let target = inputs.get("target")?;
-            cross_entropy(output, Targets::Labels(target), CrossEntropyOptions::default())?
+            let loss = cross_entropy(output, Targets::Labels(target), CrossEntropyOptions::default());
+            loss.map_err(|error| Error::format(&inputs.run.input, format!("tensor target: {error}")))?
         } else {
             let name = format!("cotangent.{number}");
             let cotangent = inputs.floats(&name)?;

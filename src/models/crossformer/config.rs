@@ -277,7 +277,7 @@ impl CrossFormerConfig {
             maps.push([h / self.merge_stride, w / self.merge_stride]);
         }
         if maps.iter().any(|map| map.contains(&0)) {
-            let smallest = self.patch_stride * self.merge_stride.pow(self.stages() as u32 - 1);
+            let smallest = self.patch_stride.saturating_mul(self.merge_stride.saturating_pow(self.stages() as u32 - 1));
             let message = format!("an image of {height}×{width} is too small; the smallest is {smallest}×{smallest}");
             return Err(Error::Config(message));
         }
