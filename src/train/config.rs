@@ -22,7 +22,7 @@ use crate::{Error, Result};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainConfig {
-    /// Passes over the training set.
+    /// Passes over the training set, at least 1.
     pub epochs: usize,
     /// Batches whose gradients make one step, at least 1.
     pub accumulation: usize,
@@ -71,6 +71,9 @@ impl TrainConfig {
 
     pub(super) fn validate(&self) -> Result<()> {
         let wrong = |what: String| Err(Error::Config(format!("training: {what}")));
+        if self.epochs == 0 {
+            return wrong("epochs is 0, expected at least 1".into());
+        }
         if self.accumulation == 0 || self.evaluate_every == 0 {
             return wrong("accumulation and evaluate_every are at least 1".into());
         }

@@ -7,7 +7,7 @@ use gridgrad::data::Image;
 use gridgrad::data::augment::Augment;
 use gridgrad::models::{CrossFormer, CrossFormerConfig};
 use gridgrad::nn::Context;
-use gridgrad::train::{BEST_CHECKPOINT, Checkpoint, read_weights};
+use gridgrad::train::{BEST_CHECKPOINT, Checkpoint, LAST_CHECKPOINT};
 use gridgrad::{DType, Error, Result, Tensor, autograd, ops};
 use serde::{Deserialize, Serialize};
 
@@ -32,14 +32,15 @@ pub struct Trained {
 impl Trained {
     /// Reads a checkpoint file, or the best one of a run's folder. Averaged weights are taken where it has them.
     pub fn read(path: &Path) -> Result<Self> {
-        let path: PathBuf = if path.is_dir() { path.join(BEST_CHECKPOINT) } else { path.to_path_buf() };
-        let run = Checkpoint::read(&path)?.progress.config;
-        let description = run.get("run").cloned().unwrap_or_default();
+        let path = if path.is_dir() { in_folder(path)? } else { path.to_path_buf() };
+        let Checkpoint { progress, model: weights, ema: averages, .. } = Checkpoint::read(&path)?;
+        let description = progress.config.get("run").cloned().unwrap_or_default();
         let description: Description = serde_json::from_value(description).map_err(|error| {
             Error::format(&path, format!("is not a checkpoint of a CrossFormer classifier: {error}"))
         })?;
         let model = CrossFormer::new(description.model.clone(), 0, DType::F32)?;
-        model.parameters().load_state_dict(&read_weights(&path)?)?;
+        let loaded = model.parameters().load_state_dict(&averages.unwrap_or(weights));
+        loaded.map_err(|error| Error::format(&path, error.to_string()))?;
         Ok(Trained {
             augment: Augment::new(description.augment.clone(), description.model.in_chans)?,
             model,
@@ -71,4 +72,10 @@ impl Trained {
     pub fn class(&self, number: usize) -> &str {
         self.description.classes.get(number).map_or("?", String::as_str)
     }
+}
+
+/// The best checkpoint of a run's folder, or the last one of a run that was stopped in its first epoch.
+fn in_folder(folder: &Path) -> Result<PathBuf> {
+    let found = [BEST_CHECKPOINT, LAST_CHECKPOINT].map(|name| folder.join(name)).into_iter().find(|path| path.exists());
+    found.ok_or_else(|| Error::format(folder, format!("the folder has no {BEST_CHECKPOINT} and no {LAST_CHECKPOINT}")))
 }

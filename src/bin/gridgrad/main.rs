@@ -19,10 +19,10 @@ mod train;
 
 /// Cross-scale vision transformers, trained and run from one command.
 #[derive(Parser)]
-#[command(version, about, propagate_version = true, arg_required_else_help = true)]
+#[command(version, propagate_version = true, arg_required_else_help = true)]
 struct Arguments {
     /// Threads to compute with; all processors where absent.
-    #[arg(long, global = true, value_name = "N")]
+    #[arg(long, global = true, value_name = "N", display_order = 100)]
     threads: Option<usize>,
     #[command(subcommand)]
     command: Command,
@@ -65,7 +65,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            output::complain(&format!("error: {error}"));
             ExitCode::FAILURE
         }
     }

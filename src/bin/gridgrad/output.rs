@@ -13,6 +13,11 @@ pub fn print(text: &str) -> Result<()> {
     }
 }
 
+/// Prints a line to standard error. Where nobody reads it there is nobody to tell, and `eprintln!` would panic.
+pub fn complain(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
 /// Prints `value` as indented JSON.
 pub fn print_json(value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value);

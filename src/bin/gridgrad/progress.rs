@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use gridgrad::Result;
 use gridgrad::report::{EpochRecord, StepRecord, training_curves};
-use gridgrad::train::{EpochMetrics, Observer, StepReport};
+use gridgrad::train::{EpochMetrics, METRICS_FILE, MetricsFile, Observer, Record, StepReport};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::output::print;
@@ -37,6 +37,17 @@ impl Display {
     pub fn new(epochs: usize, title: String, folder: PathBuf) -> Self {
         let bar = bar(1, "epoch {prefix} {bar:24} {pos}/{len} {msg}");
         Display { bar, epochs, title, folder, steps: Vec::new(), rate: 0.0, time_left: Duration::ZERO }
+    }
+
+    /// Takes the first `steps` steps of a run that goes on from its metrics, so that the curves begin where it began.
+    pub fn recall(&mut self, steps: usize) -> Result<()> {
+        let path = self.folder.join(METRICS_FILE);
+        let records = if path.exists() { MetricsFile::read(path)? } else { Vec::new() };
+        self.steps.extend(records.into_iter().filter_map(|record| match record {
+            Record::Step(step) if step.step <= steps => Some(StepRecord { epoch: step.epoch, loss: step.loss }),
+            _ => None,
+        }));
+        Ok(())
     }
 
     /// Takes the bar off the screen.

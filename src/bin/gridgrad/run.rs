@@ -48,7 +48,7 @@ pub fn run(run: &Run) -> Result<()> {
     }
     let model = CrossFormer::new(read_config(&run.config)?, 0, run.dtype)?;
     let (weights, _) = state_dict::read(&run.weights)?;
-    model.load_official(&weights)?;
+    model.load_official(&weights).map_err(|error| Error::format(&run.weights, error.to_string()))?;
     let (tensors, _) = state_dict::read(&run.input)?;
     let inputs = Inputs { run, tensors };
     let images = inputs.floats("input")?;
@@ -102,7 +102,8 @@ fn with_gradients(model: &CrossFormer, images: Tensor, inputs: &Inputs<'_>) -> R
     for (number, (name, output)) in outputs.iter().enumerate() {
         let term = if name == "logits" {
             let target = inputs.get("target")?;
-            cross_entropy(output, Targets::Labels(target), CrossEntropyOptions::default())?
+            let loss = cross_entropy(output, Targets::Labels(target), CrossEntropyOptions::default());
+            loss.map_err(|error| Error::format(&inputs.run.input, format!("tensor target: {error}")))?
         } else {
             let name = format!("cotangent.{number}");
             let cotangent = inputs.floats(&name)?;

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, value_parser};
 use gridgrad::data::{self, AugmentConfig, Dataset, Loader, LoaderConfig, Split};
+use gridgrad::models::crossformer::Kind;
 use gridgrad::models::{CrossFormer, CrossFormerConfig};
 use gridgrad::tensor::memory_stats;
 use gridgrad::train::{
@@ -14,10 +15,11 @@ use gridgrad::train::{
     TrainingRun, Warmup,
 };
 use gridgrad::{DType, Device, Error, Result, driver};
+use serde::de::DeserializeOwned;
 
 use crate::checkpoint::{Description, Trained};
 use crate::info::{grouped, named};
-use crate::output::print;
+use crate::output::{complain, print};
 use crate::progress::{CURVES, Display, human};
 use crate::settings::{self, Settings};
 use crate::{pictures, settings::File};
@@ -38,10 +40,12 @@ pub enum Train {
 /// Flags of `gridgrad train crossformer`. A flag goes over the configuration file, which goes over the defaults.
 #[derive(Args)]
 pub struct TrainCrossFormer {
-    /// builtin, mnist, cifar10, cifar100, gtsrb, imagenette (under the folder that GRIDGRAD_DATA names), or a folder
+    /// builtin (where absent), mnist, cifar10, cifar100, gtsrb, imagenette (under the folder that GRIDGRAD_DATA names), or
+    /// a folder
     #[arg(long)]
     data: Option<String>,
-    /// micro, tiny, small, base, large, ++small, ++base, ++large, ++huge
+    /// micro, tiny, small, base, large, ++small, ++base, ++large, ++huge; where absent micro for sets of small images,
+    /// tiny for others
     #[arg(long)]
     model: Option<String>,
     /// A TOML file with any of: data, batch_size, workers, and the tables [train], [model], [augment]
@@ -55,16 +59,16 @@ pub struct TrainCrossFormer {
         "lr", "seed", "image_size", "workers", "augment"])]
     resume: Option<PathBuf>,
     /// Passes over the training images
-    #[arg(long)]
-    epochs: Option<usize>,
+    #[arg(long, value_parser = value_parser!(u32).range(1..))]
+    epochs: Option<u32>,
     /// Images in a step
     #[arg(long)]
     batch_size: Option<usize>,
     /// Highest learning rate
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     lr: Option<f64>,
     /// Decides first weights, order, augmentation and stochastic depth
-    #[arg(long)]
+    #[arg(long, value_parser = value_parser!(u64).range(..=i64::MAX as u64))] // TOML knows no larger number
     seed: Option<u64>,
     /// Side of the images that the network sees, in pixels
     #[arg(long, value_name = "PIXELS")]
@@ -85,6 +89,7 @@ pub fn run(train: Train) -> Result<()> {
     driver::require(flags.device)?;
     match &flags.resume {
         Some(folder) => {
+            require_checkpoint(folder)?;
             let settings = settings::read::<Settings>(&folder.join(CONFIG_FILE))?;
             run_settings(&settings, folder, true)
         }
@@ -111,18 +116,18 @@ impl TrainCrossFormer {
         if let Some(size) = self.image_size {
             augment.image_size = size;
         }
+        let size_in_file = file.model.as_ref().and_then(|table| table.get("img_size")).is_some();
         let mut model = self.model_config(file.model, is_small, &*dataset)?;
-        model.img_size = [augment.image_size; 2];
-        model.validate()?;
-        let given_train = file.train.is_some();
-        let mut train = file.train.unwrap_or_else(|| default_training(&data));
-        let batch_size = self.batch_size.or(file.batch_size).unwrap_or(if is_small { 64 } else { 32 });
-        if !given_train && !is_small {
-            train.schedule = ScheduleConfig { lr: 5e-4 * batch_size as f64 / 64.0, ..train.schedule };
+        let size = [augment.image_size; 2];
+        if size_in_file && self.image_size.is_none() && model.img_size != size {
+            let message = format!("[model] img_size is {:?}, [augment] image_size makes it {size:?}", model.img_size);
+            return Err(Error::Config(message));
         }
-        train.epochs = self.epochs.unwrap_or(train.epochs);
-        train.schedule.lr = self.lr.unwrap_or(train.schedule.lr);
-        train.seed = self.seed.unwrap_or(train.seed);
+        model.img_size = size;
+        model.validate()?;
+        let batch_size = self.batch_size.or(file.batch_size).unwrap_or(if is_small { 64 } else { 32 });
+        let lr = if is_small { 1.5e-3 } else { 5e-4 * batch_size as f64 / 64.0 };
+        let train = self.training(file.train.unwrap_or_default(), &data, lr)?;
         let workers = self.workers.or(file.workers).unwrap_or(1);
         Ok(Settings { data, batch_size, workers, train, model, augment })
     }
@@ -131,22 +136,47 @@ impl TrainCrossFormer {
         let classes = data.class_names().len();
         let mut config = match (&self.model, file) {
             (Some(name), _) => named(name, classes)?,
-            (None, Some(table)) => {
-                let config = table.try_into().map_err(|error: toml::de::Error| {
-                    Error::format(self.config.clone().unwrap_or_default(), format!("[model] {}", error.message()))
-                })?;
-                CrossFormerConfig { num_classes: classes, ..config }
-            }
+            (None, Some(table)) => CrossFormerConfig { num_classes: classes, ..self.parse_table("model", table)? },
             (None, None) => named(if is_small { "micro" } else { "tiny" }, classes)?,
         };
+        if config.kind != Kind::Classifier {
+            return Err(Error::Config(
+                "[model] kind is a backbone's; only a classifier (kind = \"cls\") is trained".into(),
+            ));
+        }
         config.in_chans = data.channels();
         Ok(config)
+    }
+
+    /// The file's keys over what suits the data and so many epochs.
+    fn training(&self, mut file: toml::Table, data: &str, lr: f64) -> Result<TrainConfig> {
+        if let Some(epochs) = self.epochs {
+            file.insert("epochs".into(), i64::from(epochs).into());
+        }
+        let epochs = file.get("epochs").and_then(toml::Value::as_integer).unwrap_or_else(|| default_epochs(data));
+        let defaults = default_training(epochs, self.lr.unwrap_or(lr));
+        let mut table = toml::Table::try_from(&defaults)
+            .map_err(|error| Error::Config(format!("the defaults cannot be written as TOML: {error}")))?;
+        table.extend(file);
+        let mut train: TrainConfig = self.parse_table("train", table)?;
+        train.schedule.lr = self.lr.unwrap_or(train.schedule.lr);
+        train.seed = self.seed.unwrap_or(train.seed);
+        Ok(train)
+    }
+
+    fn parse_table<T: DeserializeOwned>(&self, name: &str, table: toml::Table) -> Result<T> {
+        table.try_into().map_err(|error: toml::de::Error| {
+            let reason = error.to_string().trim_end().replace('\n', " ");
+            Error::format(self.config.clone().unwrap_or_default(), format!("[{name}] {reason}"))
+        })
     }
 
     /// The folder for the run: the given one, or the first free one under `runs/`.
     fn folder(&self, settings: &Settings) -> Result<PathBuf> {
         if let Some(folder) = &self.out {
-            let taken = [CONFIG_FILE, LAST_CHECKPOINT, METRICS_FILE].iter().any(|file| folder.join(file).exists());
+            let taken = [CONFIG_FILE, LAST_CHECKPOINT, BEST_CHECKPOINT, METRICS_FILE]
+                .iter()
+                .any(|file| folder.join(file).exists());
             if taken {
                 let message = format!(
                     "{0} holds a run already; go on with it by --resume {0}, or choose another --out",
@@ -176,23 +206,37 @@ fn preset_for(preset: &str, data: &str) -> Result<AugmentConfig> {
     Ok(augment)
 }
 
-/// What trains the small networks well in a few minutes on two cores.
-fn default_training(data: &str) -> TrainConfig {
-    let epochs = match data {
+/// Epochs that bring the small networks far in a few minutes on two cores.
+fn default_epochs(data: &str) -> i64 {
+    match data {
         "builtin" => 40,
         "mnist" => 5,
         "cifar10" | "cifar100" | "gtsrb" => 60,
         _ => 30,
-    };
+    }
+}
+
+/// What trains the small networks well in so many epochs. Low rates stay below `lr`, whatever it is.
+fn default_training(epochs: i64, lr: f64) -> TrainConfig {
+    let epochs = usize::try_from(epochs).unwrap_or(0);
     TrainConfig {
         epochs,
         schedule: ScheduleConfig {
-            lr: 1.5e-3,
-            warmup: Some(Warmup { length: Span::Epochs(epochs as f64 / 20.0), start_lr: 1e-6 }),
-            decay: Decay::Cosine { floor: 1e-5 },
+            lr,
+            warmup: Some(Warmup { length: Span::Epochs(epochs as f64 / 20.0), start_lr: lr.clamp(0.0, 1e-6) }),
+            decay: Decay::Cosine { floor: lr.clamp(0.0, 1e-5) },
         },
         ..TrainConfig::default()
     }
+}
+
+/// A run's folder has a checkpoint once its first epoch is done, or it was stopped by Ctrl-C.
+fn require_checkpoint(folder: &Path) -> Result<()> {
+    if folder.join(LAST_CHECKPOINT).exists() {
+        return Ok(());
+    }
+    let folder = folder.display();
+    Err(Error::Config(format!("{folder} has no {LAST_CHECKPOINT} to go on from; start a new run with another --out")))
 }
 
 fn loader(dataset: Arc<dyn Dataset>, settings: &Settings, training: bool) -> Result<Loader> {
@@ -246,6 +290,9 @@ fn run_settings(settings: &Settings, folder: &Path, resume: bool) -> Result<()> 
     let stop = stop_on_ctrl_c()?;
     let start = Instant::now();
     let mut display = Display::new(settings.train.epochs, format!("CrossFormer on {}", settings.data), folder.into());
+    if resume {
+        display.recall(trainer.progress().step)?;
+    }
     let outcome = trainer.run(&mut display, &stop);
     display.finish();
     match outcome? {
@@ -264,6 +311,8 @@ fn introduce(
     test_set: &dyn Dataset,
     folder: &Path,
 ) -> Result<()> {
+    let images = settings.batch_size.saturating_mul(settings.train.accumulation);
+    let steps = (train_set.len() / settings.batch_size).div_ceil(settings.train.accumulation);
     let total = model.cost()?.total();
     let [height, width] = settings.model.img_size;
     print(&format!(
@@ -277,8 +326,8 @@ fn introduce(
         grouped(test_set.len()),
         train_set.class_names().len(),
         settings.train.epochs,
-        train_set.len() / settings.batch_size.max(1),
-        settings.batch_size,
+        steps,
+        images,
         rayon::current_num_threads(),
         folder.display(),
     ))
@@ -292,7 +341,7 @@ fn stop_on_ctrl_c() -> Result<Arc<AtomicBool>> {
         if flag.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
-        eprintln!("\nStopping after this step; once more to stop at once.");
+        complain("\nStopping after this step; once more to stop at once.");
     };
     ctrlc::set_handler(handler).map_err(|error| Error::Config(format!("cannot listen for Ctrl-C: {error}")))?;
     Ok(stop)

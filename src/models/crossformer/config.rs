@@ -286,7 +286,7 @@ impl CrossFormerConfig {
             maps.push([h / self.merge_stride, w / self.merge_stride]);
         }
         if maps.iter().any(|map| map.contains(&0)) {
-            let smallest = self.patch_stride * self.merge_stride.pow(self.stages() as u32 - 1);
+            let smallest = self.patch_stride.saturating_mul(self.merge_stride.saturating_pow(self.stages() as u32 - 1));
             let message = format!("an image of {height}×{width} is too small; the smallest is {smallest}×{smallest}");
             return Err(Error::Config(message));
         }
@@ -315,6 +315,9 @@ impl CrossFormerConfig {
             format!("embed_dim {} is not in 1 to 65536", self.embed_dim)
         })?;
         check((1..=1 << 12).contains(&self.in_chans), &|| format!("in_chans {} is not in 1 to 4096", self.in_chans))?;
+        check(self.img_size.iter().all(|side| (1..=1 << 16).contains(side)), &|| {
+            format!("img_size {:?} is not in 1 to 65536", self.img_size)
+        })?;
         check((1..=1 << 24).contains(&self.num_classes), &|| {
             format!("num_classes {} is not in 1 to 16777216", self.num_classes)
         })?;
