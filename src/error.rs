@@ -5,6 +5,15 @@ use std::path::{Path, PathBuf};
 use crate::tensor::{DType, Device};
 
 /// What went wrong, in words that say which op or file, what arrived and what was expected.
+///
+/// ```
+/// use gridgrad::{DType, Error, Tensor};
+/// let (a, b) = (Tensor::zeros([2, 3], DType::F32)?, Tensor::zeros([2, 3], DType::F32)?);
+/// let error = a.matmul(&b).unwrap_err();
+/// assert!(matches!(error, Error::Shape { op: "matmul", .. }));
+/// println!("{error}");
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

@@ -1,4 +1,49 @@
-//! Cross-scale vision transformers: fused kernels, a small safe autograd, and published systems trained end to end.
+//! Cross-scale vision transformers in Rust: fused kernels, a small safe autograd, and published systems trained end to
+//! end. This version computes on the CPU.
+//!
+//! A tensor is made a variable; ops record themselves on a tape; [`Tensor::backward`] gives the gradients.
+//!
+//! ```
+//! use gridgrad::models::{CrossFormer, CrossFormerConfig};
+//! use gridgrad::nn::Context;
+//! use gridgrad::ops::{CrossEntropyOptions, Targets, cross_entropy};
+//! use gridgrad::random::Philox;
+//! use gridgrad::train::{Optimizer, OptimizerConfig};
+//! use gridgrad::{DType, Tensor};
+//!
+//! let model = CrossFormer::new(CrossFormerConfig::named("micro", 10)?, 0, DType::F32)?;
+//! let mut optimizer = Optimizer::new(model.parameters(), OptimizerConfig::default())?;
+//! let images = Tensor::randn([4, 32, 32, 3], DType::F32, Philox::new(1))?; // (batch, height, width, channels)
+//! let labels = Tensor::new(&[3i64, 1, 4, 1], [4])?;
+//!
+//! let logits = model.logits(&images, &Context::train(Philox::new(2)))?;
+//! let loss = cross_entropy(&logits, Targets::Labels(&labels), CrossEntropyOptions::default())?;
+//! optimizer.step(&loss.backward()?, 1e-3)?;
+//! # Ok::<(), gridgrad::Error>(())
+//! ```
+//!
+//! # Modules, from the top down
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | [`train`] | the training loop, optimizers, schedules, checkpoints, metrics |
+//! | [`data`] | readers of image sets, augmentation, the loader of batches |
+//! | [`models`] | published networks: CrossFormer and CrossFormer++ |
+//! | [`report`] | pictures of a run, as SVG |
+//! | [`nn`] | layers, named parameters, initialisers, state dicts |
+//! | [`ops`] | the differentiable functions, one room each |
+//! | [`autograd`] | the tape, gradients of gradients, the gradient check |
+//! | [`tensor`] | tensors, shapes, element types, devices, memory |
+//! | [`cpu`] | what CPU implementations share: vectors, threads, matrix products |
+//! | [`random`] | counter-based random numbers |
+//! | [`driver`] | what GPU this machine has |
+//! | [`file`](mod@file) | files written whole or not at all |
+//!
+//! # What holds everywhere
+//!
+//! - Maps and images are channels-last, (batch, height, width, channels); weights have PyTorch's layouts and names.
+//! - Whatever a caller can get wrong is an [`Error`] that says which op or file, what arrived and what was expected.
+//! - The same seed gives the same bits, for any number of threads.
 
 #![warn(missing_docs)]
 
@@ -7,6 +52,7 @@ pub mod cpu;
 pub mod data;
 pub mod driver;
 mod error;
+pub mod file;
 pub mod models;
 pub mod nn;
 pub mod ops;
@@ -17,3 +63,8 @@ pub mod train;
 
 pub use error::{Error, Result};
 pub use tensor::{DType, Device, Shape, Tensor};
+
+/// Compiles and runs the examples of the README as documentation tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

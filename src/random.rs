@@ -67,6 +67,10 @@ impl Philox {
 
     /// Word w of block `first + i` at `[w][i]`.
     #[inline(always)]
+    #[allow(
+        clippy::needless_range_loop,
+        reason = "iterators over the four words would hide that the loop is a vector's"
+    )]
     fn words_at<const N: usize>(self, first: u64, stream: u64) -> [[u32; N]; 4] {
         let mut counter = [[0; N], [0; N], [stream as u32; N], [(stream >> 32) as u32; N]];
         for block in 0..N {

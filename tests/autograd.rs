@@ -287,3 +287,14 @@ fn integers_carry_no_gradients() -> Result<()> {
     assert_eq!(of(&x.cast(DType::F32)?.square()?.backward()?, &x), f64::from(2.7f32) * 2.0);
     Ok(())
 }
+
+#[test]
+fn a_walk_stops_at_the_tensors_that_it_was_asked_for() {
+    let x = Tensor::scalar(2.0f64).variable().unwrap();
+    let middle = x.square().unwrap();
+    // Frees what is behind `middle`.
+    middle.backward().unwrap();
+    let result = middle.exp().unwrap();
+    let gradient = gridgrad::autograd::grad(&result, &[&middle], GradOptions::default()).unwrap();
+    assert!((gradient[0].as_ref().unwrap().item().unwrap() - 4.0f64.exp()).abs() < 1e-12);
+}

@@ -5,6 +5,15 @@ use crate::random::Philox;
 use crate::{DType, Error, Result, Tensor};
 
 /// How finite differences are taken and compared.
+///
+/// ```
+/// use gridgrad::autograd::{GradientCheck, check_gradients};
+/// use gridgrad::{DType, Tensor, random::Philox};
+/// let x = Tensor::randn([2, 3], DType::F64, Philox::new(1))?;
+/// let check = GradientCheck { second_order: true, ..GradientCheck::default() };
+/// check_gradients(|inputs| inputs[0].tanh()?.mul(&inputs[0]), &[x], check)?;
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct GradientCheck {
     /// Step of the central difference.

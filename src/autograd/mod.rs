@@ -1,9 +1,9 @@
 //! The tape: which function made which tensor, and the walk back from a result to its inputs.
 //!
 //! A differentiable op computes its output, then [`record`]s a [`Function`] that knows how to turn the gradient of the
-//! output into gradients of the inputs. [`Tensor::backward`] walks the nodes from the newest to the oldest. Rules of
-//! primitive ops are written with ops, so [`grad`] with `create_graph` gives gradients that can be differentiated
-//! again.
+//! output into gradients of the inputs. [`Tensor::backward`](crate::Tensor::backward) walks the nodes from the newest to
+//! the oldest. Rules of primitive ops are written with ops, so [`grad`] with `create_graph` gives gradients that can be
+//! differentiated again.
 //!
 //! ```
 //! use gridgrad::{Tensor, autograd};

@@ -7,6 +7,30 @@ use crate::tensor::TensorId;
 use crate::{Error, Result, Tensor};
 
 /// The backward rule of one op: what it saved from the forward, and how to use it.
+///
+/// ```
+/// use gridgrad::autograd::{Backward, Function, record};
+/// use gridgrad::{Result, Tensor};
+///
+/// struct DoubleRule;
+///
+/// impl Function for DoubleRule {
+///     fn name(&self) -> &'static str {
+///         "double"
+///     }
+///     fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+///         Ok(vec![Some(backward.grad().scale(2.0)?)])
+///     }
+/// }
+///
+/// fn double(x: &Tensor) -> Result<Tensor> {
+///     Ok(record(x.detach().scale(2.0)?, &[x], |_| DoubleRule))
+/// }
+///
+/// let x = Tensor::scalar(1.5f32).variable()?;
+/// assert_eq!(double(&x)?.backward()?.get(&x).unwrap().item()?, 2.0);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 pub trait Function: Send + Sync + 'static {
     /// The op's name, for errors.
     fn name(&self) -> &'static str;

@@ -1,6 +1,6 @@
 //! The walk from results to inputs.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use super::node::{Backward, Edge, Node, recording};
@@ -19,6 +19,14 @@ pub struct GradOptions {
 }
 
 /// Gradients of variables, by tensor.
+///
+/// ```
+/// use gridgrad::Tensor;
+/// let (x, y) = (Tensor::scalar(2.0f32).variable()?, Tensor::scalar(5.0f32).variable()?);
+/// let gradients = x.mul(&y)?.backward()?;
+/// assert_eq!((gradients.len(), gradients.get(&x).unwrap().item()?), (2, 5.0));
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct Gradients(HashMap<TensorId, Tensor>);
 
@@ -64,7 +72,7 @@ impl Tensor {
     /// Where this tensor has more than one element or does not depend on a variable, or the graph was freed before.
     pub fn backward(&self) -> Result<Gradients> {
         let start = start(self, &GradOptions::default())?;
-        walk(self, start, &GradOptions::default(), &[])
+        walk(self, start, &GradOptions::default(), None)
     }
 }
 
@@ -76,8 +84,8 @@ impl Tensor {
 /// graph was freed before; and where `create_graph` meets an op without second derivatives.
 pub fn grad(output: &Tensor, inputs: &[&Tensor], options: GradOptions) -> Result<Vec<Option<Tensor>>> {
     let start = start(output, &options)?;
-    let wanted: Vec<TensorId> = inputs.iter().map(|input| input.id()).collect();
-    let gradients = walk(output, start, &options, &wanted)?;
+    let wanted: HashSet<TensorId> = inputs.iter().map(|input| input.id()).collect();
+    let gradients = walk(output, start, &options, Some(&wanted))?;
     Ok(inputs.iter().map(|input| gradients.get(input).cloned()).collect())
 }
 
@@ -102,8 +110,36 @@ fn start(output: &Tensor, options: &GradOptions) -> Result<Tensor> {
     }
 }
 
-/// Keeps the gradients of leaves and of `wanted` intermediate results.
-fn walk(output: &Tensor, start: Tensor, options: &GradOptions, wanted: &[TensorId]) -> Result<Gradients> {
+/// The nodes from which a wanted tensor is reached: the others need not be walked.
+fn leading_to(wanted: &HashSet<TensorId>, output: &Tensor) -> HashSet<TensorId> {
+    let mut reached: BTreeMap<TensorId, Arc<Node>> = BTreeMap::new();
+    let mut pending: Vec<Arc<Node>> = output.node().into_iter().map(Arc::clone).collect();
+    while let Some(node) = pending.pop() {
+        if reached.insert(node.output, Arc::clone(&node)).is_none() {
+            let inputs =
+                node.edges.iter().filter_map(|edge| if let Edge::Node(node) = edge { Some(node) } else { None });
+            pending.extend(inputs.cloned());
+        }
+    }
+    // Oldest first: the inputs of a node are decided before it.
+    let mut leading = HashSet::new();
+    for (id, node) in &reached {
+        let leads = |target: TensorId| wanted.contains(&target) || leading.contains(&target);
+        if node.edges.iter().filter_map(Edge::target).any(leads) {
+            leading.insert(*id);
+        }
+    }
+    leading
+}
+
+/// Gradients of the `wanted` tensors, or of all variables where none are named.
+fn walk(
+    output: &Tensor,
+    start: Tensor,
+    options: &GradOptions,
+    wanted: Option<&HashSet<TensorId>>,
+) -> Result<Gradients> {
+    let leading = wanted.map(|wanted| leading_to(wanted, output));
     let mut gradients = HashMap::from([(output.id(), start)]);
     let mut kept = HashMap::new();
     // Newest first: every consumer of a tensor is younger than it, so its gradient is complete when it is reached.
@@ -113,8 +149,11 @@ fn walk(output: &Tensor, start: Tensor, options: &GradOptions, wanted: &[TensorI
     }
     while let Some((id, node)) = pending.pop_last() {
         let Some(grad) = gradients.remove(&id) else { continue };
-        if wanted.contains(&id) {
+        if wanted.is_some_and(|wanted| wanted.contains(&id)) {
             kept.insert(id, grad.clone());
+        }
+        if leading.as_ref().is_some_and(|leading| !leading.contains(&id)) {
+            continue;
         }
         let function = node.function(!options.retain_graph && !options.create_graph)?;
         let backward = Backward { grad: &grad, node: &node, create_graph: options.create_graph };

@@ -1,4 +1,5 @@
-//! Reductions of one row: independent partial results that fill vector registers, combined in a fixed order.
+//! Reductions of one row: independent partial results that fill vector registers, combined in a fixed order. The tail
+//! that fills none comes last; spread over the partial results, it would keep them out of registers.
 
 use super::Float;
 
@@ -18,13 +19,14 @@ pub fn sum<T: Float, const N: usize>(row: &[T], terms: impl Fn(T) -> [T; N]) -> 
             }
         }
     }
-    for (lane, &a) in tail.iter().enumerate() {
+    let mut totals = totals(lanes);
+    for &a in tail {
         let values = terms(a);
         for n in 0..N {
-            lanes[n][lane] += values[n];
+            totals[n] += values[n];
         }
     }
-    totals(lanes)
+    totals
 }
 
 /// Component-wise sum of `terms(a, b)` over two rows of one length.
@@ -41,13 +43,14 @@ pub fn zip_sum<T: Float, const N: usize>(left: &[T], right: &[T], terms: impl Fn
             }
         }
     }
-    for (lane, (&a, &b)) in left_tail.iter().zip(right_tail).enumerate() {
+    let mut totals = totals(lanes);
+    for (&a, &b) in left_tail.iter().zip(right_tail) {
         let values = terms(a, b);
         for n in 0..N {
-            lanes[n][lane] += values[n];
+            totals[n] += values[n];
         }
     }
-    totals(lanes)
+    totals
 }
 
 /// Folds a row with an associative, commutative `combine` whose neutral element is `start`.
@@ -60,18 +63,19 @@ pub fn fold<T: Float>(row: &[T], start: T, combine: impl Fn(T, T) -> T) -> T {
             *lane = combine(*lane, value);
         }
     }
-    for (lane, &value) in lanes.iter_mut().zip(tail) {
-        *lane = combine(*lane, value);
+    let mut total = halve(lanes, &combine);
+    for &value in tail {
+        total = combine(total, value);
     }
-    halve(lanes, combine)
+    total
 }
 
 #[inline(always)]
 fn totals<T: Float, const N: usize>(lanes: [[T; LANES]; N]) -> [T; N] {
     let mut totals = [T::ZERO; N];
-    for (total, lanes) in totals.iter_mut().zip(lanes) {
-        *total = halve(
-            lanes,
+    for n in 0..N {
+        totals[n] = halve(
+            lanes[n],
             #[inline(always)]
             |a, b| a + b,
         );
@@ -79,16 +83,17 @@ fn totals<T: Float, const N: usize>(lanes: [[T; LANES]; N]) -> [T; N] {
     totals
 }
 
+/// Combines upper and lower halves until one value is left; written out, since a loop over widths stays a loop.
 #[inline(always)]
-fn halve<T: Float>(mut lanes: [T; LANES], combine: impl Fn(T, T) -> T) -> T {
-    let mut width = LANES / 2;
-    while width > 0 {
-        for lane in 0..width {
-            lanes[lane] = combine(lanes[lane], lanes[lane + width]);
-        }
-        width /= 2;
+fn halve<T: Float>(lanes: [T; LANES], combine: impl Fn(T, T) -> T) -> T {
+    let (mut eight, mut four) = ([T::ZERO; 8], [T::ZERO; 4]);
+    for lane in 0..8 {
+        eight[lane] = combine(lanes[lane], lanes[lane + 8]);
     }
-    lanes[0]
+    for lane in 0..4 {
+        four[lane] = combine(eight[lane], eight[lane + 4]);
+    }
+    combine(combine(four[0], four[2]), combine(four[1], four[3]))
 }
 
 #[cfg(test)]

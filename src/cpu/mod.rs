@@ -1,5 +1,23 @@
 //! What the CPU implementations of the ops share: compute types with vectorised mathematics, run-time SIMD dispatch,
 //! parallel loops with a fixed order of summation, and matrix products.
+//!
+//! For those who write ops of their own:
+//!
+//! ```
+//! use gridgrad::cpu::{Float, parallel};
+//! let input: Vec<f32> = (0..10_000).map(|i| i as f32 / 1000.0).collect();
+//! let mut output = vec![0.0f32; input.len()];
+//! parallel::map(&input, &mut output, |x| x.tanh()); // vectorised and parallel
+//! assert!((output[500] - 0.5f32.tanh()).abs() < 1e-6);
+//!
+//! // Sums of the even and the odd elements: the same bits for any number of threads.
+//! let sums = parallel::accumulate::<f32>(input.len(), 256, 2, |range, sums| {
+//!     for i in range {
+//!         sums[i % 2] += input[i];
+//!     }
+//! });
+//! assert!(sums[0] < sums[1]);
+//! ```
 
 mod float;
 pub mod gemm;

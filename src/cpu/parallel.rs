@@ -48,6 +48,12 @@ pub fn indices(count: usize, body: impl Fn(usize) + Sync + Send) {
     }
 }
 
+/// A copy in a local variable, where a closure's parameters become registers.
+#[inline(always)]
+fn by_value<F: Copy>(f: F) -> F {
+    f
+}
+
 /// `output[i] = f(input[i])`. What `f` holds, it should hold by value (`move`): a parameter behind a reference could
 /// change with every write, for all the compiler knows, and so would keep the loop from being vectorised.
 #[inline(always)]
@@ -57,7 +63,7 @@ pub fn map<A: Element, B: Element>(input: &[A], output: &mut [B], f: impl Fn(A) 
         simd::dispatch(
             #[inline(always)]
             || {
-                let f = f;
+                let f = by_value(f);
                 for (out, &a) in piece.iter_mut().zip(input) {
                     *out = f(a);
                 }
@@ -80,7 +86,7 @@ pub fn zip_map<A: Element, B: Element, C: Element>(
         simd::dispatch(
             #[inline(always)]
             || {
-                let f = f;
+                let f = by_value(f);
                 for (out, (&a, &b)) in piece.iter_mut().zip(left.iter().zip(right)) {
                     *out = f(a, b);
                 }
@@ -97,7 +103,7 @@ pub fn update<A: Element, B: Element>(output: &mut [B], input: &[A], f: impl Fn(
         simd::dispatch(
             #[inline(always)]
             || {
-                let f = f;
+                let f = by_value(f);
                 for (out, &a) in piece.iter_mut().zip(input) {
                     f(out, a);
                 }

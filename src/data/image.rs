@@ -19,6 +19,13 @@ const MAX_FILE: u64 = 256 << 20;
 const MAX_EXPANSION: u64 = 2048;
 
 /// An image of 8-bit samples: (height, width, channels), channels last, 1 (grey) or 3 (RGB) of them.
+///
+/// ```
+/// use gridgrad::data::Image;
+/// let image = Image::new(1, 2, 3, vec![255, 0, 0, 0, 0, 255])?; // a red pixel and a blue one
+/// assert_eq!((image.height(), image.width(), image.clone().into_grey().channels()), (1, 2, 1));
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Image {
     pub(super) height: usize,

@@ -12,6 +12,13 @@ use crate::random::Philox;
 use crate::{Error, Result};
 
 /// How a set becomes batches.
+///
+/// ```
+/// use gridgrad::data::{AugmentConfig, LoaderConfig};
+/// let training = LoaderConfig { batch_size: 64, workers: 2, augment: AugmentConfig::small(), ..Default::default() };
+/// let held_out = LoaderConfig { shuffle: false, drop_last: false, training: false, ..training.clone() };
+/// # let _ = (training, held_out);
+/// ```
 #[derive(Clone, Debug)]
 pub struct LoaderConfig {
     /// Samples in a batch.

@@ -94,6 +94,15 @@ pub fn probe() -> std::result::Result<Vec<GpuInfo>, NoGpu> {
 /// # Errors
 /// [`Error::DeviceUnavailable`] with the reason, for every device but [`Device::Cpu`] that this machine or this build
 /// does not offer.
+///
+/// ```
+/// use gridgrad::{Device, driver};
+/// driver::require(Device::Cpu)?;
+/// if let Err(reason) = driver::require(Device::Cuda(0)) {
+///     println!("{reason}");
+/// }
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 pub fn require(device: Device) -> Result<()> {
     match device {
         Device::Cpu => Ok(()),

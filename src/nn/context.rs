@@ -8,6 +8,13 @@ use crate::random::Philox;
 ///
 /// In training each layer that asks gets a random stream of its own, numbered by the order of asking. Two forward
 /// passes with the same stream drop the same units.
+///
+/// ```
+/// use gridgrad::nn::Context;
+/// use gridgrad::random::Philox;
+/// let step = Context::train(Philox::new(0).stream("dropout").fork(17));
+/// assert!(step.is_training() && !Context::eval().is_training());
+/// ```
 #[derive(Debug)]
 pub struct Context {
     stream: Option<Philox>,

@@ -107,8 +107,12 @@ impl Conv2d {
             return Err(Error::argument("Conv2d", message));
         }
         let shape = Shape::from([out_channels, in_channels / options.groups, kernel, kernel]);
-        let bias = bias.then(|| scope.parameter("bias", [out_channels], Initializer::default_bias(&shape)));
-        Ok(Conv2d { weight: scope.parameter("weight", shape, Initializer::DEFAULT)?, bias: bias.transpose()?, options })
+        let default = Initializer::default_bias(&shape);
+        Ok(Conv2d {
+            weight: scope.parameter("weight", shape, Initializer::DEFAULT)?,
+            bias: bias.then(|| scope.parameter("bias", [out_channels], default)).transpose()?,
+            options,
+        })
     }
 
     /// (batch, height, width, in) to (batch, height, width, out).

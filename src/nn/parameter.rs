@@ -81,6 +81,20 @@ impl std::fmt::Debug for Parameter {
 }
 
 /// All named tensors of a model, in the order in which its layers made them. Clones share the list.
+///
+/// ```
+/// use gridgrad::DType;
+/// use gridgrad::nn::{Linear, Scope};
+/// let scope = Scope::new(0, DType::F32);
+/// Linear::new(&scope.child("head"), 8, 3, true)?;
+/// let parameters = scope.parameters();
+/// assert_eq!(parameters.count(), 8 * 3 + 3);
+/// let mut state = parameters.state_dict();
+/// parameters.load_state_dict(&state)?;
+/// state.remove("head.bias");
+/// assert!(parameters.load_state_dict(&state).unwrap_err().to_string().contains("missing: head.bias (3)"));
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Default)]
 pub struct Parameters(Arc<Mutex<Vec<Parameter>>>);
 

@@ -1,11 +1,23 @@
 //! Named tensors in safetensors files.
+//!
+//! ```
+//! use gridgrad::nn::state_dict::{self, Metadata, StateDict};
+//! use gridgrad::{DType, Tensor};
+//! let folder = tempfile::tempdir().unwrap();
+//! let path = folder.path().join("weights.safetensors");
+//! let state = StateDict::from([("fc.weight".to_owned(), Tensor::ones([2, 3], DType::F32)?)]);
+//! state_dict::write(&path, &state, Metadata::new())?;
+//! let (state, _) = state_dict::read(&path)?;
+//! assert_eq!(state["fc.weight"].shape().to_vec(), [2, 3]);
+//! # Ok::<(), gridgrad::Error>(())
+//! ```
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::Write;
 use std::path::Path;
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
+use crate::file::write_atomically;
 use crate::{DType, Error, Result, Tensor};
 
 /// Tensors by name, sorted.
@@ -79,21 +91,6 @@ fn view<'a>(tensor: &'a Tensor, path: &Path) -> Result<TensorView<'a>> {
         .map_err(|error| Error::format(path, format!("cannot be written as safetensors: {error}")))
 }
 
-/// Replaces the file at `path` by `bytes` in one step: readers see the old content or the new, never a part.
-///
-/// # Errors
-/// Where the system refuses; an existing file is then untouched.
-pub fn write_atomically(path: impl AsRef<Path>, bytes: &[u8]) -> Result<()> {
-    let path = path.as_ref();
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let io = |error| Error::io(path, error);
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(io)?;
-    file.write_all(bytes).map_err(io)?;
-    file.as_file().sync_all().map_err(io)?;
-    file.persist(path).map_err(|error| io(error.error))?;
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,17 +116,5 @@ mod tests {
             assert!(error.contains("state.safetensors"), "{error}");
         }
         assert!(read(folder.path().join("absent")).unwrap_err().to_string().contains("absent"));
-    }
-
-    #[test]
-    fn a_write_that_fails_leaves_the_old_file() {
-        let folder = tempfile::tempdir().unwrap();
-        let missing = folder.path().join("no-such-folder").join("file");
-        assert!(write_atomically(&missing, b"x").is_err());
-        let path = folder.path().join("file");
-        write_atomically(&path, b"old").unwrap();
-        write_atomically(&path, b"new").unwrap();
-        assert_eq!(std::fs::read(&path).unwrap(), b"new");
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 }

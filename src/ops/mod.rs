@@ -1,5 +1,16 @@
 //! The differentiable functions, one room each: the public function with its backward rule in `mod.rs`, the CPU
 //! implementation in `cpu.rs`.
+//!
+//! ```
+//! use gridgrad::{DType, Tensor, ops, random::Philox};
+//! let x = Tensor::randn([2, 5, 8], DType::F32, Philox::new(0))?; // (batch, tokens, channels)
+//! let (weight, bias) = (Tensor::ones([8], DType::F32)?, Tensor::zeros([8], DType::F32)?);
+//! let x = ops::layer_norm(&x, &weight, &bias, 1e-5)?;
+//! let scores = x.matmul(&x.transpose(1, 2)?)?.scale(8f64.powf(-0.5))?;
+//! let mixed = ops::softmax(&scores, -1)?.matmul(&x)?;
+//! assert_eq!(mixed.shape().to_vec(), [2, 5, 8]);
+//! # Ok::<(), gridgrad::Error>(())
+//! ```
 
 mod batch_norm;
 mod conv2d;

@@ -6,6 +6,20 @@
 //! - [`training_curves`]: loss and accuracy over the epochs;
 //! - [`prediction_sheet`]: pictures with the network's guesses beside the truth;
 //! - [`attention_sheet`]: where the heads of a transformer look.
+//!
+//! ```
+//! use gridgrad::report::{EpochRecord, training_curves};
+//! let epoch = |epoch, train_loss, accuracy| EpochRecord {
+//!     epoch,
+//!     train_loss,
+//!     held_out_accuracy: Some(accuracy),
+//!     ..EpochRecord::default()
+//! };
+//! let folder = tempfile::tempdir().unwrap();
+//! let epochs = [epoch(1, 2.1, 0.4), epoch(2, 1.2, 0.7), epoch(3, 0.6, 0.9)];
+//! training_curves(folder.path().join("curves.svg"), "A run", &epochs, &[])?;
+//! # Ok::<(), gridgrad::Error>(())
+//! ```
 
 mod attention;
 mod axis;

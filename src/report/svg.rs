@@ -1,9 +1,9 @@
-//! A small SVG writer: shapes, escaped text that fits, atomic files.
+//! A small SVG writer: shapes, escaped text that fits.
 
-use std::io::Write;
 use std::path::Path;
 
-use crate::{Error, Result};
+use crate::Result;
+use crate::file::write_atomically;
 
 /// Text and lines.
 pub(super) const INK: &str = "#1f2937";
@@ -113,15 +113,7 @@ impl Svg {
 
     /// Writes the document to `path`, through a temporary file of the same folder.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut builder = tempfile::Builder::new();
-        // Temporary files are private by default; a picture is as public as any new file, less the user's umask.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let mut file = builder.tempfile_in(folder).map_err(|e| Error::io(path, e))?;
-        file.write_all(self.finish().as_bytes()).map_err(|e| Error::io(path, e))?;
-        file.persist(path).map_err(|e| Error::io(path, e.error))?;
-        Ok(())
+        write_atomically(path, self.finish().as_bytes())
     }
 }
 

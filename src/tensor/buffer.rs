@@ -25,6 +25,14 @@ mod line {
 use line::CacheLine;
 
 /// Bytes of tensor memory in use by this process.
+///
+/// ```
+/// use gridgrad::{DType, Tensor, tensor::memory_stats};
+/// let x = Tensor::zeros([1000, 1000], DType::F32)?;
+/// assert!(memory_stats().live >= 4_000_000);
+/// # drop(x);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryStats {
     /// Bytes held by live tensors and scratch buffers.
@@ -148,6 +156,13 @@ impl Drop for Bytes {
 }
 
 /// A slice of `T` in recycled memory: an op's output on the host, or its scratch space.
+///
+/// ```
+/// use gridgrad::{Tensor, tensor::Buffer};
+/// let squares = Buffer::<f32>::from_fn(4, |i| (i * i) as f32);
+/// assert_eq!(Tensor::from_buffer(squares, [2, 2])?.to_vec::<f32>()?, [0.0, 1.0, 4.0, 9.0]);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 pub struct Buffer<T> {
     bytes: Bytes,
     element: PhantomData<T>,

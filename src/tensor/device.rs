@@ -3,6 +3,13 @@
 use crate::{Error, Result};
 
 /// A place that holds tensors and computes with them.
+///
+/// ```
+/// use gridgrad::Device;
+/// assert_eq!("cuda:1".parse::<Device>()?, Device::Cuda(1));
+/// assert_eq!(Device::Cpu.to_string(), "cpu");
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Device {

@@ -3,6 +3,13 @@
 use half::{bf16, f16};
 
 /// The type of a tensor's elements.
+///
+/// ```
+/// use gridgrad::DType;
+/// assert_eq!("bf16".parse::<DType>()?, DType::Bf16);
+/// assert_eq!((DType::Bf16.size(), DType::I64.is_float()), (2, false));
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DType {

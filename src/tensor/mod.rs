@@ -42,6 +42,16 @@ impl TensorId {
 }
 
 /// An n-dimensional array. See the [module documentation](self).
+///
+/// ```
+/// use gridgrad::{DType, Tensor};
+/// let x = Tensor::new(&[1.0f32, -2.0, 3.0], [3])?.variable()?;
+/// let loss = x.relu()?.square()?.sum_all()?;
+/// assert_eq!(loss.item()?, 10.0);
+/// assert_eq!(loss.backward()?.get(&x).unwrap().to_vec::<f32>()?, [2.0, 0.0, 6.0]);
+/// assert_eq!(x.cast(DType::Bf16)?.dtype(), DType::Bf16);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Tensor(Arc<Inner>);
 

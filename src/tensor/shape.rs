@@ -5,6 +5,14 @@ use std::ops::Deref;
 use crate::{Error, Result};
 
 /// The extents of a tensor's axes, outermost first. A scalar has none.
+///
+/// ```
+/// use gridgrad::Shape;
+/// let shape = Shape::from([2, 3, 4]);
+/// assert_eq!((shape.elements(), shape.len(), shape[1]), (24, 3, 3));
+/// assert_eq!(shape.strides(), [12, 4, 1]);
+/// assert_eq!(shape.to_string(), "(2, 3, 4)");
+/// ```
 #[derive(Clone, PartialEq, Eq, Hash, Default)]
 pub struct Shape(Vec<usize>);
 

@@ -7,6 +7,18 @@ use super::schedule::{Decay, ScheduleConfig, Span, Warmup};
 use crate::{Error, Result};
 
 /// How a classifier is trained. Batch size, augmentation and label smoothing are the loader's.
+///
+/// ```
+/// use gridgrad::train::{Decay, OptimizerConfig, ScheduleConfig, Sgd, TrainConfig};
+/// let config = TrainConfig {
+///     epochs: 90,
+///     optimizer: OptimizerConfig::Sgd(Sgd { nesterov: true, ..Sgd::default() }),
+///     schedule: ScheduleConfig { lr: 0.1, warmup: None, decay: Decay::Cosine { floor: 0.0 } },
+///     ema_decay: Some(0.999),
+///     ..TrainConfig::default()
+/// };
+/// assert_eq!(config.accumulation, 1);
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainConfig {

@@ -31,6 +31,14 @@ impl Span {
 }
 
 /// How the learning rate changes in the course of training.
+///
+/// ```
+/// use gridgrad::train::ScheduleConfig;
+/// let schedule = ScheduleConfig::crossformer(1024).build(300, 1251)?;
+/// assert_eq!(schedule.total_steps(), 300 * 1251);
+/// assert!((schedule.lr(0) - 1e-6).abs() < 1e-9);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ScheduleConfig {

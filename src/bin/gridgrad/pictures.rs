@@ -14,7 +14,7 @@ pub const PREDICTIONS: &str = "predictions.svg";
 pub const ATTENTION: &str = "attention.svg";
 
 /// Pictures on the sheet of predictions.
-const SHOWN: usize = 32;
+const SHOWN: usize = 24;
 /// Tokens whose attention is shown, as shares of the map's height and width.
 const QUERIES: [[f64; 2]; 2] = [[0.5, 0.5], [0.2, 0.7]];
 

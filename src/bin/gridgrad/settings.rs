@@ -44,6 +44,6 @@ impl Settings {
     /// Writes the settings as TOML.
     pub fn write(&self, path: &Path) -> Result<()> {
         let text = toml::to_string(self).map_err(|error| Error::format(path, format!("cannot be written: {error}")))?;
-        gridgrad::nn::state_dict::write_atomically(path, text.as_bytes())
+        gridgrad::file::write_atomically(path, text.as_bytes())
     }
 }

@@ -302,14 +302,17 @@ fn conclude(test_set: &dyn Dataset, folder: &Path, time: Duration, trainer: &Tra
     let trained = Trained::read(&folder.join(BEST_CHECKPOINT))?;
     pictures::draw(&trained, test_set, folder)?;
     let best = trainer.progress().best_accuracy.unwrap_or(0.0);
+    let last = trainer.progress().history.last().and_then(|epoch| epoch.held_out).map_or(0.0, |held_out| held_out.top1);
     let file = |name: &str| folder.join(name).display().to_string();
     print(&format!(
-        "\nBest accuracy on held-out images: {:.2} %   (trained for {}, at most {:.0} MB of tensors)\n\n\
+        "\nAccuracy on held-out images: {:.2} % after the last epoch, {:.2} % after the best one\n\
+         Trained for {}, with at most {:.0} MB of tensors in memory\n\n\
          {}  the best network; try: gridgrad predict {} IMAGE\n\
          {}  loss and accuracy of every epoch\n\
          {}  held-out images and what the network takes them for\n\
          {}  what attention heads look at\n\
          {}  every number, a line of JSON each\n",
+        100.0 * last,
         100.0 * best,
         human(time),
         memory_stats().peak as f64 / 1e6,

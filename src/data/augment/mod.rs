@@ -53,6 +53,17 @@ pub enum Crop {
 }
 
 /// What is done to images. Fields left out when reading are off, as in [`none`](AugmentConfig::none).
+///
+/// ```
+/// use gridgrad::data::AugmentConfig;
+/// use gridgrad::data::augment::{Normalise, RandomErasing};
+/// let config = AugmentConfig {
+///     erasing: Some(RandomErasing::default()),
+///     normalise: Normalise::for_set("cifar10").unwrap(),
+///     ..AugmentConfig::small()
+/// };
+/// assert_eq!(config.with_image_size(64).image_size, 64);
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AugmentConfig {

@@ -70,6 +70,15 @@ pub enum GroupSchedule {
 /// A CrossFormer's architecture. Lists have one entry per stage, of which there may be any number.
 ///
 /// As JSON or TOML, keys left out take the published default (CrossFormer-S at 224 × 224), and an unknown key is an error.
+///
+/// ```
+/// use gridgrad::models::CrossFormerConfig;
+/// let small = CrossFormerConfig::named("small", 10)?;
+/// assert_eq!((small.depths.clone(), small.embed_dim), (vec![2, 2, 6, 2], 96));
+/// let same: CrossFormerConfig = serde_json::from_str(r#"{"num_classes": 10, "drop_path_rate": 0.2}"#).unwrap();
+/// assert_eq!(same, small);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Partial")]
 pub struct CrossFormerConfig {

@@ -14,6 +14,16 @@ use crate::tensor::Shape;
 use crate::{Error, Result, Tensor, dispatch_float};
 
 /// How a kernel moves over a map. Pairs are (vertical, horizontal).
+///
+/// ```
+/// use gridgrad::ops::{Conv2dOptions, conv2d};
+/// use gridgrad::{DType, Tensor};
+/// let map = Tensor::ones([1, 8, 8, 4], DType::F32)?; // (batch, height, width, channels)
+/// let weight = Tensor::ones([4, 1, 3, 3], DType::F32)?; // (out, in / groups, height, width)
+/// let options = Conv2dOptions { stride: [2, 2], padding: [1, 1], groups: 4, ..Conv2dOptions::default() };
+/// assert_eq!(conv2d(&map, &weight, None, options)?.shape().to_vec(), [1, 4, 4, 4]);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Conv2dOptions {
     /// Steps between neighbouring windows, in input positions.

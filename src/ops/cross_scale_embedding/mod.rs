@@ -20,6 +20,16 @@ use crate::{Error, Result, Tensor, dispatch_float};
 /// # Errors
 /// Where shapes or dtypes do not match, a kernel is smaller than the stride or differs from it by an odd number, or the
 /// map is smaller than the stride.
+///
+/// ```
+/// use gridgrad::{DType, Tensor, ops};
+/// let images = Tensor::ones([1, 32, 32, 3], DType::F32)?;
+/// let kernels = [Tensor::ones([16, 3, 4, 4], DType::F32)?, Tensor::ones([8, 3, 8, 8], DType::F32)?];
+/// let biases = [Tensor::zeros([16], DType::F32)?, Tensor::zeros([8], DType::F32)?];
+/// let tokens = ops::cross_scale_embedding(&images, &kernels, &biases, 4)?;
+/// assert_eq!(tokens.shape().to_vec(), [1, 8, 8, 24]);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 pub fn cross_scale_embedding(input: &Tensor, weights: &[Tensor], biases: &[Tensor], stride: usize) -> Result<Tensor> {
     const OP: &str = "cross_scale_embedding";
     let dtype = input.dtype();

@@ -58,6 +58,33 @@ impl Unary {
         matches!(self, Unary::Exp | Unary::Sqrt | Unary::Recip | Unary::Tanh | Unary::Sigmoid)
     }
 
+    /// The function's name, for errors.
+    pub fn name(self) -> &'static str {
+        match self {
+            Unary::Neg => "neg",
+            Unary::Abs => "abs",
+            Unary::Square => "square",
+            Unary::Sqrt => "sqrt",
+            Unary::Recip => "recip",
+            Unary::Exp => "exp",
+            Unary::Ln => "ln",
+            Unary::Sin => "sin",
+            Unary::Cos => "cos",
+            Unary::Tanh => "tanh",
+            Unary::Sigmoid => "sigmoid",
+            Unary::Erf => "erf",
+            Unary::Relu => "relu",
+            Unary::LeakyRelu(_) => "leaky_relu",
+            Unary::Silu => "silu",
+            Unary::Gelu => "gelu",
+            Unary::Softplus => "softplus",
+            Unary::Scale(_) => "scale",
+            Unary::Shift(_) => "shift",
+            Unary::Powf(_) => "powf",
+            Unary::Clamp(..) => "clamp",
+        }
+    }
+
     /// Whether the derivative is the same everywhere, so that nothing need be saved.
     fn constant_derivative(self) -> Option<f64> {
         match self {
@@ -90,6 +117,22 @@ pub enum Binary {
     Greater,
     /// 1 where a = b, else 0; no gradient
     Equal,
+}
+
+impl Binary {
+    /// The function's name, for errors.
+    pub fn name(self) -> &'static str {
+        match self {
+            Binary::Add => "add",
+            Binary::Sub => "sub",
+            Binary::Mul => "mul",
+            Binary::Div => "div",
+            Binary::Maximum => "maximum",
+            Binary::Minimum => "minimum",
+            Binary::Greater => "greater",
+            Binary::Equal => "equal",
+        }
+    }
 }
 
 macro_rules! unary_methods {
@@ -186,9 +229,9 @@ impl Tensor {
     /// # Errors
     /// Where the dtype is not floating point.
     pub fn unary(&self, function: Unary) -> Result<Tensor> {
-        let dtype = self.dtype();
-        let output = dispatch_float!("unary", dtype, T => {
-            Tensor::from_floats(cpu::unary::<T>(function, &self.floats("unary")?), self.shape(), dtype)
+        let (op, dtype) = (function.name(), self.dtype());
+        let output = dispatch_float!(op, dtype, T => {
+            Tensor::from_floats(cpu::unary::<T>(function, &self.floats(op)?), self.shape(), dtype)
         })?;
         Ok(record(output, &[self], |output| UnaryRule {
             function,
@@ -202,13 +245,13 @@ impl Tensor {
     /// # Errors
     /// Where the shapes do not broadcast or the dtypes differ.
     pub fn binary(&self, rhs: &Tensor, function: Binary) -> Result<Tensor> {
-        let dtype = self.dtype();
+        let (op, dtype) = (function.name(), self.dtype());
         if rhs.dtype() != dtype {
-            return Err(Error::DType { op: "binary", got: rhs.dtype(), expected: dtype.to_string() });
+            return Err(Error::DType { op, got: rhs.dtype(), expected: dtype.to_string() });
         }
-        let shape = self.shape().broadcast(rhs.shape(), "binary")?;
-        let output = dispatch_float!("binary", dtype, T => {
-            let (a, b) = (self.floats::<T>("binary")?, rhs.floats::<T>("binary")?);
+        let shape = self.shape().broadcast(rhs.shape(), op)?;
+        let output = dispatch_float!(op, dtype, T => {
+            let (a, b) = (self.floats::<T>(op)?, rhs.floats::<T>(op)?);
             Tensor::from_floats(cpu::binary(function, (&a, self.shape()), (&b, rhs.shape()), &shape), shape, dtype)
         })?;
         if matches!(function, Binary::Greater | Binary::Equal) {
@@ -226,7 +269,7 @@ struct UnaryRule {
 
 impl Function for UnaryRule {
     fn name(&self) -> &'static str {
-        "unary"
+        self.function.name()
     }
 
     fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
@@ -244,9 +287,9 @@ impl Function for UnaryRule {
 
 /// grad · f′ in one loop, off the tape.
 fn fused_gradient(function: Unary, saved: &Tensor, grad: &Tensor) -> Result<Tensor> {
-    let dtype = grad.dtype();
-    dispatch_float!("unary", dtype, T => {
-        let gradient = cpu::unary_backward::<T>(function, &saved.floats("unary")?, &grad.floats("unary")?);
+    let (op, dtype) = (function.name(), grad.dtype());
+    dispatch_float!(op, dtype, T => {
+        let gradient = cpu::unary_backward::<T>(function, &saved.floats(op)?, &grad.floats(op)?);
         Tensor::from_floats(gradient, grad.shape(), dtype)
     })
 }
@@ -297,7 +340,7 @@ struct BinaryRule {
 
 impl Function for BinaryRule {
     fn name(&self) -> &'static str {
-        "binary"
+        self.function.name()
     }
 
     fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {

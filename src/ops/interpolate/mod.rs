@@ -7,6 +7,14 @@ use crate::{Error, Result, Tensor};
 
 /// How values between the positions of a map are found. With `align_corners` the centres of the corner pixels keep
 /// their place, otherwise the corners of the map do.
+///
+/// ```
+/// use gridgrad::ops::{Interpolation, interpolate};
+/// use gridgrad::{DType, Tensor};
+/// let map = Tensor::ones([1, 4, 4, 2], DType::F32)?;
+/// assert_eq!(interpolate(&map, [8, 6], Interpolation::Nearest)?.shape().to_vec(), [1, 8, 6, 2]);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Interpolation {
     /// The pixel in which the position lies.

@@ -18,6 +18,16 @@ pub enum Targets<'a> {
 }
 
 /// How [`cross_entropy`] weighs and combines rows.
+///
+/// ```
+/// use gridgrad::ops::{CrossEntropyOptions, Targets, cross_entropy};
+/// use gridgrad::{DType, Tensor};
+/// let (logits, labels) = (Tensor::zeros([2, 4], DType::F64)?, Tensor::new(&[0i64, 3], [2])?);
+/// let options = CrossEntropyOptions { label_smoothing: 0.1, ..CrossEntropyOptions::default() };
+/// let loss = cross_entropy(&logits, Targets::Labels(&labels), options)?;
+/// assert!((loss.item()? - 4f64.ln()).abs() < 1e-12);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct CrossEntropyOptions {
     /// ε in \[0, 1\]: targets t become (1 − ε) t + ε / classes (Szegedy et al. 2016).

@@ -15,6 +15,13 @@ use crate::{Error, Result};
 /// | LDA with fixed interval (legacy dense code) | ⌈H / I⌉, ⌈W / I⌉ | I, I |
 ///
 /// Groups at the edge of the map simply have fewer tokens; this equals padding the map and masking the padding.
+///
+/// ```
+/// use gridgrad::ops::lsda::Grouping;
+/// // A map of 8 × 8 tokens: four squares of neighbours, or four groups of tokens two apart.
+/// assert_eq!(Grouping::short(4).group_of_token(8, 8)[..8], [0, 0, 0, 0, 1, 1, 1, 1]);
+/// assert_eq!(Grouping::long(4, 2).group_of_token(8, 8)[..8], [0, 1, 0, 1, 0, 1, 0, 1]);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grouping {
     /// Tokens of a full group along y and x.

@@ -29,6 +29,16 @@ pub use grouping::{Group, Grouping, Line};
 ///
 /// # Errors
 /// Where the shapes do not match, `heads` does not divide C, or the grouping has a zero.
+///
+/// ```
+/// use gridgrad::ops::lsda::{Grouping, lsda};
+/// use gridgrad::{DType, Tensor, random::Philox};
+/// let grouping = Grouping::long(4, 2);
+/// let qkv = Tensor::randn([1, 8, 8, 3 * 6], DType::F32, Philox::new(0))?;
+/// let bias = Tensor::zeros([grouping.table_rows(), 2], DType::F32)?;
+/// assert_eq!(lsda(&qkv, Some(&bias), 2, grouping)?.shape().to_vec(), [1, 8, 8, 6]);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 pub fn lsda(qkv: &Tensor, bias: Option<&Tensor>, heads: usize, grouping: Grouping) -> Result<Tensor> {
     const OP: &str = "lsda";
     let dtype = qkv.dtype();

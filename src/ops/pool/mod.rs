@@ -11,6 +11,14 @@ use crate::tensor::{Buffer, Shape};
 use crate::{Error, Result, Tensor, dispatch_float};
 
 /// How a window moves over a map. Pairs are (vertical, horizontal).
+///
+/// ```
+/// use gridgrad::ops::{Pool2dOptions, max_pool2d};
+/// use gridgrad::{DType, Tensor};
+/// let map = Tensor::from_index([1, 2, 4, 1], DType::F32, |i| i as f64)?;
+/// assert_eq!(max_pool2d(&map, Pool2dOptions::tiling([2, 2]))?.to_vec::<f32>()?, [5.0, 7.0]);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pool2dOptions {
     /// Extents of the window.

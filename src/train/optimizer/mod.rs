@@ -122,6 +122,20 @@ pub fn decays(parameter: &Parameter) -> bool {
 }
 
 /// Updates a model's weights from their gradients, all of them in one parallel pass.
+///
+/// ```
+/// use gridgrad::nn::{Linear, Scope};
+/// use gridgrad::train::{Optimizer, OptimizerConfig};
+/// use gridgrad::{DType, Tensor};
+/// let scope = Scope::new(0, DType::F32);
+/// let layer = Linear::new(&scope, 2, 1, true)?;
+/// let mut optimizer = Optimizer::new(scope.parameters(), OptimizerConfig::default())?;
+/// let loss = || layer.forward(&Tensor::ones([1, 2], DType::F32)?)?.square()?.sum_all();
+/// let before = loss()?;
+/// optimizer.step(&before.backward()?, 1e-3)?;
+/// assert!(loss()?.item()? < before.item()?);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 pub struct Optimizer {
     config: OptimizerConfig,
     entries: Vec<Entry>,
