@@ -154,6 +154,12 @@ fn unit(bits: u32) -> f32 {
 }
 
 /// Sequential access to a [`Philox`] stream, for code whose number of draws depends on what it drew.
+///
+/// ```
+/// use gridgrad::random::Philox;
+/// let mut draws = Philox::new(1).draws();
+/// assert!((0.0..1.0).contains(&draws.uniform()) && draws.below(6) < 6);
+/// ```
 #[derive(Clone, Debug)]
 pub struct Draws {
     stream: Philox,

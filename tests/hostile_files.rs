@@ -1,6 +1,7 @@
 //! Damaged and hostile files: whatever arrives, a parser returns a value or an error that names the file.
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use gridgrad::models::CrossFormerConfig;
 use gridgrad::nn::StateDict;
@@ -18,6 +19,20 @@ fn sound_tensors() -> StateDict {
         (format!("tensor.{n}"), Tensor::from_index([n + 1, 3], dtype, |i| i as f64).unwrap())
     };
     dtypes.into_iter().enumerate().map(tensor).collect()
+}
+
+/// A state dict's file and a checkpoint's.
+fn sound_files() -> &'static (Vec<u8>, Vec<u8>) {
+    static FILES: OnceLock<(Vec<u8>, Vec<u8>)> = OnceLock::new();
+    FILES.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let (weights, checkpoint) = (folder.path().join("weights"), folder.path().join("checkpoint"));
+        let state = sound_tensors();
+        state_dict::write(&weights, &state, Metadata::new()).unwrap();
+        let progress = Progress { step: 3, config: json!({ "lr": 0.1 }), ..Progress::default() };
+        Checkpoint { progress, model: state.clone(), optimizer: state, ema: None }.write(&checkpoint).unwrap();
+        (std::fs::read(weights).unwrap(), std::fs::read(checkpoint).unwrap())
+    })
 }
 
 /// What a writer with bad intent or a bad disk does to a file.
@@ -161,10 +176,7 @@ proptest! {
 
     #[test]
     fn damaged_safetensors_are_read_or_refused(damage in damage()) {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join(FILE);
-        state_dict::write(&path, &sound_tensors(), Metadata::new()).unwrap();
-        survives(&damage.apply(std::fs::read(&path).unwrap()))?;
+        survives(&damage.apply(sound_files().0.clone()))?;
     }
 
     #[test]
@@ -204,14 +216,11 @@ proptest! {
     fn damaged_checkpoints_are_refused(damage in damage()) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(FILE);
-        let progress = Progress { step: 3, config: json!({ "lr": 0.1 }), ..Progress::default() };
-        let state = sound_tensors();
-        Checkpoint { progress, model: state.clone(), optimizer: state, ema: None }.write(&path).unwrap();
-        let sound = std::fs::read(&path).unwrap();
+        let sound = &sound_files().1;
         let damaged = damage.apply(sound.clone());
         std::fs::write(&path, &damaged).unwrap();
         match Checkpoint::read(&path) {
-            Ok(_) => prop_assert!(damaged == sound, "damage went unnoticed"),
+            Ok(_) => prop_assert!(damaged == *sound, "damage went unnoticed"),
             Err(error) => prop_assert!(error.to_string().contains(FILE), "{}", error),
         }
     }

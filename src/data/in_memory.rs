@@ -4,6 +4,14 @@ use super::{Dataset, Image};
 use crate::{Error, Result};
 
 /// A set of images of one size, held in memory.
+///
+/// ```
+/// use gridgrad::data::{Dataset, InMemory};
+/// let classes = vec!["dark".to_owned(), "light".to_owned()];
+/// let set = InMemory::new("shades", classes, [2, 2, 1], vec![0, 1, 2, 3, 252, 253, 254, 255], vec![0, 1])?;
+/// assert_eq!((set.len(), set.sample(1)?.1), (2, 1));
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct InMemory {
     name: String,

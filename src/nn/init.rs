@@ -14,6 +14,15 @@ pub enum Fan {
 }
 
 /// A distribution of first values. Weights are (out, in, …kernel): fans count the kernel's positions.
+///
+/// ```
+/// use gridgrad::DType;
+/// use gridgrad::nn::{Fan, Initializer, Scope};
+/// let he = Initializer::KaimingNormal { a: 0.0, fan: Fan::Out };
+/// let weight = Scope::new(0, DType::F32).parameter("weight", [16, 3, 3, 3], he)?;
+/// assert_eq!(weight.shape().elements(), 432);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Initializer {
     /// One value everywhere.

@@ -49,6 +49,15 @@ impl Linear {
     }
 }
 /// Normalises the last axis to mean 0 and variance 1, then scales and shifts.
+///
+/// ```
+/// use gridgrad::nn::{LayerNorm, Scope};
+/// use gridgrad::{DType, Tensor, random::Philox};
+/// let norm = LayerNorm::new(&Scope::new(0, DType::F64), 8, 1e-5)?;
+/// let output = norm.forward(&Tensor::randn([4, 8], DType::F64, Philox::new(0))?)?;
+/// assert!(output.mean(&[-1], false)?.to_vec::<f64>()?.iter().all(|mean| mean.abs() < 1e-12));
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct LayerNorm {
     /// (channels)
@@ -81,6 +90,16 @@ impl LayerNorm {
 }
 
 /// A convolution of a channels-last map, with PyTorch's default initialisation.
+///
+/// ```
+/// use gridgrad::nn::{Conv2d, Scope};
+/// use gridgrad::ops::Conv2dOptions;
+/// use gridgrad::{DType, Tensor};
+/// let options = Conv2dOptions { padding: [1, 1], ..Conv2dOptions::default() };
+/// let conv = Conv2d::new(&Scope::new(0, DType::F32), [3, 16], 3, true, options)?;
+/// assert_eq!(conv.forward(&Tensor::ones([1, 8, 8, 3], DType::F32)?)?.shape().to_vec(), [1, 8, 8, 16]);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Conv2d {
     /// (out, in / groups, kernel height, kernel width)
@@ -174,6 +193,14 @@ impl ConvTranspose2d {
 }
 
 /// A learned vector for each of a number of symbols.
+///
+/// ```
+/// use gridgrad::nn::{Embedding, Scope};
+/// use gridgrad::{DType, Tensor};
+/// let embedding = Embedding::new(&Scope::new(0, DType::F32), 10, 4)?;
+/// assert_eq!(embedding.forward(&Tensor::new(&[7i64, 0, 7], [3])?)?.shape().to_vec(), [3, 4]);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Embedding {
     /// (symbols, width)

@@ -17,6 +17,15 @@ pub enum Role {
 }
 
 /// A named tensor of a model. Clones share the value.
+///
+/// ```
+/// use gridgrad::nn::{Initializer, Scope};
+/// use gridgrad::{DType, Tensor};
+/// let gamma = Scope::new(0, DType::F32).child("norm").parameter("weight", [2], Initializer::Constant(1.0))?;
+/// gamma.set(&Tensor::new(&[2.0f32, 3.0], [2])?)?;
+/// assert_eq!((gamma.name(), gamma.tensor().to_vec::<f32>()?), ("norm.weight", vec![2.0, 3.0]));
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Parameter(Arc<Inner>);
 
@@ -169,6 +178,15 @@ impl Parameters {
 ///
 /// A first value depends on the seed and the parameter's full name alone, so a layer that is added or removed does not
 /// change the others.
+///
+/// ```
+/// use gridgrad::DType;
+/// use gridgrad::nn::{LayerNorm, Scope};
+/// let block = Scope::new(0, DType::F32).child("layers.0.blocks.1");
+/// LayerNorm::new(&block.child("norm1"), 8, 1e-5)?;
+/// assert!(block.parameters().get("layers.0.blocks.1.norm1.weight").is_some());
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Scope {
     prefix: String,

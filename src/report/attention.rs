@@ -24,6 +24,21 @@ const COVER: u8 = 205;
 const FADE: u8 = 190;
 
 /// The attention of one query token, head by head, over one map of tokens.
+///
+/// ```
+/// use gridgrad::report::{AttentionView, ImageView, attention_sheet};
+/// let image = ImageView { height: 2, width: 2, channels: 1, pixels: &[0, 255, 255, 0] };
+/// let view = AttentionView {
+///     title: "stage 1, block 1".into(),
+///     query: (0, 1),
+///     map_height: 2,
+///     map_width: 2,
+///     heads: vec![vec![0.1, 0.2, 0.3, 0.4]],
+/// };
+/// let folder = tempfile::tempdir().unwrap();
+/// attention_sheet(folder.path().join("attention.svg"), "What heads look at", image, &[view])?;
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct AttentionView {
     /// Which layer this is, such as `stage 1, block 0, short distance (SDA), group 4`.

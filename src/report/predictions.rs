@@ -31,6 +31,16 @@ const FIRST_FONT: Font = Font::new(13.0, INK).bold();
 const OTHER_FONT: Font = Font::new(12.0, MUTED);
 
 /// One picture, what it shows and what the network takes it for.
+///
+/// ```
+/// use gridgrad::report::{ImageView, PredictionView, prediction_sheet};
+/// let image = ImageView { height: 2, width: 2, channels: 1, pixels: &[0, 255, 255, 0] };
+/// let top = vec![("stripe".to_owned(), 0.8), ("dot".to_owned(), 0.2)];
+/// let folder = tempfile::tempdir().unwrap();
+/// let views = [PredictionView { image, truth: Some("stripe"), top }];
+/// prediction_sheet(folder.path().join("predictions.svg"), "Held-out images", &views)?;
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct PredictionView<'a> {
     /// The picture.

@@ -10,6 +10,19 @@ use crate::{DType, Error, Result, Tensor};
 /// An average over the course of training of every weight and statistic, for use in their place at evaluation.
 ///
 /// Starts at the values that the parameters have when it is made.
+///
+/// ```
+/// use gridgrad::nn::{Initializer, Scope};
+/// use gridgrad::train::Ema;
+/// use gridgrad::{DType, Tensor};
+/// let scope = Scope::new(0, DType::F64);
+/// let weight = scope.parameter("weight", [1], Initializer::Constant(0.0))?;
+/// let mut average = Ema::new(scope.parameters(), 0.75)?;
+/// weight.set(&Tensor::new(&[1.0f64], [1])?)?;
+/// average.update()?;
+/// assert_eq!(average.state_dict()["weight"].item()?, 0.25);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 pub struct Ema {
     decay: f64,
     entries: Vec<(Parameter, Tensor)>,

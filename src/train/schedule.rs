@@ -5,6 +5,12 @@ use serde::{Deserialize, Serialize};
 use crate::{Error, Result};
 
 /// A stretch of training.
+///
+/// ```
+/// use gridgrad::train::Span;
+/// assert_eq!((Span::Epochs(2.5).steps(100)?, Span::Steps(7).steps(100)?), (250, 7));
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Span {

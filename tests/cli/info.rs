@@ -18,6 +18,10 @@ fn info_prints_the_published_numbers() {
 #[test]
 fn info_knows_every_name_and_says_so() {
     for name in NAMES {
+        // The size is looked at once the name is understood, before memory is taken.
+        refused_in_one_line(Path::new("."), &["info", name, "--image", "0"], &["img_size [0, 0]"]);
+    }
+    for name in ["micro", "tiny", "++small"] {
         let shown = succeeds(Path::new("."), &["info", name, "--classes", "10", "--json"]);
         let cost: Value = serde_json::from_str(&shown).unwrap();
         assert!(cost["total"]["parameters"].as_u64().unwrap() > 100_000, "{name}: {shown}");

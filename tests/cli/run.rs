@@ -120,7 +120,7 @@ fn inputs_that_do_not_fit_are_refused_and_an_older_output_stays() {
     refused_inputs("classifier", &["8×8"], &|t| put(t, "input", Tensor::zeros([2, 3, 4, 4], DType::F32)));
     refused_inputs("backbone", &[file, "no tensor cotangent.1"], &|t| drop(t.remove("cotangent.1")));
     let flat = || Tensor::zeros([1, 48, 14, 17], DType::F32);
-    refused_inputs("backbone", &[file, "cotangent.0", "[1, 48, 14, 17]"], &|t| put(t, "cotangent.0", flat()));
+    refused_inputs("backbone", &[file, "cotangent.0", "(1, 48, 14, 17)"], &|t| put(t, "cotangent.0", flat()));
 }
 
 #[test]
@@ -160,8 +160,8 @@ fn configurations_that_cannot_be_are_refused_with_the_file() {
         (r#"{"img_size": [3, 224]}"#, "3×224"),
         (r#"{"depths": []}"#, "depths"),
         (r#"{"depths": [2, 2"#, "EOF"),
-        ("", "EOF"),
-        ("[]", "network.json"),
+        ("", "expected a JSON object"),
+        ("[]", "expected a JSON object"),
     ] {
         std::fs::write(&path, json).unwrap();
         refused_in_one_line(folder, &with(&arguments, &[]), &["network.json", part]);

@@ -44,6 +44,10 @@ pub fn named(name: &str, classes: usize) -> Result<CrossFormerConfig> {
 
 pub fn read_config(path: &str) -> Result<CrossFormerConfig> {
     let bytes = std::fs::read(path).map_err(|error| Error::io(path, error))?;
+    // A list would pass for a configuration whose keys are all left out.
+    if !bytes.trim_ascii_start().starts_with(b"{") {
+        return Err(Error::format(path, "expected a JSON object"));
+    }
     serde_json::from_slice(&bytes).map_err(|error| Error::format(path, error.to_string()))
 }
 

@@ -6,6 +6,15 @@ use crate::Result;
 use crate::data::Dataset;
 
 /// Mean and standard deviation of a set's samples on a scale from 0 to 1: one of each for every channel, or one for all.
+///
+/// ```
+/// use gridgrad::data::augment::Normalise;
+/// use gridgrad::data::{self, Split};
+/// let digits = data::open("builtin", Split::Train, None)?;
+/// let measured = Normalise::measured(&*digits, 500)?;
+/// assert!((measured.mean[0] - Normalise::for_set("builtin").unwrap().mean[0]).abs() < 0.02);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Normalise {

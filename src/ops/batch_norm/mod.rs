@@ -31,6 +31,17 @@ impl BatchStatistics {
 }
 
 /// Whose statistics normalise.
+///
+/// ```
+/// use gridgrad::ops::{BatchNormMode, batch_norm};
+/// use gridgrad::{DType, Tensor, random::Philox};
+/// let x = Tensor::randn([4, 6, 6, 3], DType::F32, Philox::new(0))?;
+/// let training = batch_norm(&x, None, None, BatchNormMode::Train, 1e-5)?;
+/// let statistics = training.batch.unwrap();
+/// let evaluation = batch_norm(&x, None, None, BatchNormMode::Eval(&statistics), 1e-5)?;
+/// assert!(evaluation.batch.is_none());
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub enum BatchNormMode<'a> {
     /// The batch's own. The gradient flows through them.

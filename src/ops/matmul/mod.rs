@@ -7,6 +7,15 @@ use crate::tensor::Shape;
 use crate::{Error, Result, Tensor, dispatch_float};
 
 /// Which operands of a product are read as their transposes (of the last two axes).
+///
+/// ```
+/// use gridgrad::ops::Transposed;
+/// use gridgrad::{DType, Tensor};
+/// let (q, k) = (Tensor::ones([2, 5, 8], DType::F32)?, Tensor::ones([2, 7, 8], DType::F32)?);
+/// let scores = q.matmul_transposed(&k, Transposed { left: false, right: true })?;
+/// assert_eq!(scores.shape().to_vec(), [2, 5, 7]);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Transposed {
     /// The left operand is stored as (…, k, m).
