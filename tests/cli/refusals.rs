@@ -20,7 +20,7 @@ fn flags_out_of_their_range() {
         (["--batch-size", "0"], "batch_size is 0"),
         (["--batch-size", "1443"], "does not fill a single batch"),
         (["--image-size", "0"], "img_size [0, 0]"),
-        (["--image-size", "1000000000"], "image_size is 1000000000"),
+        (["--image-size", "1000000000"], "[1000000000, 1000000000]"),
         (["--workers", "9999"], "workers"),
         (["--model", "resnet"], "++huge"),
         (["--augment", "all"], "imagenet, digits, small or none"),

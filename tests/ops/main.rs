@@ -1,7 +1,7 @@
 //! Every op, one room each: cases that drive the comparison with a naive reference, the gradient check, the check that
 //! threads do not change bits, and the benchmarks (`benches/ops.rs` includes this file).
 
-mod harness;
+pub mod harness;
 
 mod batch_norm;
 mod conv2d;
