@@ -9,7 +9,9 @@ use gridgrad::{DType, Result, Tensor};
 /// Bytes that an op must read and write at least, and the floating-point operations of its formula, in its `f32` form.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Work {
+    /// Read and written.
     pub bytes: u64,
+    /// A multiply-add counts as two.
     pub flops: u64,
 }
 
@@ -27,7 +29,9 @@ pub enum Derivatives {
 /// Largest allowed difference, relative to the largest element of the reference (at least 1).
 #[derive(Clone, Copy, Debug)]
 pub struct Tolerance {
+    /// Of a result in `f64`.
     pub f64: f64,
+    /// Of a result in `f32`.
     pub f32: f64,
     /// Of a gradient against central differences, whose own error is about 1e-9.
     pub gradient: f64,
@@ -44,10 +48,13 @@ pub trait OpCase: Display + Sync + Send {
     fn run(&self, inputs: &[Tensor]) -> Result<Tensor>;
     /// The op from its formula, written without looking at the implementation.
     fn reference(&self, inputs: &[Vec<f64>]) -> Vec<f64>;
+    /// Work of the forward pass.
     fn work(&self) -> Work;
+    /// How far from the reference a result may be; overridden with a reason.
     fn tolerance(&self) -> Tolerance {
         ROUNDING
     }
+    /// Which derivatives to check.
     fn derivatives(&self) -> Derivatives {
         Derivatives::Second
     }

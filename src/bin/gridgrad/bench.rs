@@ -1,6 +1,5 @@
 //! `gridgrad bench`: how fast this machine trains.
 
-use std::io::{ErrorKind, Write};
 use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand, value_parser};
@@ -12,6 +11,8 @@ use gridgrad::random::Philox;
 use gridgrad::train::{Optimizer, OptimizerConfig};
 use gridgrad::{DType, Error, Result, Tensor};
 use serde::Serialize;
+
+use crate::output::print;
 
 /// Classes of the measured network: those of ImageNet-1K.
 const CLASSES: usize = 1000;
@@ -60,11 +61,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
     } else {
         report.to_string()
     };
-    match std::io::stdout().write_all(text.as_bytes()) {
-        // A reader such as `head` may leave early.
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Error::io("standard output", error)),
-        _ => Ok(()),
-    }
+    print(&text)
 }
 
 /// Times are medians over the steps, in milliseconds.

@@ -1,11 +1,12 @@
 //! `gridgrad doctor`: what this machine offers, in plain words.
 
-use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
+use gridgrad::Result;
 use gridgrad::driver::{self, GpuInfo, KERNELS_BUILT};
-use gridgrad::{Error, Result};
 use serde::Serialize;
+
+use crate::output::{print, print_json};
 
 /// Columns at which long explanations wrap.
 const LINE_WIDTH: usize = 100;
@@ -18,17 +19,7 @@ const DATA_SETS: [&str; 4] = ["mnist", "cifar10", "gtsrb", "imagenette"];
 /// Prints what the machine has: as aligned lines, or as one JSON object.
 pub fn run(json: bool) -> Result<()> {
     let checkup = Checkup::of_this_machine();
-    let text = if json {
-        let object = serde_json::to_string_pretty(&checkup);
-        object.map_err(|e| Error::Config(format!("cannot write the report as JSON: {e}")))? + "\n"
-    } else {
-        checkup.to_string()
-    };
-    match std::io::stdout().write_all(text.as_bytes()) {
-        // A reader such as `head` may leave early.
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Error::io("standard output", error)),
-        _ => Ok(()),
-    }
+    if json { print_json(&checkup) } else { print(&checkup.to_string()) }
 }
 
 #[derive(Serialize)]

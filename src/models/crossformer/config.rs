@@ -355,7 +355,25 @@ impl CrossFormerConfig {
         check((0.0..1.0).contains(&self.drop_path_rate), &|| {
             format!("drop_path_rate {} is not in 0 to 1", self.drop_path_rate)
         })?;
+        const MOST_PARAMETERS: f64 = 1e11;
+        let parameters = self.approximate_parameters();
+        check(parameters <= MOST_PARAMETERS, &|| {
+            format!("{parameters:.1e} parameters; at most {MOST_PARAMETERS:.0e}")
+        })?;
         self.stage_maps(self.img_size[0], self.img_size[1]).map(|_| ())
+    }
+
+    /// Weights of blocks, embeddings and head, to see before memory is asked for whether there can be enough.
+    fn approximate_parameters(&self) -> f64 {
+        let kernels = |kernels: &[usize]| kernels.iter().map(|&side| (side * side) as f64).sum::<f64>();
+        let stage = |stage: usize| {
+            let channels = self.channels(stage) as f64;
+            let merging = self.merge_kernels.get(stage).map_or(0.0, |sides| kernels(sides) * 2.0 * channels * channels);
+            self.depths[stage] as f64 * channels * channels * (4.0 + 2.0 * self.mlp_ratio[stage]) + merging
+        };
+        let head = self.channels(self.stages() - 1) as f64 * self.num_classes as f64;
+        let embedding = kernels(&self.patch_kernels) * (self.in_chans * self.embed_dim) as f64;
+        embedding + head + (0..self.stages()).map(stage).sum::<f64>()
     }
 }
 
@@ -417,6 +435,7 @@ mod tests {
             (r#"{"embed_dim": 8, "num_heads": [1, 1, 1, 1]}"#, "at least 16"),
             (r#"{"mlp_ratio": [4, 4, -1, 4]}"#, "mlp_ratio -1"),
             (r#"{"pad_type": 2}"#, "pad_type 2"),
+            (r#"{"embed_dim": 65536}"#, "parameters; at most 1e11"),
             (r#"{"layer_norm_eps": 0}"#, "layer_norm_eps 0"),
             (r#"{"drop_path_rate": 1.5}"#, "drop_path_rate 1.5"),
         ] {
