@@ -341,12 +341,11 @@ fn files_are_replaced_whole_or_not_at_all() {
     assert!(error.contains("curves.svg"), "{error}");
 }
 
-/// Leaves pictures of made-up results to look at: `cargo test --lib report::tests::examples -- --ignored`.
+/// Runs of every length, with gaps, long names and several heads. The results are made up, the digits are real.
 #[test]
-#[ignore = "writes example pictures to target/report-examples"]
-fn examples() {
-    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("target/report-examples");
-    std::fs::create_dir_all(&folder).unwrap();
+fn every_kind_of_picture_is_well_formed() {
+    let kept = tempfile::tempdir().unwrap();
+    let folder = kept.path();
     for (name, epochs, steps_per_epoch) in [("one", 1, 0), ("short", 12, 0), ("usual", 30, 60), ("long", 2500, 3)] {
         let (epochs, steps) = run(epochs, steps_per_epoch);
         let path = folder.join(format!("curves-{name}.svg"));
@@ -403,4 +402,7 @@ fn examples() {
         &[attention("stage 1, block 0, short distance (SDA), group 1", &pixels, (2, 5), 2, |r, c| r < 4 && c >= 4)],
     )
     .unwrap();
+    let files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|file| file.unwrap().path()).collect();
+    assert_eq!(files.len(), 9);
+    files.iter().for_each(|file| check_xml(&std::fs::read_to_string(file).unwrap()).unwrap());
 }
