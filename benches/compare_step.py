@@ -74,7 +74,7 @@ def row(name: str, rounds: list[dict]) -> str:
 
 
 def ratio(reports: dict[str, list[dict]], key: str) -> float:
-    """PyTorch's time over gridgrad's: the median over rounds of both."""
+    """PyTorch's time over gridgrad's, of each the median over rounds."""
     return statistics.median(report[key] for report in reports["PyTorch"]) / statistics.median(
         report[key] for report in reports["gridgrad"]
     )
@@ -85,12 +85,14 @@ def main() -> None:
     reports = measure(args)
     version = reports["PyTorch"][0]["torch"]
     held = reports["PyTorch"][0]["start_bytes"] / 1e9
-    print(f"CrossFormer {args.model}, batch {args.batch}, {args.image} × {args.image}, {args.threads} threads, {args.rounds} rounds of {args.steps} steps\n")
+    print(f"CrossFormer {args.model}, batch {args.batch}, {args.image} × {args.image}; threads: {args.threads}, ", end="")
+    print(f"rounds: {args.rounds}, steps of a round: {args.steps}\n")
     print("| | median ms | best ms | spread | processor ms | peak GB |")
     print("|---|---|---|---|---|---|")
     print(row(f"PyTorch {version}, {'fused' if args.fused else 'eager'}", reports["PyTorch"]))
     print(row("gridgrad", reports["gridgrad"]))
-    print(f"\ngridgrad is {ratio(reports, 'wall_ms'):.2f} times as fast by wall time, {ratio(reports, 'cpu_ms'):.2f} times by processor time.")
+    wall, cpu = ratio(reports, "wall_ms"), ratio(reports, "cpu_ms")
+    print(f"\nPyTorch takes {wall:.2f} times gridgrad's wall time and {cpu:.2f} times its processor time (ratios of medians).")
     print(f"Spread: middle half of the steps over the median. PyTorch's peak includes the {held:.2f} GB of the imported library.")
 
 

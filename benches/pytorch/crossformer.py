@@ -249,7 +249,8 @@ class CrossFormer(nn.Module):
                 for block in range(depth)
             ]
             last = stage + 1 == len(depths)
-            self.layers.append(Stage(blocks, None if last else PatchMerging(merge_kernels[stage], merge_stride, channels)))
+            merging = None if last else PatchMerging(merge_kernels[stage], merge_stride, channels)
+            self.layers.append(Stage(blocks, merging))
             if not last:
                 side, channels = side // merge_stride, 2 * channels
         self.norm = nn.LayerNorm(channels)
@@ -286,7 +287,8 @@ def check() -> None:
     official_only = ("model", "kind", "qkv_bias", "layer_norm_eps", "adaptive_interval", "pad_type", "no_mask")
     arguments = {key: value for key, value in arguments.items() if key not in official_only}
     model = CrossFormer(**arguments | {"img_size": arguments["img_size"][0]})
-    model.load_state_dict({name: value.double() for name, value in read_safetensors(folder / "classifier.weights.safetensors").items()})
+    weights = read_safetensors(folder / "classifier.weights.safetensors")
+    model.load_state_dict({name: value.double() for name, value in weights.items()})
     io = read_safetensors(folder / "classifier.io.safetensors")
     logits = model(io["input"].double())
     functional.cross_entropy(logits, io["target"]).backward()

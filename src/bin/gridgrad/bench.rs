@@ -203,7 +203,7 @@ impl std::fmt::Display for Report {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let [height, width] = self.image;
         let Report { model, batch, threads, .. } = self;
-        writeln!(f, "{model}, {batch} images of {height}×{width}, {threads} threads, {} steps", self.steps_ms.len())?;
+        writeln!(f, "{model}, {batch} images of {height}×{width}; threads: {threads}, steps: {}", self.steps_ms.len())?;
         writeln!(f, "step       {:>9.1} ms median, {:.1} GFLOP/s", self.wall_ms, self.gflops)?;
         writeln!(f, "forward    {:>9.1} ms", self.forward_ms)?;
         writeln!(f, "backward   {:>9.1} ms", self.backward_ms)?;
