@@ -90,6 +90,8 @@ fn size(group: &Group) -> [usize; 2] {
 /// The bias of one group size as score rows: (heads, N, padded N), with −∞ in the padding.
 struct ExpandedBias<T> {
     size: [usize; 2],
+    /// The table row for each pair of tokens, (N, N).
+    table_rows: Vec<usize>,
     values: Buffer<T>,
 }
 
@@ -97,18 +99,20 @@ fn expand<T: Float>(problem: &Problem, table: Option<&[T]>) -> Vec<ExpandedBias<
     let expand = |size: [usize; 2]| {
         let tokens = size[0] * size[1];
         let padded = tokens.next_multiple_of(LANES);
+        let pair = |pair: usize| problem.table_row(size[1], pair / tokens, pair % tokens);
+        let table_rows: Vec<usize> = (0..tokens * tokens).map(pair).collect();
         let mut values = Buffer::recycled(problem.heads * tokens * padded);
         parallel::pieces_mut(&mut values, padded, |row, scores| {
             let (head, query) = (row / tokens, row % tokens);
             for (key, score) in scores.iter_mut().enumerate() {
                 *score = match table {
                     _ if key >= tokens => T::NEG_INFINITY,
-                    Some(table) => table[problem.table_row(size[1], query, key) * problem.heads + head],
+                    Some(table) => table[table_rows[query * tokens + key] * problem.heads + head],
                     None => T::ZERO,
                 };
             }
         });
-        ExpandedBias { size, values }
+        ExpandedBias { size, table_rows, values }
     };
     problem.sizes().into_iter().map(expand).collect()
 }
@@ -347,10 +351,11 @@ fn fold_bias_grads<T: Float>(
     for (bias, grads) in biases.iter().zip(bias_grads) {
         let tokens = bias.size[0] * bias.size[1];
         let padded = tokens.next_multiple_of(LANES);
-        for (row, grads) in grads.chunks_exact(padded).enumerate() {
-            let (head, query) = (row / tokens, row % tokens);
-            for (key, &grad) in grads[..tokens].iter().enumerate() {
-                dtable[problem.table_row(bias.size[1], query, key) * problem.heads + head] += grad;
+        for (pair, &row) in bias.table_rows.iter().enumerate() {
+            let (query, key) = (pair / tokens, pair % tokens);
+            let sums = &mut dtable[row * problem.heads..][..problem.heads];
+            for (sum, grads) in sums.iter_mut().zip(grads.chunks_exact(tokens * padded)) {
+                *sum += grads[query * padded + key];
             }
         }
     }
