@@ -6,6 +6,15 @@ use super::Float;
 use crate::tensor::DType;
 
 /// A matrix inside a slice: element (row, column) is at `row * row_stride + column * column_stride`.
+///
+/// ```
+/// use gridgrad::cpu::gemm::{Into, Matrix, Threads, gemm};
+/// let (a, b) = ([1.0f64, 2.0, 3.0, 4.0], [1.0, 1.0, 0.0, 1.0]);
+/// let mut product = [0.0; 4];
+/// let right = Matrix::row_major(&b, 2, 2).transposed();
+/// gemm(&mut product, 2, Matrix::row_major(&a, 2, 2), right, Into::Overwrite, Threads::One);
+/// assert_eq!(product, [3.0, 2.0, 7.0, 4.0]);
+/// ```
 #[derive(Clone, Copy)]
 pub struct Matrix<'a, T> {
     data: &'a [T],

@@ -5,6 +5,14 @@ use crate::tensor::Shape;
 use crate::{Error, Result, Tensor, ops};
 
 /// y = x Wᵀ + b on the last axis.
+///
+/// ```
+/// use gridgrad::nn::{Linear, Scope};
+/// use gridgrad::{DType, Tensor};
+/// let fc = Linear::new(&Scope::new(0, DType::F32), 8, 3, true)?;
+/// assert_eq!(fc.forward(&Tensor::zeros([2, 5, 8], DType::F32)?)?.shape().to_vec(), [2, 5, 3]);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Linear {
     /// (out, in)
@@ -145,6 +153,15 @@ impl Conv2d {
 }
 
 /// A transposed convolution of a channels-last map: the gradient of a [`Conv2d`] with respect to its input, as a layer.
+///
+/// ```
+/// use gridgrad::nn::{ConvTranspose2d, Scope};
+/// use gridgrad::{DType, Tensor, ops::Conv2dOptions};
+/// let double = Conv2dOptions { stride: [2, 2], ..Conv2dOptions::default() };
+/// let up = ConvTranspose2d::new(&Scope::new(0, DType::F32), [8, 4], 2, true, double, [0, 0])?;
+/// assert_eq!(up.forward(&Tensor::zeros([1, 5, 6, 8], DType::F32)?)?.shape().to_vec(), [1, 10, 12, 4]);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct ConvTranspose2d {
     /// (in, out / groups, kernel height, kernel width)
@@ -226,6 +243,17 @@ impl Embedding {
 }
 
 /// Zeroes elements at random in training; the others grow such that the mean stays.
+///
+/// ```
+/// use gridgrad::nn::{Context, Dropout};
+/// use gridgrad::random::Philox;
+/// use gridgrad::{DType, Tensor};
+/// let (dropout, x) = (Dropout::new(0.5)?, Tensor::ones([100], DType::F32)?);
+/// assert_eq!(dropout.forward(&x, &Context::eval())?.to_vec::<f32>()?, [1.0; 100]);
+/// let dropped = dropout.forward(&x, &Context::train(Philox::new(1)))?.to_vec::<f32>()?;
+/// assert!(dropped.iter().all(|&value| value == 0.0 || value == 2.0));
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Dropout {
     p: f64,
@@ -257,6 +285,17 @@ impl Dropout {
 }
 
 /// Normalises each channel over the batch and the map in training, by running statistics in evaluation.
+///
+/// ```
+/// use gridgrad::nn::{BatchNorm, Context, Scope};
+/// use gridgrad::random::Philox;
+/// use gridgrad::{DType, Tensor};
+/// let norm = BatchNorm::new(&Scope::new(0, DType::F64), 1)?;
+/// let x = Tensor::new(&[1.0, 3.0], [2, 1])?;
+/// let y = norm.forward(&x, &Context::train(Philox::new(0)))?.to_vec::<f64>()?;
+/// assert!((y[0] + 1.0).abs() < 1e-4 && (y[1] - 1.0).abs() < 1e-4);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct BatchNorm {
     /// (channels)
