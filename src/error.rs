@@ -61,6 +61,48 @@ pub enum Error {
         /// Why it cannot be used, and what to do.
         reason: String,
     },
+    /// The device has no room for a tensor.
+    #[error(
+        "{device}: no room for {requested} bytes ({free} of {total} are free); use a smaller batch, or close other programs on the device"
+    )]
+    OutOfDeviceMemory {
+        /// The device.
+        device: Device,
+        /// Bytes asked for.
+        requested: usize,
+        /// Bytes that the device had free.
+        free: usize,
+        /// Bytes of the device.
+        total: usize,
+    },
+    /// A kernel that the device cannot run: no code for it, or another signature than the caller's.
+    #[error("{device}: kernel {kernel}: {reason}")]
+    Kernel {
+        /// The device.
+        device: Device,
+        /// The kernel, or its module.
+        kernel: String,
+        /// What is wrong, and what to do.
+        reason: String,
+    },
+    /// The device failed, and with it all that it holds: the process must start again from its last checkpoint.
+    #[error("{device}: {reason}; its memory is lost: start again from the last checkpoint")]
+    DeviceLost {
+        /// The device.
+        device: Device,
+        /// The driver's reason, and the kernel if known.
+        reason: String,
+    },
+    /// A call to the device that it refused.
+    #[error("{device}: {call}: {reason}")]
+    Gpu {
+        /// The device.
+        device: Device,
+        /// What was asked of it.
+        call: &'static str,
+        /// The driver's reason.
+        reason: String,
+    },
     /// A question to the tape that it cannot answer.
     #[error("autograd: {0}")]
     Autograd(String),

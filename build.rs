@@ -1,0 +1,19 @@
+//! Compiles `kernels/*.cu`: with nvcc for GPUs (feature `cuda`), with a C++ compiler for the emulator (feature
+//! `emulator`).
+
+#[path = "build/emulator.rs"]
+mod emulator;
+#[path = "build/nvcc.rs"]
+mod nvcc;
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=build");
+    println!("cargo::rerun-if-changed=kernels");
+    if std::env::var_os("CARGO_FEATURE_CUDA").is_some() {
+        nvcc::build();
+    }
+    if std::env::var_os("CARGO_FEATURE_EMULATOR").is_some() {
+        emulator::build();
+    }
+}
