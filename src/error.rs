@@ -53,6 +53,14 @@ pub enum Error {
         /// Device of the other tensor.
         right: Device,
     },
+    /// Values that were to be read in place, but are not in the host's memory.
+    #[error("{op}: the tensor is on {device}; copy its values with `to_vec`, or move it with `to_device`")]
+    NotOnHost {
+        /// Who wanted to read.
+        op: &'static str,
+        /// Where the tensor is.
+        device: Device,
+    },
     /// A device that this machine or this build does not offer.
     #[error("{device}: {reason}")]
     DeviceUnavailable {

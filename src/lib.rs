@@ -51,8 +51,10 @@ pub mod autograd;
 pub mod cpu;
 pub mod data;
 pub mod driver;
+
 mod error;
 pub mod file;
+mod gpu;
 pub mod models;
 pub mod nn;
 pub mod ops;

@@ -91,13 +91,13 @@ fn compare(
         } else {
             None
         };
-        let analytic = analytic.map_or_else(|| vec![0.0; input.elements()], |g| g.to_f64_vec());
+        let analytic = analytic.map_or_else(|| Ok(vec![0.0; input.elements()]), |gradient| gradient.to_f64_vec())?;
         let scale = analytic.iter().fold(1.0f64, |scale, g| scale.max(g.abs()));
         let stride = input.elements().div_ceil(check.samples.max(1)).max(1);
         for element in (0..input.elements()).step_by(stride) {
             let at = |delta: f64| -> Result<f64> {
                 let mut moved = inputs.to_vec();
-                let mut values = input.to_f64_vec();
+                let mut values = input.to_f64_vec()?;
                 values[element] += delta;
                 moved[number] = Tensor::new(&values, input.shape())?;
                 function(&moved)?.item()

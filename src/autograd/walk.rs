@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use super::node::{Backward, Edge, Node, recording};
-use crate::tensor::TensorId;
+use crate::tensor::{TensorId, place};
 use crate::{Error, Result, Tensor};
 
 /// How [`grad`] walks.
@@ -104,8 +104,8 @@ fn start(output: &Tensor, options: &GradOptions) -> Result<Tensor> {
                 output.shape()
             ),
         )),
-        Some(grad) => Ok(grad.clone()),
-        None if output.elements() == 1 => Tensor::ones(output.shape(), output.dtype()),
+        Some(grad) => place("backward", &[output, grad]).map(|_| grad.clone()),
+        None if output.elements() == 1 => output.full_like(1.0),
         None => Err(Error::shape("backward", format!("needs a scalar or a grad_output, got shape {}", output.shape()))),
     }
 }

@@ -10,8 +10,57 @@
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 #[cfg(feature = "emulator")]
-pub(crate) mod emulator;
+pub mod emulator;
 mod probe;
 pub(crate) mod seam;
 
+use seam::{Arguments, Driver, Function, Geometry, MatrixProduct};
+
+use crate::tensor::Device;
+use crate::{Error, Result};
+
 pub use probe::*;
+
+/// The driver of `device`.
+///
+/// # Errors
+/// Where this machine or this build does not offer the device.
+pub(crate) fn open(device: Device) -> Result<Box<dyn Driver>> {
+    require(device)?;
+    match device {
+        device => Err(Error::DeviceUnavailable { device, reason: "it has no driver in this build".into() }),
+    }
+}
+
+/// Runs a kernel, if the arguments are of the sizes that it was compiled with.
+///
+/// # Errors
+/// Where they are not, or the device refuses.
+pub(crate) fn launch(
+    driver: &dyn Driver,
+    function: &Function,
+    geometry: Geometry,
+    arguments: &Arguments,
+) -> Result<()> {
+    if !arguments.sizes().eq(function.parameters.iter().copied()) {
+        let reason = format!(
+            "compiled with parameters of {:?} bytes, called with {:?}; build the crate again from clean",
+            function.parameters,
+            arguments.sizes().collect::<Vec<_>>()
+        );
+        return Err(Error::Kernel { device: driver.device(), kernel: function.name.clone(), reason });
+    }
+    // SAFETY: number and sizes are the kernel's. Addresses come from tensors that the caller holds, and freed memory is
+    // only reused by later work of the same stream. That kernels stay within their buffers is what the emulator's guard
+    // pages test for every op.
+    unsafe { driver.launch(function, geometry, arguments) }
+}
+
+/// A matrix product by the vendor's library; false where there is none for it.
+///
+/// # Errors
+/// Where the library fails.
+pub(crate) fn matrix_product(driver: &dyn Driver, product: &MatrixProduct) -> Result<bool> {
+    // SAFETY: addresses come from tensors that the caller holds, whose extents are those of the description.
+    unsafe { driver.matrix_product(product) }
+}

@@ -121,7 +121,7 @@ mod tests {
     use super::*;
 
     fn moments(initializer: Initializer, shape: [usize; 4]) -> (f64, f64) {
-        let values = initializer.draw(&Shape::from(shape), DType::F64, Philox::new(1)).unwrap().to_f64_vec();
+        let values = initializer.draw(&Shape::from(shape), DType::F64, Philox::new(1)).unwrap().to_f64_vec().unwrap();
         let deviation = (values.iter().map(|v| v * v).sum::<f64>() / values.len() as f64).sqrt();
         (deviation, values.iter().fold(0.0, |largest, v| v.abs().max(largest)))
     }

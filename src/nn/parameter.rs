@@ -1,11 +1,12 @@
 //! Parameters, their names, and the list of all of them.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 
 use super::{Initializer, StateDict};
+use crate::driver::seam::Address;
 use crate::random::Philox;
 use crate::tensor::{Element, Shape};
-use crate::{DType, Error, Result, Tensor};
+use crate::{DType, Device, Error, Result, Tensor};
 
 /// What a named tensor of a model is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,30 +57,45 @@ impl Parameter {
         self.tensor().shape().clone()
     }
 
-    /// Replaces the value, keeping its identity on the tape.
+    /// Replaces the value, keeping its identity on the tape and its device.
     ///
     /// # Errors
-    /// Where shape or dtype differ from the present value's.
+    /// Where shape or dtype differ from the present value's, or a device refuses the copy.
     pub fn set(&self, value: &Tensor) -> Result<()> {
         if value.shape() != &self.shape() {
             let message = format!("value of shape {} for {} of shape {}", value.shape(), self.name(), self.shape());
             return Err(Error::shape("Parameter::set", message));
         }
-        fn overwrite<T: Element>(parameter: &Parameter, value: &Tensor) -> Result<()> {
-            let source = value.data::<T>()?;
-            parameter.update::<T>(|values| values.copy_from_slice(source))
-        }
         value.expect_dtype("Parameter::set", self.tensor().dtype())?;
-        crate::dispatch_dtype!(value.dtype(), T => overwrite::<T>(self, value))
+        self.write().overwrite(value)
+    }
+
+    /// Moves the value to `device`, keeping its identity on the tape.
+    ///
+    /// # Errors
+    /// As [`Tensor::to_device`].
+    pub fn to_device(&self, device: Device) -> Result<()> {
+        self.write().move_to(device)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Tensor> {
+        self.0.value.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The address of the value in device memory, to be changed in place by a kernel.
+    ///
+    /// # Errors
+    /// Where the value is on the host, or is shared and the device has no room for a copy.
+    pub(crate) fn address_mut(&self) -> Result<Address> {
+        self.write().address_mut()
     }
 
     /// Changes the values in place.
     ///
     /// # Errors
-    /// Where `T` is not the element type.
+    /// Where `T` is not the element type, or the value is not in the host's memory.
     pub fn update<T: Element>(&self, change: impl FnOnce(&mut [T])) -> Result<()> {
-        let mut value = self.0.value.write().unwrap_or_else(PoisonError::into_inner);
-        value.data_mut::<T>().map(change)
+        self.write().data_mut::<T>().map(change)
     }
 }
 
@@ -125,6 +141,14 @@ impl Parameters {
     /// The one of this name.
     pub fn get(&self, name: &str) -> Option<Parameter> {
         self.iter().find(|parameter| parameter.name() == name)
+    }
+
+    /// Moves all of them to `device`.
+    ///
+    /// # Errors
+    /// As [`Tensor::to_device`]; some may have moved then.
+    pub fn to_device(&self, device: Device) -> Result<()> {
+        self.iter().try_for_each(|parameter| parameter.to_device(device))
     }
 
     /// Number of learned values.

@@ -18,7 +18,7 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use crate::file::write_atomically;
-use crate::{DType, Error, Result, Tensor};
+use crate::{DType, Device, Error, Result, Tensor};
 
 /// Tensors by name, sorted.
 pub type StateDict = BTreeMap<String, Tensor>;
@@ -72,7 +72,9 @@ pub fn parse(bytes: &[u8], path: &Path) -> Result<(StateDict, Metadata)> {
 /// Where the system refuses, a full disk included; an existing file is then untouched.
 pub fn write(path: impl AsRef<Path>, state: &StateDict, metadata: Metadata) -> Result<()> {
     let path = path.as_ref();
-    let views = state.iter().map(|(name, tensor)| Ok((name, view(tensor, path)?))).collect::<Result<Vec<_>>>()?;
+    let on_host = state.iter().map(|(name, tensor)| Ok((name, tensor.to_device(Device::Cpu)?)));
+    let on_host = on_host.collect::<Result<Vec<_>>>()?;
+    let views = on_host.iter().map(|(name, tensor)| Ok((name, view(tensor, path)?))).collect::<Result<Vec<_>>>()?;
     let bytes = safetensors::serialize(views, Some(metadata))
         .map_err(|error| Error::format(path, format!("cannot be written as safetensors: {error}")))?;
     write_atomically(path, &bytes)
@@ -87,7 +89,7 @@ fn view<'a>(tensor: &'a Tensor, path: &Path) -> Result<TensorView<'a>> {
         DType::I64 => Dtype::I64,
         DType::U8 => Dtype::U8,
     };
-    TensorView::new(dtype, tensor.shape().to_vec(), tensor.raw_bytes())
+    TensorView::new(dtype, tensor.shape().to_vec(), tensor.raw_bytes()?)
         .map_err(|error| Error::format(path, format!("cannot be written as safetensors: {error}")))
 }
 
@@ -107,7 +109,7 @@ mod tests {
         let (read_back, metadata) = read(&path).unwrap();
         assert_eq!(metadata["step"], "3");
         for (name, tensor) in &state {
-            assert_eq!(tensor.raw_bytes(), read_back[name].raw_bytes());
+            assert_eq!(tensor.raw_bytes().unwrap(), read_back[name].raw_bytes().unwrap());
             assert_eq!((tensor.dtype(), tensor.shape()), (read_back[name].dtype(), read_back[name].shape()));
         }
         let bytes = std::fs::read(&path).unwrap();

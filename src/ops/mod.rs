@@ -49,3 +49,47 @@ pub use position_bias::dynamic_position_bias;
 pub use softmax::{log_softmax, softmax};
 
 pub(crate) use elementwise::add_in_place;
+
+/// What the rest of the crate needs of the GPU's kernels.
+pub(crate) mod gpu {
+    use crate::gpu::Signature;
+
+    pub(crate) use super::elementwise::gpu::{cast, full};
+
+    /// All kernels, room by room.
+    pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
+        use super::*;
+        [elementwise::gpu::KERNELS, softmax::gpu::KERNELS].into_iter().flatten().copied()
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use crate::Device;
+        use crate::gpu::Gpu;
+
+        #[test]
+        #[cfg(feature = "emulator")]
+        fn every_kernel_has_the_parameters_that_it_is_called_with() {
+            let gpu = Gpu::open(Device::Emulated).unwrap();
+            super::kernels().for_each(|signature| gpu.check(signature).unwrap());
+        }
+
+        #[test]
+        #[cfg(feature = "emulator")]
+        fn no_kernel_is_without_a_caller() {
+            let called: std::collections::BTreeSet<String> = super::kernels()
+                .flat_map(|signature| {
+                    let instances = if signature.instances.is_empty() { &[""] } else { signature.instances };
+                    instances.iter().map(move |instance| match *instance {
+                        "" => signature.name.to_owned(),
+                        instance => format!("{}_{instance}", signature.name),
+                    })
+                })
+                .collect();
+            let compiled: std::collections::BTreeSet<String> =
+                crate::driver::emulator::kernel_names("kernels").into_iter().collect();
+            let without: Vec<&String> = compiled.difference(&called).collect();
+            assert!(without.is_empty(), "{without:?}");
+        }
+    }
+}

@@ -41,6 +41,8 @@ pub struct MemoryStats {
     pub peak: usize,
     /// Bytes freed by tensors and kept for the next request.
     pub cached: usize,
+    /// Requests that the cache could not serve.
+    pub allocations: u64,
 }
 
 #[derive(Default)]
@@ -50,7 +52,7 @@ struct Pool {
 }
 
 static POOL: Mutex<Pool> =
-    Mutex::new(Pool { free: BTreeMap::new(), stats: MemoryStats { live: 0, peak: 0, cached: 0 } });
+    Mutex::new(Pool { free: BTreeMap::new(), stats: MemoryStats { live: 0, peak: 0, cached: 0, allocations: 0 } });
 
 fn pool() -> std::sync::MutexGuard<'static, Pool> {
     // The pool's invariants hold between its statements, so a panic elsewhere does not spoil it.
@@ -83,6 +85,7 @@ impl Pool {
             self.stats.cached -= lines * LINE;
             return Some(found);
         }
+        self.stats.allocations += 1;
         let limit = self.stats.peak + self.stats.peak / 4 + SLACK_BYTES;
         while self.stats.live + self.stats.cached > limit {
             let Some(mut largest) = self.free.last_entry() else { break };
@@ -117,7 +120,7 @@ pub(crate) struct Bytes {
 }
 
 impl Bytes {
-    fn recycled(len: usize) -> Self {
+    pub fn recycled(len: usize) -> Self {
         let lines = size_class(len.div_ceil(LINE));
         let pooled = if lines >= POOLED_LINES { pool().take(lines) } else { None };
         #[allow(unused_mut)]
@@ -138,6 +141,10 @@ impl Bytes {
 
     pub fn raw(&self) -> &[u8] {
         &bytemuck::cast_slice(&self.lines)[..self.len]
+    }
+
+    pub fn raw_mut(&mut self) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
     }
 
     pub fn copy(&self) -> Self {

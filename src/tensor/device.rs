@@ -1,5 +1,7 @@
 //! Where tensors live.
 
+use super::buffer::{MemoryStats, memory_stats, reset_peak};
+use crate::gpu::Gpu;
 use crate::{Error, Result};
 
 /// A place that holds tensors and computes with them.
@@ -19,6 +21,59 @@ pub enum Device {
     Cuda(usize),
     /// The GPU code path run on the processor.
     Emulated,
+}
+
+impl Device {
+    /// The first GPU where one can be used, else the processor.
+    pub fn best() -> Device {
+        let gpu = Device::Cuda(0);
+        if crate::driver::require(gpu).is_ok() { gpu } else { Device::Cpu }
+    }
+
+    /// Bytes of tensor memory in use on this device.
+    ///
+    /// # Errors
+    /// Where this machine or this build does not offer the device.
+    pub fn memory_stats(self) -> Result<MemoryStats> {
+        match self {
+            Device::Cpu => Ok(memory_stats()),
+            device => Ok(Gpu::open(device)?.memory_stats()),
+        }
+    }
+
+    /// Starts a new measurement of the peak.
+    ///
+    /// # Errors
+    /// As [`Device::memory_stats`].
+    pub fn reset_peak(self) -> Result<()> {
+        match self {
+            Device::Cpu => reset_peak(),
+            device => Gpu::open(device)?.reset_peak(),
+        }
+        Ok(())
+    }
+
+    /// Waits for all work on this device.
+    ///
+    /// # Errors
+    /// Where any of it failed.
+    pub fn synchronize(self) -> Result<()> {
+        match self {
+            Device::Cpu => Ok(()),
+            device => Gpu::open(device)?.synchronize(),
+        }
+    }
+
+    /// How often the host has waited for this device: synchronisations, and copies of values to the host.
+    ///
+    /// # Errors
+    /// As [`Device::memory_stats`].
+    pub fn waits(self) -> Result<u64> {
+        match self {
+            Device::Cpu => Ok(0),
+            device => Ok(Gpu::open(device)?.waits()),
+        }
+    }
 }
 
 impl std::fmt::Display for Device {

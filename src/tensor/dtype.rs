@@ -38,6 +38,18 @@ impl DType {
         }
     }
 
+    /// The name, as in `f32`.
+    pub fn name(self) -> &'static str {
+        match self {
+            DType::F32 => "f32",
+            DType::F64 => "f64",
+            DType::Bf16 => "bf16",
+            DType::F16 => "f16",
+            DType::I64 => "i64",
+            DType::U8 => "u8",
+        }
+    }
+
     /// Whether values are floating point, and so can carry gradients.
     pub fn is_float(self) -> bool {
         !matches!(self, DType::I64 | DType::U8)
@@ -46,14 +58,7 @@ impl DType {
 
 impl std::fmt::Display for DType {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            DType::F32 => "f32",
-            DType::F64 => "f64",
-            DType::Bf16 => "bf16",
-            DType::F16 => "f16",
-            DType::I64 => "i64",
-            DType::U8 => "u8",
-        })
+        f.write_str(self.name())
     }
 }
 

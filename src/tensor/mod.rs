@@ -14,7 +14,9 @@ mod buffer;
 mod device;
 mod dtype;
 mod shape;
+mod storage;
 
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -29,6 +31,8 @@ pub use dtype::{DType, Element};
 pub use shape::Shape;
 
 use buffer::Bytes;
+use storage::Storage;
+pub(crate) use storage::{Place, place};
 
 /// Identifies a tensor on the tape. Later tensors have larger numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -60,14 +64,18 @@ struct Inner {
     id: TensorId,
     shape: Shape,
     dtype: DType,
-    storage: Arc<Bytes>,
+    storage: Arc<Storage>,
     node: Option<Arc<Node>>,
     is_variable: bool,
 }
 
 impl Tensor {
     fn from_bytes(bytes: Bytes, shape: Shape, dtype: DType) -> Self {
-        let storage = Arc::new(bytes);
+        Self::from_storage(Storage::Host(bytes), shape, dtype)
+    }
+
+    fn from_storage(storage: Storage, shape: Shape, dtype: DType) -> Self {
+        let storage = Arc::new(storage);
         Tensor(Arc::new(Inner { id: TensorId::next(), shape, dtype, storage, node: None, is_variable: false }))
     }
 
@@ -144,6 +152,17 @@ impl Tensor {
         Self::full(shape, 1.0, dtype)
     }
 
+    /// This tensor's shape, dtype and device, filled with `value`.
+    ///
+    /// # Errors
+    /// Where the device has no room.
+    pub fn full_like(&self, value: f64) -> Result<Self> {
+        match self.gpu() {
+            None => Self::full(self.shape(), value, self.dtype()),
+            Some(gpu) => crate::ops::gpu::full(gpu, self.shape(), value, self.dtype()),
+        }
+    }
+
     /// Standard normal numbers of `stream`: element i is the stream's number i, in `f64`, rounded to `dtype`.
     ///
     /// # Errors
@@ -197,20 +216,6 @@ impl Tensor {
         self.0.dtype
     }
 
-    /// Where the memory is.
-    pub fn device(&self) -> Device {
-        Device::Cpu
-    }
-
-    /// The same values on `device`.
-    ///
-    /// # Errors
-    /// Where this machine or this build does not offer the device; the error says why.
-    pub fn to_device(&self, device: Device) -> Result<Self> {
-        crate::driver::require(device)?;
-        Ok(self.clone())
-    }
-
     /// The extents as an array, for ops that want exactly `N` axes.
     pub(crate) fn dims<const N: usize>(&self, op: &'static str, axes: &str) -> Result<[usize; N]> {
         <[usize; N]>::try_from(&**self.shape())
@@ -220,39 +225,39 @@ impl Tensor {
     /// The values in place, row-major.
     ///
     /// # Errors
-    /// Where `T` is not the tensor's element type.
+    /// Where `T` is not the tensor's element type, or the values are not in the host's memory.
     pub fn data<T: Element>(&self) -> Result<&[T]> {
         self.expect_dtype("Tensor::data", T::DTYPE)?;
-        Ok(self.0.storage.as_slice())
-    }
-
-    /// A copy of the values, row-major.
-    ///
-    /// # Errors
-    /// Where `T` is not the tensor's element type.
-    pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
-        self.data().map(<[T]>::to_vec)
+        Ok(self.0.storage.host("Tensor::data")?.as_slice())
     }
 
     /// A copy of the values as `f64`, whatever the element type.
-    pub fn to_f64_vec(&self) -> Vec<f64> {
-        crate::dispatch_dtype!(self.dtype(), T => self.0.storage.as_slice::<T>().iter().map(|v| v.to_f64()).collect())
+    ///
+    /// # Errors
+    /// Where the values are on a device that refuses the copy.
+    pub fn to_f64_vec(&self) -> Result<Vec<f64>> {
+        let host = self.to_device(Device::Cpu)?;
+        let bytes = host.0.storage.host("to_f64_vec")?;
+        Ok(crate::dispatch_dtype!(self.dtype(), T => bytes.as_slice::<T>().iter().map(|v| v.to_f64()).collect()))
     }
 
     /// The only element, as `f64`.
     ///
     /// # Errors
-    /// Where there is not exactly one.
+    /// Where there is not exactly one, or it is on a device that refuses the copy.
     pub fn item(&self) -> Result<f64> {
         if self.elements() != 1 {
             return Err(Error::shape("item", format!("shape {} has not exactly one element", self.shape())));
         }
-        Ok(self.to_f64_vec()[0])
+        Ok(self.to_f64_vec()?[0])
     }
 
     /// The memory as bytes, little-endian on every supported machine.
-    pub fn raw_bytes(&self) -> &[u8] {
-        self.0.storage.raw()
+    ///
+    /// # Errors
+    /// Where the values are not in the host's memory.
+    pub fn raw_bytes(&self) -> Result<&[u8]> {
+        Ok(self.0.storage.host("Tensor::raw_bytes")?.raw())
     }
 
     /// A tensor from raw bytes in row-major order, as [`Tensor::raw_bytes`] gives them.
@@ -274,13 +279,16 @@ impl Tensor {
     /// This is how CPU ops read their inputs, so that one body serves `f32`, `f64`, `bf16` and `f16`.
     ///
     /// # Errors
-    /// Where the element type's compute type is not `T`.
+    /// Where the element type's compute type is not `T`, or the values are not in the host's memory.
     pub fn floats<T: Float>(&self, op: &'static str) -> Result<Floats<'_, T>> {
         if self.dtype() == T::DTYPE {
-            return Ok(Floats::Borrowed(self.0.storage.as_slice()));
+            return Ok(Floats::Borrowed(self.0.storage.host(op)?.as_slice()));
         }
         match (self.dtype(), T::DTYPE) {
-            (DType::Bf16 | DType::F16, DType::F32) => Ok(Floats::Converted(self.cast_values(T::DTYPE)?)),
+            (DType::Bf16 | DType::F16, DType::F32) => {
+                let bytes = self.converted(self.0.storage.host(op)?, T::DTYPE);
+                Ok(Floats::Converted(Widened(bytes), PhantomData))
+            }
             (got, wanted) => Err(Error::DType { op, got, expected: format!("{wanted}, as the op's other tensors") }),
         }
     }
@@ -303,19 +311,25 @@ impl Tensor {
 
     /// Values converted to `dtype`, off the tape. [`Tensor::cast`] is the differentiable form.
     pub(crate) fn cast_values(&self, dtype: DType) -> Result<Self> {
+        if dtype == self.dtype() {
+            return Ok(self.clone());
+        }
+        match &*self.0.storage {
+            Storage::Host(bytes) => Ok(Self::from_bytes(self.converted(bytes, dtype), self.shape().clone(), dtype)),
+            Storage::Gpu(memory) => crate::ops::gpu::cast(memory.gpu(), self, dtype),
+        }
+    }
+
+    fn converted(&self, bytes: &Bytes, dtype: DType) -> Bytes {
         fn convert<S: Element, D: Element>(source: &[S]) -> Bytes {
             let mut converted = Buffer::<D>::recycled(source.len());
             crate::cpu::parallel::map(source, &mut converted, |v| D::from_f64(v.to_f64()));
             converted.into_bytes()
         }
-        if dtype == self.dtype() {
-            return Ok(self.clone());
-        }
-        let bytes = crate::dispatch_dtype!(self.dtype(), S => {
-            let source = self.0.storage.as_slice::<S>();
+        crate::dispatch_dtype!(self.dtype(), S => {
+            let source = bytes.as_slice::<S>();
             crate::dispatch_dtype!(dtype, D => convert::<S, D>(source))
-        });
-        Ok(Self::from_bytes(bytes, self.shape().clone(), dtype))
+        })
     }
 
     /// Whether gradients flow to or through this tensor.
@@ -364,15 +378,7 @@ impl Tensor {
     /// stays, so this is for leaves alone.
     pub(crate) fn data_mut<T: Element>(&mut self) -> Result<&mut [T]> {
         self.expect_dtype("Tensor::data_mut", T::DTYPE)?;
-        if Arc::get_mut(&mut self.0).is_none() {
-            self.0 = Arc::new((*self.0).clone());
-        }
-        let unreachable = || Error::Autograd("a tensor that was just made unique is shared".into());
-        let inner = Arc::get_mut(&mut self.0).ok_or_else(unreachable)?;
-        if Arc::get_mut(&mut inner.storage).is_none() {
-            inner.storage = Arc::new(inner.storage.copy());
-        }
-        Arc::get_mut(&mut inner.storage).map(Bytes::as_mut_slice).ok_or_else(unreachable)
+        Ok(self.unique_storage()?.host_mut("Tensor::data_mut")?.as_mut_slice())
     }
 
     /// Whether nobody else can see this tensor's memory.
@@ -384,19 +390,24 @@ impl Tensor {
 impl std::fmt::Debug for Tensor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         const SHOWN: usize = 8;
-        let values = self.to_f64_vec();
+        let Ok(values) = self.to_f64_vec() else {
+            return write!(f, "Tensor({} {} on {})", self.dtype(), self.shape(), self.device());
+        };
         let shown: Vec<String> = values.iter().take(SHOWN).map(|v| format!("{v:.6}")).collect();
         let more = if values.len() > SHOWN { ", …" } else { "" };
         write!(f, "Tensor({} {} [{}{more}])", self.dtype(), self.shape(), shown.join(", "))
     }
 }
 
+/// Half-precision values as `f32`.
+pub struct Widened(Bytes);
+
 /// Values of a tensor in their compute type. See [`Tensor::floats`].
 pub enum Floats<'a, T> {
     /// The tensor's own memory.
     Borrowed(&'a [T]),
     /// Half precision, widened.
-    Converted(Tensor),
+    Converted(Widened, PhantomData<T>),
 }
 
 impl<T: Float> std::ops::Deref for Floats<'_, T> {
@@ -404,7 +415,7 @@ impl<T: Float> std::ops::Deref for Floats<'_, T> {
     fn deref(&self) -> &[T] {
         match self {
             Floats::Borrowed(values) => values,
-            Floats::Converted(tensor) => tensor.0.storage.as_slice(),
+            Floats::Converted(widened, _) => widened.0.as_slice(),
         }
     }
 }

@@ -86,7 +86,7 @@ pub fn top_hits(logits: &Tensor, labels: &[usize]) -> Result<(usize, usize)> {
     if rows != labels.len() {
         return Err(Error::shape("top_hits", format!("logits {} for {} labels", logits.shape(), labels.len())));
     }
-    let values = logits.to_f64_vec();
+    let values = logits.to_f64_vec()?;
     let (mut first, mut among_five) = (0, 0);
     for (row, &label) in values.chunks_exact(classes.max(1)).zip(labels) {
         let Some(&own) = row.get(label) else {

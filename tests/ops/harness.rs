@@ -4,7 +4,7 @@ use std::fmt::Display;
 
 use gridgrad::autograd::{self, GradOptions, GradientCheck};
 use gridgrad::random::Philox;
-use gridgrad::{DType, Result, Tensor};
+use gridgrad::{DType, Device, Result, Tensor};
 
 /// Bytes that an op must read and write at least, and the floating-point operations of its formula, in its `f32` form.
 #[derive(Clone, Copy, Debug, Default)]
@@ -54,6 +54,11 @@ pub trait OpCase: Display + Sync + Send {
     fn tolerance(&self) -> Tolerance {
         ROUNDING
     }
+    /// A fused op made of primitive ones, each rounding to the dtype of the inputs: what its low precision is judged
+    /// against. `None` where the op is primitive.
+    fn composed(&self, _inputs: &[Tensor]) -> Option<Result<Tensor>> {
+        None
+    }
     /// Which derivatives to check.
     fn derivatives(&self) -> Derivatives {
         Derivatives::Second
@@ -83,17 +88,106 @@ pub fn check(cases: &[Box<dyn OpCase>]) {
         forward(case, DType::F16, case.tolerance().f32 + 1.0 / 2048.0);
         gradients(case);
         threads(case);
+        if let Some(device) = test_device() {
+            for dtype in [DType::F32, DType::Bf16, DType::F16] {
+                on_device(case, device, dtype);
+            }
+            repeated(case, device);
+        }
     }
 }
+
+/// Where kernels are tested: `GRIDGRAD_TEST_DEVICE` (`cuda`, say), else the emulator where it is compiled in.
+pub fn test_device() -> Option<Device> {
+    match std::env::var("GRIDGRAD_TEST_DEVICE") {
+        Ok(name) => Some(name.parse().unwrap()),
+        Err(_) => cfg!(feature = "emulator").then_some(Device::Emulated),
+    }
+}
+
+/// Output and gradients on `device` are at most twice as far from those in `f64`, computed from the same rounded
+/// inputs, as the processor's are, or those of the op's composed form: one bound for every dtype.
+fn on_device(case: &dyn OpCase, device: Device, dtype: DType) {
+    let rounded = inputs_as(case, dtype);
+    let widen = |input: &Tensor| if input.dtype().is_float() { input.cast(DType::F64).unwrap() } else { input.clone() };
+    let wide: Vec<Tensor> = rounded.iter().map(widen).collect();
+    let results = |inputs: &[Tensor], device: Device| -> Vec<Tensor> {
+        let run = |inputs: &[Tensor]| case.run(inputs);
+        let moved: Vec<Tensor> = inputs.iter().map(|input| input.to_device(device).unwrap()).collect();
+        output_and_gradients(run, &moved, GradOptions::default())
+            .unwrap_or_else(|error| panic!("{case} {dtype} on {device}: {error}"))
+    };
+    let exact = results(&wide, Device::Cpu);
+    let baseline = match case.composed(&rounded) {
+        None => results(&rounded, Device::Cpu),
+        Some(_) => {
+            let composed = |inputs: &[Tensor]| case.composed(inputs).unwrap();
+            output_and_gradients(composed, &rounded, GradOptions::default()).unwrap()
+        }
+    };
+    let got = results(&rounded, device);
+    assert_eq!(got.len(), exact.len(), "{case} {dtype} on {device}: number of gradients");
+    for (number, ((got, baseline), exact)) in got.iter().zip(&baseline).zip(&exact).enumerate() {
+        assert_eq!((got.device(), got.dtype()), (device, baseline.dtype()), "{case} {dtype}, result {number}");
+        let exact = exact.to_f64_vec().unwrap();
+        let scale = exact.iter().filter(|v| v.is_finite()).fold(1.0f64, |scale, v| scale.max(v.abs()));
+        let allowed = 2.0 * largest_error(&baseline.to_f64_vec().unwrap(), &exact) + case.tolerance().f32 * scale;
+        let error = largest_error(&got.to_f64_vec().unwrap(), &exact);
+        assert!(error <= allowed, "{case} {dtype} on {device}, result {number}: error {error:e}, allowed {allowed:e}");
+    }
+}
+
+/// The largest difference; infinite where one is NaN or infinite and the other is not the same.
+fn largest_error(got: &[f64], exact: &[f64]) -> f64 {
+    let error = |(&got, &exact): (&f64, &f64)| {
+        let same = got == exact || (got.is_nan() && exact.is_nan());
+        let difference = (got - exact).abs();
+        if same {
+            0.0
+        } else if difference.is_nan() {
+            f64::INFINITY
+        } else {
+            difference
+        }
+    };
+    assert_eq!(got.len(), exact.len());
+    got.iter().zip(exact).map(error).fold(0.0, f64::max)
+}
+
+/// Output and gradients on `device` have the same bits again, on the emulator in whatever order threads run.
+fn repeated(case: &dyn OpCase, device: Device) {
+    for dtype in [DType::F32, DType::Bf16] {
+        let inputs: Vec<Tensor> = inputs_as(case, dtype).iter().map(|input| input.to_device(device).unwrap()).collect();
+        let bits = |schedule: u64| -> Vec<Vec<u8>> {
+            set_schedule(schedule);
+            let run = |inputs: &[Tensor]| case.run(inputs);
+            let results = output_and_gradients(run, &inputs, GradOptions::default()).unwrap();
+            set_schedule(0);
+            results.iter().map(|result| result.to_device(Device::Cpu).unwrap().raw_bytes().unwrap().to_vec()).collect()
+        };
+        let first = bits(0);
+        for schedule in [1, 2] {
+            assert!(bits(schedule) == first, "{case} {dtype} on {device}: schedule {schedule} changes the result");
+        }
+    }
+}
+
+#[cfg(feature = "emulator")]
+fn set_schedule(seed: u64) {
+    gridgrad::driver::emulator::set_schedule(seed);
+}
+
+#[cfg(not(feature = "emulator"))]
+fn set_schedule(_seed: u64) {}
 
 fn forward(case: &dyn OpCase, dtype: DType, tolerance: f64) {
     let inputs = inputs_as(case, dtype);
     let output = case.run(&inputs).unwrap_or_else(|error| panic!("{case} {dtype}: {error}"));
-    let values: Vec<Vec<f64>> = inputs.iter().map(Tensor::to_f64_vec).collect();
+    let values: Vec<Vec<f64>> = inputs.iter().map(|tensor| tensor.to_f64_vec().unwrap()).collect();
     let reference = case.reference(&values);
     assert_eq!(output.elements(), reference.len(), "{case} {dtype}");
     let scale = reference.iter().filter(|v| v.is_finite()).fold(1.0f64, |scale, v| scale.max(v.abs()));
-    for (index, (got, want)) in output.to_f64_vec().into_iter().zip(reference).enumerate() {
+    for (index, (got, want)) in output.to_f64_vec().unwrap().into_iter().zip(reference).enumerate() {
         let same = got == want || (got.is_nan() && want.is_nan());
         assert!(
             same || (got - want).abs() <= tolerance * scale,
@@ -121,16 +215,26 @@ fn gradients(case: &dyn OpCase) {
     }
 }
 
-/// The output followed by the gradients of its sum, weighted, with respect to every floating-point input.
 fn all_gradients(case: &dyn OpCase, dtype: DType, options: GradOptions) -> Result<Vec<Tensor>> {
-    let inputs: Vec<Tensor> = inputs_as(case, dtype)
-        .into_iter()
-        .map(|input| if input.dtype().is_float() { input.variable() } else { Ok(input) })
+    output_and_gradients(|inputs: &[Tensor]| case.run(inputs), &inputs_as(case, dtype), options)
+}
+
+/// The output of `run` followed by the gradients of its sum, weighted, with respect to every floating-point input.
+fn output_and_gradients(
+    run: impl Fn(&[Tensor]) -> Result<Tensor>,
+    inputs: &[Tensor],
+    options: GradOptions,
+) -> Result<Vec<Tensor>> {
+    let inputs: Vec<Tensor> = inputs
+        .iter()
+        .map(|input| if input.dtype().is_float() { input.variable() } else { Ok(input.clone()) })
         .collect::<Result<_>>()?;
-    let output = case.run(&inputs)?;
+    let output = run(&inputs)?;
     let mut results = vec![output.detach()];
     if output.requires_grad() {
-        let weights = Tensor::randn(output.shape(), output.dtype(), Philox::new(5))?;
+        // Rounded to half precision first, so that every dtype weighs with the same numbers.
+        let weights = Tensor::randn(output.shape(), DType::Bf16, Philox::new(5))?.cast(DType::F32)?;
+        let weights = weights.cast(output.dtype())?.to_device(output.device())?;
         let options = GradOptions { grad_output: Some(weights), ..options };
         let wanted: Vec<&Tensor> = inputs.iter().filter(|input| input.requires_grad()).collect();
         results.extend(autograd::grad(&output, &wanted, options)?.into_iter().flatten());
@@ -143,7 +247,7 @@ fn threads(case: &dyn OpCase) {
     let bits = |threads: usize| -> Vec<Vec<u8>> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let results = pool.install(|| all_gradients(case, DType::F32, GradOptions::default())).unwrap();
-        results.iter().map(|result| result.raw_bytes().to_vec()).collect()
+        results.iter().map(|result| result.raw_bytes().unwrap().to_vec()).collect()
     };
     let one = bits(1);
     for threads in [2, 3] {

@@ -36,7 +36,7 @@ fn trained(batch_size: usize, accumulation: usize, drop_last: bool, optimizer: O
     let config = TrainConfig { epochs: 1, accumulation, optimizer, schedule, ..TrainConfig::default() };
     let mut trainer = Trainer::new(run(&model, &train, None, config, None)).unwrap();
     trainer.run(&mut (), &AtomicBool::new(false)).unwrap();
-    model.parameters.iter().map(|parameter| parameter.tensor().to_f64_vec()).collect()
+    model.parameters.iter().map(|parameter| parameter.tensor().to_f64_vec().unwrap()).collect()
 }
 
 #[test]

@@ -33,7 +33,7 @@ impl Mlp {
     }
 
     pub fn bytes(&self) -> Vec<Vec<u8>> {
-        self.parameters.iter().map(|parameter| parameter.tensor().raw_bytes().to_vec()).collect()
+        self.parameters.iter().map(|parameter| parameter.tensor().raw_bytes().unwrap().to_vec()).collect()
     }
 }
 

@@ -1,6 +1,7 @@
 //! Functions of one, two or three tensors, element by element, with NumPy's broadcasting.
 
 mod cpu;
+pub(crate) mod gpu;
 
 use crate::autograd::{Backward, Function, SavedOutput, record};
 use crate::{Error, Result, Tensor, dispatch_float};
@@ -299,12 +300,10 @@ fn fused_gradient(function: Unary, saved: &Tensor, grad: &Tensor) -> Result<Tens
 fn derivative(function: Unary, saved: &Tensor) -> Result<Tensor> {
     let x = saved;
     match function {
-        Unary::Neg | Unary::Scale(_) | Unary::Shift(_) => {
-            Tensor::full(x.shape(), function.constant_derivative().unwrap_or(1.0), x.dtype())
-        }
+        Unary::Neg | Unary::Scale(_) | Unary::Shift(_) => x.full_like(function.constant_derivative().unwrap_or(1.0)),
         // Constant in pieces, so not differentiable again.
         Unary::Abs | Unary::Relu | Unary::LeakyRelu(_) | Unary::Clamp(..) => {
-            fused_gradient(function, x, &Tensor::ones(x.shape(), x.dtype())?)
+            fused_gradient(function, x, &x.full_like(1.0)?)
         }
         Unary::Square => x.scale(2.0),
         Unary::Sqrt => saved.recip()?.scale(0.5),
@@ -403,7 +402,7 @@ impl Function for SelectRule {
     }
 
     fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
-        let zero = Tensor::scalar(0.0f32).cast_values(self.mask.dtype())?;
+        let zero = Tensor::scalar(0.0f32).cast_values(self.mask.dtype())?.to_device(self.mask.device())?;
         let yes = if backward.needs(0) { Some(select(&self.mask, backward.grad(), &zero)?) } else { None };
         let no = if backward.needs(1) { Some(select(&self.mask, &zero, backward.grad())?) } else { None };
         Ok(vec![yes, no])
@@ -413,7 +412,8 @@ impl Function for SelectRule {
 /// `sum + addend` off the tape, in `sum`'s memory where nobody else holds it.
 pub(crate) fn add_in_place(mut sum: Tensor, addend: &Tensor) -> Result<Tensor> {
     let half = sum.dtype().size() == 2;
-    if half || !sum.is_unique() || sum.shape() != addend.shape() || sum.dtype() != addend.dtype() {
+    if half || sum.gpu().is_some() || !sum.is_unique() || sum.shape() != addend.shape() || sum.dtype() != addend.dtype()
+    {
         return crate::autograd::no_grad(|| sum.add(addend));
     }
     dispatch_float!("add", sum.dtype(), T => {

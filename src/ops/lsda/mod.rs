@@ -89,8 +89,8 @@ pub fn attention_weights(
     let (channels, d, query) = (channels / 3, channels / 3 / heads, y * width + x);
     let groups = grouping.groups(height, width);
     let group = groups[grouping.group_of_token(height, width)[query]];
-    let values = qkv.to_f64_vec();
-    let table = bias.map(Tensor::to_f64_vec);
+    let values = qkv.to_f64_vec()?;
+    let table = bias.map(Tensor::to_f64_vec).transpose()?;
     let row = |token: usize, part: usize, head: usize| {
         &values[((image * height * width + token) * 3 + part) * channels + head * d..][..d]
     };

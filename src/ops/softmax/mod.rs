@@ -1,8 +1,10 @@
 //! Softmax and its logarithm.
 
 pub(crate) mod cpu;
+pub(crate) mod gpu;
 
 use crate::autograd::{Backward, Function, SavedOutput, record};
+use crate::tensor::{Place, place};
 use crate::{Result, Tensor, dispatch_float};
 
 /// exp(xᵢ) / Σⱼ exp(xⱼ) over `axis`, counted from the front or, if negative, from the back.
@@ -53,9 +55,13 @@ fn over_axis(input: &Tensor, axis: isize, form: Form) -> Result<Tensor> {
 fn over_last_axis(input: &Tensor, form: Form) -> Result<Tensor> {
     let dtype = input.dtype();
     let width = last_extent(input);
-    let output = dispatch_float!(form.name(), dtype, T => {
-        Tensor::from_floats(cpu::forward::<T>(form, &input.floats(form.name())?, width), input.shape(), dtype)
-    })?;
+    input.expect_float(form.name())?;
+    let output = match place(form.name(), &[input])? {
+        Place::Gpu(gpu) => gpu::forward(gpu, form, input, width)?,
+        Place::Host => dispatch_float!(form.name(), dtype, T => {
+            Tensor::from_floats(cpu::forward::<T>(form, &input.floats(form.name())?, width), input.shape(), dtype)
+        })?,
+    };
     Ok(record(output, &[input], |output| SoftmaxRule { form, output }))
 }
 
@@ -78,11 +84,14 @@ impl Function for SoftmaxRule {
         if backward.create_graph() {
             return Ok(vec![Some(composed(self.form, &output, grad)?)]);
         }
-        let dtype = grad.dtype();
-        let gradient = dispatch_float!(op, dtype, T => {
-            let gradient = cpu::backward::<T>(self.form, &output.floats(op)?, &grad.floats(op)?, last_extent(grad));
-            Tensor::from_floats(gradient, grad.shape(), dtype)
-        })?;
+        let (dtype, width) = (grad.dtype(), last_extent(grad));
+        let gradient = match place(op, &[&output, grad])? {
+            Place::Gpu(gpu) => gpu::backward(gpu, self.form, &output, grad, width)?,
+            Place::Host => dispatch_float!(op, dtype, T => {
+                let gradient = cpu::backward::<T>(self.form, &output.floats(op)?, &grad.floats(op)?, width);
+                Tensor::from_floats(gradient, grad.shape(), dtype)
+            })?,
+        };
         Ok(vec![Some(gradient)])
     }
 }
