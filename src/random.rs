@@ -9,23 +9,66 @@
 //! assert_eq!(stream.uniform(10), stream.uniform(10));
 //! ```
 
+use crate::driver::seam::Address;
+
 /// One stream of random numbers, addressed by index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Philox {
     key: [u32; 2],
     stream: u64,
+    cell: Option<Cell>,
+}
+
+/// Where a GPU's kernels read the number of an ancestor of a stream, so that a recorded launch draws new numbers every
+/// time it is repeated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Cell {
+    address: Address,
+    /// From the ancestor to the stream: the first `depth` of them.
+    forks: [u64; Cell::DEEPEST],
+    depth: usize,
+}
+
+impl Cell {
+    const DEEPEST: usize = 3;
+
+    /// `None` where the path is too long for a kernel's argument: then the number is passed by value.
+    fn fork(mut self, index: u64) -> Option<Self> {
+        *self.forks.get_mut(self.depth)? = index;
+        self.depth += 1;
+        Some(self)
+    }
 }
 
 impl Philox {
     /// The root stream of `seed`.
     pub fn new(seed: u64) -> Self {
-        Philox { key: [seed as u32, (seed >> 32) as u32], stream: 0 }
+        Philox { key: [seed as u32, (seed >> 32) as u32], stream: 0, cell: None }
     }
 
     /// An independent stream, numbered within this one.
     pub fn fork(self, index: u64) -> Self {
         let [a, b, ..] = self.block_at(index, u64::MAX - self.stream);
-        Philox { key: self.key, stream: (u64::from(b) << 32) | u64::from(a) }
+        let stream = (u64::from(b) << 32) | u64::from(a);
+        Philox { key: self.key, stream, cell: self.cell.and_then(|cell| cell.fork(index)) }
+    }
+
+    /// This stream, whose number kernels read from device memory at `address`. On the host it stays what it is.
+    pub(crate) fn in_cell(self, address: Address) -> Self {
+        Philox { cell: Some(Cell { address, forks: [0; Cell::DEEPEST], depth: 0 }), ..self }
+    }
+
+    /// The stream as a kernel's parameter: `RandomStream` in `kernels/common/philox.cuh`, in words of 32 bits.
+    pub(crate) fn argument(self) -> [u32; 14] {
+        let Cell { address, forks, depth } =
+            self.cell.unwrap_or(Cell { address: Address::NULL, forks: [0; Cell::DEEPEST], depth: 0 });
+        let mut words = [0; 14];
+        words[..2].copy_from_slice(&self.key);
+        words[6] = depth as u32;
+        for (pair, value) in [(2, self.stream), (4, address.0), (8, forks[0]), (10, forks[1]), (12, forks[2])] {
+            (words[pair], words[pair + 1]) = (value as u32, (value >> 32) as u32);
+        }
+        words
     }
 
     /// An independent stream, named within this one.

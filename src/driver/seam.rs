@@ -97,32 +97,35 @@ impl<A: Argument, const N: usize> Argument for [A; N] {
 /// The arguments of one launch, by value, in memory of their own: each begins at a multiple of 8 bytes.
 #[derive(Clone)]
 pub struct Arguments {
-    words: [u64; Arguments::WORDS],
+    words: Vec<u64>,
     /// First word and bytes of each argument.
     spans: [(u16, u16); Arguments::MOST],
     count: usize,
-    used: usize,
 }
 
 impl Arguments {
-    const WORDS: usize = 128;
     const MOST: usize = 32;
+    /// Bytes of parameters that a kernel may take, from compute capability 7.0 on.
+    pub const MOST_BYTES: usize = 32_764;
 
     /// None yet.
     pub fn new() -> Self {
-        Arguments { words: [0; Self::WORDS], spans: [(0, 0); Self::MOST], count: 0, used: 0 }
+        Arguments { words: Vec::new(), spans: [(0, 0); Self::MOST], count: 0 }
     }
 
     /// Appends an argument. The lists of arguments are fixed types, so a list that is too long fails the first test
     /// that launches it.
     pub fn push<A: Argument>(&mut self, argument: A) {
         let words = A::SIZE.div_ceil(8);
-        assert!(self.count < Self::MOST && self.used + words <= Self::WORDS, "a kernel with too many parameters");
-        let bytes = bytemuck::cast_slice_mut(&mut self.words[self.used..self.used + words]);
-        argument.write(&mut bytes[..A::SIZE]);
-        self.spans[self.count] = (self.used as u16, A::SIZE as u16);
+        let first = self.words.len();
+        assert!(
+            self.count < Self::MOST && (first + words) * 8 <= Self::MOST_BYTES,
+            "a kernel with too many parameters"
+        );
+        self.words.resize(first + words, 0);
+        argument.write(&mut bytemuck::cast_slice_mut(&mut self.words[first..])[..A::SIZE]);
+        self.spans[self.count] = (first as u16, A::SIZE as u16);
         self.count += 1;
-        self.used += words;
     }
 
     /// Bytes of each argument, in order.

@@ -2,7 +2,12 @@
 
 use super::{Context, Initializer, Parameter, Scope};
 use crate::tensor::Shape;
-use crate::{Error, Result, Tensor, ops};
+use crate::{DType, Error, Result, Tensor, ops};
+
+/// Weight and bias in the dtype of a layer's input.
+fn affine(weight: &Parameter, bias: Option<&Parameter>, dtype: DType) -> Result<(Tensor, Option<Tensor>)> {
+    Ok((weight.tensor_as(dtype)?, bias.map(|bias| bias.tensor_as(dtype)).transpose()?))
+}
 
 /// y = x Wᵀ + b on the last axis.
 ///
@@ -52,8 +57,8 @@ impl Linear {
     /// # Errors
     /// Where the last axis is not `in`.
     pub fn forward(&self, input: &Tensor) -> Result<Tensor> {
-        let bias = self.bias.as_ref().map(Parameter::tensor);
-        ops::linear(input, &self.weight.tensor(), bias.as_ref())
+        let (weight, bias) = affine(&self.weight, self.bias.as_ref(), input.dtype())?;
+        ops::linear(input, &weight, bias.as_ref())
     }
 }
 /// Normalises the last axis to mean 0 and variance 1, then scales and shifts.
@@ -93,7 +98,8 @@ impl LayerNorm {
     /// # Errors
     /// Where the last axis is not `channels`.
     pub fn forward(&self, input: &Tensor) -> Result<Tensor> {
-        ops::layer_norm(input, &self.weight.tensor(), &self.bias.tensor(), self.eps)
+        let dtype = input.dtype();
+        ops::layer_norm(input, &self.weight.tensor_as(dtype)?, &self.bias.tensor_as(dtype)?, self.eps)
     }
 }
 
@@ -147,8 +153,8 @@ impl Conv2d {
     /// # Errors
     /// Where the channels are not `in`, or the kernel does not fit into the padded map.
     pub fn forward(&self, input: &Tensor) -> Result<Tensor> {
-        let bias = self.bias.as_ref().map(Parameter::tensor);
-        ops::conv2d(input, &self.weight.tensor(), bias.as_ref(), self.options)
+        let (weight, bias) = affine(&self.weight, self.bias.as_ref(), input.dtype())?;
+        ops::conv2d(input, &weight, bias.as_ref(), self.options)
     }
 }
 
@@ -204,8 +210,8 @@ impl ConvTranspose2d {
     /// # Errors
     /// Where the channels are not `in`, or nothing is left of the map.
     pub fn forward(&self, input: &Tensor) -> Result<Tensor> {
-        let bias = self.bias.as_ref().map(Parameter::tensor);
-        ops::conv_transpose2d(input, &self.weight.tensor(), bias.as_ref(), self.options, self.output_padding)
+        let (weight, bias) = affine(&self.weight, self.bias.as_ref(), input.dtype())?;
+        ops::conv_transpose2d(input, &weight, bias.as_ref(), self.options, self.output_padding)
     }
 }
 
@@ -332,10 +338,12 @@ impl BatchNorm {
     pub fn forward(&self, input: &Tensor, context: &Context) -> Result<Tensor> {
         let running = ops::BatchStatistics { mean: self.running_mean.tensor(), variance: self.running_var.tensor() };
         let mode = if context.is_training() { ops::BatchNormMode::Train } else { ops::BatchNormMode::Eval(&running) };
-        let (weight, bias) = (self.weight.tensor(), self.bias.tensor());
+        let (weight, bias) = (self.weight.tensor_as(input.dtype())?, self.bias.tensor_as(input.dtype())?);
         let result = ops::batch_norm(input, Some(&weight), Some(&bias), mode, self.eps)?;
         if let Some(batch) = &result.batch {
             let updated = running.updated(batch, self.momentum)?;
+            // Not shared any more, the parameters are overwritten in place: a recorded step writes to their addresses.
+            drop(running);
             self.running_mean.set(&updated.mean)?;
             self.running_var.set(&updated.variance)?;
         }
@@ -346,7 +354,6 @@ impl BatchNorm {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::DType;
     use crate::random::Philox;
 
     fn names(scope: &Scope) -> Vec<String> {

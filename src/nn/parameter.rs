@@ -52,6 +52,15 @@ impl Parameter {
         self.0.value.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// The present value as `dtype`: in mixed precision layers compute in the dtype of their input, and the gradient
+    /// comes back in the parameter's own.
+    ///
+    /// # Errors
+    /// Where the device has no room for the converted value.
+    pub fn tensor_as(&self, dtype: DType) -> Result<Tensor> {
+        self.tensor().cast(dtype)
+    }
+
     /// Extents, axes as in PyTorch.
     pub fn shape(&self) -> Shape {
         self.tensor().shape().clone()

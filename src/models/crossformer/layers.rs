@@ -5,7 +5,7 @@ use crate::nn::{Context, Conv2d, Initializer, LayerNorm, Linear, Parameter, Scop
 use crate::ops::lsda::{Grouping, attention_weights, lsda};
 use crate::ops::position_bias::{Affine, BiasLayer, PositionBiasNetwork};
 use crate::tensor::Shape;
-use crate::{Error, Result, Tensor, ops};
+use crate::{DType, Error, Result, Tensor, ops};
 
 /// Every linear layer starts from N(0, 0.02), cut at ±2, with bias 0.
 const LINEAR: Initializer = Initializer::TruncatedNormal { std: 0.02, limit: 2.0 };
@@ -45,8 +45,10 @@ impl CrossScaleEmbedding {
 
     /// (batch, height, width, channels) to (batch, ⌊height / stride⌋, ⌊width / stride⌋, out).
     pub fn forward(&self, input: &Tensor) -> Result<Tensor> {
-        let values = |parameters: &[Parameter]| -> Vec<Tensor> { parameters.iter().map(Parameter::tensor).collect() };
-        ops::cross_scale_embedding(input, &values(&self.weights), &values(&self.biases), self.stride)
+        let values = |parameters: &[Parameter]| -> Result<Vec<Tensor>> {
+            parameters.iter().map(|parameter| parameter.tensor_as(input.dtype())).collect()
+        };
+        ops::cross_scale_embedding(input, &values(&self.weights)?, &values(&self.biases)?, self.stride)
     }
 }
 
@@ -129,8 +131,12 @@ impl BiasSource {
         }
     }
 
-    /// The table for groups of `gh` × `gw` tokens.
-    fn table(&self, [gh, gw]: [usize; 2]) -> Result<Option<Tensor>> {
+    /// The table for groups of `group` tokens, in `dtype`. It is small, so it is computed in the parameters' own.
+    fn table(&self, group: [usize; 2], dtype: DType) -> Result<Option<Tensor>> {
+        self.full_table(group)?.map(|table| table.cast(dtype)).transpose()
+    }
+
+    fn full_table(&self, [gh, gw]: [usize; 2]) -> Result<Option<Tensor>> {
         match self {
             BiasSource::None => Ok(None),
             BiasSource::Network(network) => network.table([gh, gw]).map(Some),
@@ -175,7 +181,7 @@ impl Attention {
 
     /// What the query of image 0 attends to, per head. `no_mask` padding is left out of the picture.
     fn weights(&self, input: &Tensor, grouping: Grouping, query: [usize; 2]) -> Result<Vec<Vec<f32>>> {
-        let table = self.bias.table(grouping.group)?;
+        let table = self.bias.table(grouping.group, input.dtype())?;
         attention_weights(&self.qkv.forward(input)?, table.as_ref(), self.heads, grouping, 0, query)
     }
 
@@ -183,7 +189,7 @@ impl Attention {
         if self.no_mask {
             return self.forward_padded(input, grouping);
         }
-        let table = self.bias.table(grouping.group)?;
+        let table = self.bias.table(grouping.group, input.dtype())?;
         self.proj.forward(&lsda(&self.qkv.forward(input)?, table.as_ref(), self.heads, grouping)?)
     }
 
@@ -196,7 +202,7 @@ impl Attention {
             padded = padded.pad(axis as isize + 1, before, full - extent - before)?;
         }
         let whole = Grouping { origin: [0; 2], ..grouping };
-        let table = self.bias.table(grouping.group)?;
+        let table = self.bias.table(grouping.group, input.dtype())?;
         let output = self.proj.forward(&lsda(&self.qkv.forward(&padded)?, table.as_ref(), self.heads, whole)?)?;
         let rows = output.narrow(1, grouping.origin[0], input.shape()[1])?;
         rows.narrow(2, grouping.origin[1], input.shape()[2])

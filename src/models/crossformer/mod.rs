@@ -190,7 +190,7 @@ impl CrossFormer {
 
     fn add_absolute_position(&self, x: Tensor, [rows, columns]: [usize; 2]) -> Result<Tensor> {
         let Some(position) = &self.absolute_position else { return Ok(x) };
-        let position = position.tensor();
+        let position = position.tensor_as(x.dtype())?;
         if position.shape()[1] != rows * columns {
             let message =
                 format!("absolute positions for {} tokens, the image has {rows}×{columns}", position.shape()[1]);
