@@ -111,23 +111,22 @@ extern "C" __global__ void random_numbers(u32* bits, float* uniform, RandomStrea
 
 // ---- Vectors: every thread moves 8 elements of its own, the last fewer
 
-template <class T> __device__ void move_vectors(T* output, const T* input, i64 count) {
-    const i64 first = i64(grid_thread()) * 8;
-    if (first >= count) return;
+// doubled = 2 input + 1, by eights; copied = input, by twos.
+template <class T> __device__ void move_vectors(T* doubled, T* copied, const T* input, i64 count) {
+    const i64 first = i64(grid_thread()) * 8, left = count - first;
+    if (left <= 0) return;
     float values[8];
-    load_as_float_tail(values, input + first, count - first, -1.0f);
+    load_as_float_tail(values, input + first, left, -1.0f);
     for (float& value : values) value = value * 2 + 1;
-    store_from_float_tail(output + first, values, count - first);
-    // The same through pieces of 2, past the end of what the values took.
-    T* pieces = output + count + first;
+    store_from_float_tail(doubled + first, values, left);
     for (int i = 0; i < 8; i += 2) {
-        Vector<T, 2> piece = load_tail<2>(input + first + i, count - first - i, T(0.0f));
-        store_tail(pieces + i, piece, count - first - i);
+        const Vector<T, 2> piece = load_tail<2>(input + first + i, left - i, T(0.0f));
+        store_tail(copied + first + i, piece, left - i);
     }
 }
-#define VECTORS(suffix, T)                                                                        \
-    extern "C" __global__ void vectors_##suffix(T* output, const T* input, i64 count) {           \
-        move_vectors(output, input, count);                                                       \
+#define VECTORS(suffix, T)                                                                              \
+    extern "C" __global__ void vectors_##suffix(T* doubled, T* copied, const T* input, u64 count) {     \
+        move_vectors(doubled, copied, input, i64(count));                                               \
     }
 FOR_EACH_FLOAT(VECTORS)
 
