@@ -10,7 +10,7 @@
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 #[cfg(feature = "emulator")]
-pub(crate) mod emulator;
+pub mod emulator;
 mod probe;
 pub(crate) mod seam;
 
