@@ -39,6 +39,8 @@ pub(super) struct Block {
     pub blocks: Index,
     pub dynamic_shared: *mut u8,
     pub runner: *mut c_void,
+    /// A number of its own for every block of every launch.
+    pub run: u64,
 }
 
 /// `gridgrad_thread`

@@ -35,6 +35,8 @@ mod signals;
 mod state;
 
 #[cfg(test)]
+mod primitives_tests;
+#[cfg(test)]
 mod tests;
 
 use machine::{Command, Machine};

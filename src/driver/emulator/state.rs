@@ -1,6 +1,7 @@
 //! The threads of one block: who runs, who waits for whom, who may go on.
 
 use std::ffi::{c_char, c_void};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use corosensei::Yielder;
 use corosensei::trap::CoroutineTrapHandler;
@@ -68,12 +69,15 @@ pub(super) struct State {
     pub traps: Vec<CoroutineTrapHandler<()>>,
 }
 
+/// Blocks run so far.
+static RUNS: AtomicU64 = AtomicU64::new(0);
+
 impl State {
     pub fn new(limit: usize) -> std::io::Result<Self> {
         let none = Index::default();
         let (dynamic_shared, runner) = (std::ptr::null_mut(), std::ptr::null_mut());
         Ok(State {
-            block: Block { index: none, threads: none, blocks: none, dynamic_shared, runner },
+            block: Block { index: none, threads: none, blocks: none, dynamic_shared, runner, run: 0 },
             threads: Vec::new(),
             statuses: Vec::new(),
             fiber_of: Vec::new(),
@@ -111,6 +115,7 @@ impl State {
             blocks: launch.grid.into(),
             dynamic_shared: self.shared.reset(launch.shared),
             runner: this.cast::<c_void>(),
+            run: RUNS.fetch_add(1, Ordering::Relaxed) + 1,
         };
         let block_pointer = &raw mut self.block;
         for thread in &mut self.threads {
