@@ -129,7 +129,7 @@ impl Products {
         let products = &mut *lock(products);
         let key = Key::new(product);
         if !products.plans.contains_key(&key) {
-            let plan = products.plan(&turn, product, &key)?;
+            let plan = products.plan(product, &key)?;
             if products.plans.len() >= MOST_PLANS {
                 products.plans.clear();
             }
@@ -188,7 +188,7 @@ impl Products {
     }
 
     /// Descriptors and the algorithm for a product; `None` where the library has none.
-    fn plan(&self, _turn: &Turn<'_>, product: &MatrixProduct, key: &Key) -> Result<Option<Plan>> {
+    fn plan(&self, product: &MatrixProduct, key: &Key) -> Result<Option<Plan>> {
         let stream = &*self.stream;
         let &MatrixProduct { dtype, m, n, k, batch, transpose_a, transpose_b, .. } = product;
         let Some(data_type) = data_type(dtype) else { return Ok(None) };

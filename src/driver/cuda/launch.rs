@@ -154,8 +154,7 @@ impl Gpu {
         if *promised < shared {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: `load` made the handle, and its module is kept.
-            let code =
-                unsafe { sys::cuFuncSetAttribute(function.handle as sys::CUfunction, attribute, shared as i32) };
+            let code = unsafe { sys::cuFuncSetAttribute(function.handle as sys::CUfunction, attribute, shared as i32) };
             turn.check("cuFuncSetAttribute", code)?;
             *promised = shared;
         }

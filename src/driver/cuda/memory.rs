@@ -57,8 +57,7 @@ impl Gpu {
         }
         let mut turn = self.stream.unrecorded_turn("download")?;
         // SAFETY: `from` has `to.len()` bytes by the seam's contract; `to` is borrowed until the wait below is over.
-        let code =
-            unsafe { sys::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from.0, to.len(), turn.raw()) };
+        let code = unsafe { sys::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from.0, to.len(), turn.raw()) };
         turn.check("cuMemcpyDtoHAsync", code)?;
         turn.synchronize()
     }
