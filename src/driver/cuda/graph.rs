@@ -1,4 +1,7 @@
 //! Recording launches, and running the recording.
+//!
+//! What is recorded should have run once before: the first use of a kernel, of ours or of cuBLASLt, may load code, which
+//! the driver cannot do in a recording.
 
 use std::sync::Arc;
 

@@ -112,17 +112,12 @@ impl Gpu {
         if grid.contains(&0) {
             return Ok(());
         }
-        if !arguments.sizes().eq(function.parameters.iter().copied()) {
-            let got: Vec<_> = arguments.sizes().collect();
-            let reason = format!("got arguments of {got:?} bytes, expected {:?}", function.parameters);
-            return Err(self.unfit(&function.name, reason));
-        }
         let mut turn = self.stream.turn()?;
         let handle = function.handle as sys::CUfunction;
         self.promise_shared(&mut turn, function, shared)?;
         let mut pointers = arguments.pointers();
         // SAFETY: `load` made the handle, and its module is kept. The driver copies each parameter before it returns,
-        // from memory that `arguments` owns, of the sizes compared above; their meaning is the caller's promise.
+        // from memory that `arguments` owns; that they are those of the kernel is the caller's promise.
         let code = unsafe {
             let ([x, y, z], [threads_x, threads_y, threads_z]) = (grid, block);
             let (parameters, extra) = (pointers.as_mut_ptr().cast(), std::ptr::null_mut());

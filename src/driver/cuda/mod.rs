@@ -115,7 +115,8 @@ impl Cuda {
     /// The GPU of this ordinal, with the modules that were compiled into the crate.
     ///
     /// # Errors
-    /// `DeviceUnavailable` where there is no driver, it is too old, or it refuses the GPU.
+    /// `DeviceUnavailable` where there is no driver, it is too old, or it refuses the GPU; `OutOfDeviceMemory` where
+    /// other programs have left no room for the workspace of matrix products.
     pub(crate) fn new(ordinal: usize) -> Result<Self> {
         Self::with_images(ordinal, Images { find: image, targets: "the targets it was compiled for" })
     }
@@ -124,7 +125,8 @@ impl Cuda {
         let device = Device::Cuda(ordinal);
         check_calls(device)?;
         result::init().map_err(|error| refused(device, "cuInit", error))?;
-        let handle = result::device::get(ordinal as i32).map_err(|error| refused(device, "cuDeviceGet", error))?;
+        let handle = result::device::get(i32::try_from(ordinal).unwrap_or(i32::MAX));
+        let handle = handle.map_err(|error| refused(device, "cuDeviceGet", error))?;
         let properties = describe(device, handle)?;
         let pool = default_pool(device, handle)?;
         let stream = Arc::new(Stream::new(device, handle, is_set("GRIDGRAD_SYNC"))?);

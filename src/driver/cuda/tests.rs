@@ -128,7 +128,7 @@ fn memory_goes_there_and_back() {
         assert!(beginning.contains("pool 4 ffffffffffffffff\n") && beginning.contains("stream 1\n"), "{beginning}");
 
         // More than both halves of the staging memory, of a length that fits nothing.
-        let bytes: Vec<u8> = (0..9_999_999u64).map(|i| (i * i >> 7) as u8).collect();
+        let bytes: Vec<u8> = (0..9_999_999u64).map(|i| ((i * i) >> 7) as u8).collect();
         let (first, second) = (cuda.allocate(bytes.len()).unwrap(), cuda.allocate(bytes.len()).unwrap());
         cuda.upload(&bytes[..3], first).unwrap();
         cuda.upload(&bytes, first).unwrap();
@@ -178,9 +178,6 @@ fn kernels_are_found_and_given_their_arguments() {
         let error = launch(&cuda, &scale, 1, 300_000).unwrap_err().to_string();
         assert!(error.contains("kernel scale: wants 300000 bytes of shared memory per block, the GPU has 232448"));
 
-        let short = Function { parameters: vec![8, 12], ..scale.clone() };
-        let error = launch(&cuda, &short, 1, 0).unwrap_err().to_string();
-        assert!(error.contains("got arguments of [8, 12, 4] bytes, expected [8, 12]"), "{error}");
         fail(c"cuLaunchKernel", 701);
         let error = launch(&cuda, &scale, 1, 0).unwrap_err();
         assert!(matches!(error, Error::Gpu { call: "cuLaunchKernel", .. }), "{error:?}");
