@@ -11,7 +11,9 @@
 pub(crate) mod cuda;
 #[cfg(feature = "emulator")]
 pub(crate) mod emulator;
+mod image;
 mod probe;
 pub(crate) mod seam;
 
+pub use image::kernels_built;
 pub use probe::*;
