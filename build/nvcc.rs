@@ -129,7 +129,8 @@ pub fn target_flags(targets: &str) -> Result<Vec<String>, String> {
             .then(|| format!("-gencode=arch=compute_{number},code={target}"))
             .ok_or_else(|| format!("GRIDGRAD_CUDA_TARGETS: '{target}' is no target like sm_80, sm_90a or compute_80"))
     };
-    let flags: Vec<_> = targets.split([',', ' ']).filter(|target| !target.is_empty()).map(flag).collect::<Result<_, _>>()?;
+    let flags: Vec<_> =
+        targets.split([',', ' ']).filter(|target| !target.is_empty()).map(flag).collect::<Result<_, _>>()?;
     if flags.is_empty() { Err("GRIDGRAD_CUDA_TARGETS names no target".into()) } else { Ok(flags) }
 }
 
@@ -145,7 +146,8 @@ pub struct Compiler {
 
 impl Compiler {
     fn new(program: PathBuf, version: &str, out: &Path) -> Result<Self, String> {
-        let targets = variable("GRIDGRAD_CUDA_TARGETS").map_or(TARGETS.into(), |value| value.to_string_lossy().into_owned());
+        let targets =
+            variable("GRIDGRAD_CUDA_TARGETS").map_or(TARGETS.into(), |value| value.to_string_lossy().into_owned());
         // Compressed for size, which any driver of CUDA 13 reads.
         let fixed = "-fatbin -std=c++20 -I kernels -lineinfo -Xptxas -v -compress-mode=size";
         let mut flags: Vec<String> = fixed.split(' ').map(String::from).collect();
@@ -189,16 +191,27 @@ impl Compiler {
         let (part, depfile) = (file("fatbin.part"), file("d"));
         let output = Command::new(&self.program)
             .args(&self.flags)
-            .args(["-MD".as_ref(), "-MF".as_ref(), depfile.as_os_str(), "-o".as_ref(), part.as_os_str(), source.as_ref()])
+            .args([
+                "-MD".as_ref(),
+                "-MF".as_ref(),
+                depfile.as_os_str(),
+                "-o".as_ref(),
+                part.as_os_str(),
+                source.as_ref(),
+            ])
             .current_dir(&self.root)
             .output()
             .map_err(|error| format!("{}: {error}", self.program.display()))?;
         if !output.status.success() {
             let _ = fs::remove_file(&part);
-            return Err(format!("nvcc does not compile {source}:\n{}", complaints(&String::from_utf8_lossy(&output.stderr))));
+            return Err(format!(
+                "nvcc does not compile {source}:\n{}",
+                complaints(&String::from_utf8_lossy(&output.stderr))
+            ));
         }
         let depfile = fs::read_to_string(&depfile).map_err(|error| format!("{}: {error}", depfile.display()))?;
-        let current = self.stamp(&dependencies(&depfile)).ok_or(format!("{source}: a file it includes has vanished"))?;
+        let current =
+            self.stamp(&dependencies(&depfile)).ok_or(format!("{source}: a file it includes has vanished"))?;
         // The stamp goes first: an old one beside a new fatbin would look current again once the source is back to old.
         let _ = fs::remove_file(&stamp);
         write_whole(&report, &output.stderr)?;
@@ -208,8 +221,11 @@ impl Compiler {
 
     fn is_current(&self, stamp: &Path) -> bool {
         let Ok(old) = fs::read_to_string(stamp) else { return false };
-        let files: Vec<_> =
-            old.lines().filter_map(|line| line.strip_prefix("file ")?.split_once(' ')).map(|(_, path)| path.into()).collect();
+        let files: Vec<_> = old
+            .lines()
+            .filter_map(|line| line.strip_prefix("file ")?.split_once(' '))
+            .map(|(_, path)| path.into())
+            .collect();
         self.stamp(&files) == Some(old)
     }
 

@@ -12,3 +12,19 @@ pub(crate) fn image(module: &str) -> Option<&'static [u8]> {
 pub fn kernels_built() -> bool {
     !KERNELS.is_empty()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_are_aligned_fatbins_and_found_by_name() {
+        for (name, bytes) in KERNELS {
+            assert_eq!(bytes.as_ptr().align_offset(64), 0, "{name}");
+            assert_eq!(bytes[..4], 0xBA55_ED50u32.to_le_bytes(), "{name} does not begin as a fatbin does");
+            assert_eq!(image(name), Some(*bytes));
+        }
+        assert_eq!(image("no_such_module"), None);
+        assert_eq!(kernels_built(), !KERNELS.is_empty());
+    }
+}
