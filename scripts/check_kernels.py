@@ -12,8 +12,10 @@ It fails where, for any target,
 
       // tensor cores: matmul_bf16, matmul_f16
 
-Registers, static shared memory, stack and spills are what ptxas reported during the build. Occupancy is for blocks of the
-size in the kernel's __launch_bounds__, and an upper bound for kernels that are launched with dynamic shared memory.
+The table has a line for each kernel: threads of a block by its __launch_bounds__; static shared memory, stack frame and
+spills in bytes, the most of all targets; and for each target the registers of a thread, how many blocks a multiprocessor
+holds, and the share of its threads that they are. Kernels that are launched with dynamic shared memory may fit less often.
+All but the last two is what ptxas reported during the build.
 Needs the disassembler: `scripts/install_nvcc.py --disassembler`, or cuobjdump on PATH.
 """
 
@@ -159,7 +161,7 @@ def check(source, out_dir, cuobjdump):
     marks = tuple(parse_marks(source.read_text()))
     tensor_cores = parse_tensor_cores(run(cuobjdump, "-sass", fatbin)) if marks else set()
     rows, problems = [], []
-    for kernel in sorted(kernels, key=lambda kernel: (kernel.name, architecture(kernel.target))):
+    for kernel in sorted(kernels):
         where = "%s: %s for %s" % (source.name, kernel.name, kernel.target)
         if kernel.spills or kernel.stack:
             text = "%s has a stack frame of %d bytes and spills %d bytes"
@@ -176,17 +178,26 @@ def check(source, out_dir, cuobjdump):
 
 
 def print_table(rows):
-    head = ("kernel", "target", "registers", "shared", "stack", "spills", "threads", "blocks", "occupancy")
-    table = [head]
+    """A line for each kernel, and in it for each target: registers, blocks of a multiprocessor, occupancy."""
+    lines = {}
     for kernel, threads in rows:
-        fit = occupancy(kernel.target, kernel.registers, kernel.shared, threads)
-        last = (str(fit[0]), "%.0f %%" % (100 * fit[1])) if fit else ("-", "-")
-        table.append(tuple(str(value) for value in kernel) + (str(threads or "-"),) + last)
-    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
+        lines.setdefault(kernel.name, {})[kernel.target] = (kernel, threads)
+    targets = sorted({kernel.target for kernel, _ in rows}, key=architecture)
+    table = [("kernel", "threads", "shared", "stack", "spills") + tuple(targets)]
+    for name, cells in lines.items():
+        kernels, threads = [kernel for kernel, _ in cells.values()], max(threads or 0 for _, threads in cells.values())
+        bytes_of = (max(column) for column in zip(*((kernel.shared, kernel.stack, kernel.spills) for kernel in kernels)))
+        row = (name, str(threads or "-")) + tuple(str(count) for count in bytes_of)
+        table.append(row + tuple(cell(*cells[target]) if target in cells else "-" for target in targets))
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     for row in table:
-        cells = [cell.ljust(width) if column < 2 else cell.rjust(width)
-                 for column, (cell, width) in enumerate(zip(row, widths))]
-        print("  ".join(cells).rstrip())
+        cells = [text.rjust(width) for text, width in zip(row[1:], widths[1:])]
+        print("  ".join([row[0].ljust(widths[0])] + cells))
+
+
+def cell(kernel, threads):
+    fit = occupancy(kernel.target, kernel.registers, kernel.shared, threads)
+    return "%d %s" % (kernel.registers, "%2d %3.0f%%" % (fit[0], 100 * fit[1]) if fit else " -    -")
 
 
 def main():
@@ -205,7 +216,8 @@ def main():
     problems = [problem for _, problems in checked for problem in problems]
     for problem in problems:
         print("error: " + problem, file=sys.stderr)
-    print("%d files, %d kernels and targets, %d problems" % (len(sources), sum(len(r) for r, _ in checked), len(problems)))
+    names = {kernel.name for rows, _ in checked for kernel, _ in rows}
+    print("%d files, %d kernels, %d problems" % (len(sources), len(names), len(problems)))
     sys.exit(1 if problems else 0)
 
 
