@@ -39,6 +39,8 @@ mod primitives_tests;
 #[cfg(test)]
 mod tests;
 
+#[cfg(test)]
+pub(crate) use abi::kernel_names;
 use machine::{Command, Machine};
 pub(crate) use memory::Counters;
 
