@@ -115,19 +115,17 @@ pub fn require(device: Device) -> Result<()> {
     .map_err(|reason| Error::DeviceUnavailable { device, reason })
 }
 
-impl Device {
-    /// The first GPU that can compute, or else the processor.
-    ///
-    /// ```
-    /// use gridgrad::{Device, driver};
-    /// assert!(driver::require(Device::best()).is_ok());
-    /// ```
-    pub fn best() -> Device {
-        best(&probe(), kernels_built())
-    }
+/// The first GPU that can compute, or else the processor.
+///
+/// ```
+/// use gridgrad::driver;
+/// assert!(driver::require(driver::best()).is_ok());
+/// ```
+pub fn best() -> Device {
+    best_of(&probe(), kernels_built())
 }
 
-fn best(probed: &std::result::Result<Vec<GpuInfo>, NoGpu>, kernels_built: bool) -> Device {
+fn best_of(probed: &std::result::Result<Vec<GpuInfo>, NoGpu>, kernels_built: bool) -> Device {
     let ordinals = probed.iter().flatten().map(|gpu| gpu.ordinal);
     ordinals.into_iter().find(|&gpu| usable(gpu, probed, kernels_built).is_ok()).map_or(Device::Cpu, Device::Cuda)
 }

@@ -37,10 +37,10 @@ fn a_gpu_older_than_the_kernels_is_refused_and_passed_over() {
     let old = GpuInfo { compute_capability: (7, 5), ..gpu(0) };
     let reason = usable(0, &Ok(vec![old.clone()]), true).unwrap_err();
     assert!(reason.contains("(Test GPU) has compute capability 7.5, but gridgrad's kernels need 8.0"), "{reason}");
-    assert_eq!(best(&Ok(vec![old.clone(), gpu(1)]), true), Device::Cuda(1));
-    assert_eq!(best(&Ok(vec![old]), true), Device::Cpu);
-    assert_eq!(best(&Ok(vec![gpu(0)]), false), Device::Cpu);
-    assert_eq!(best(&Err(NoGpu::NoDriver), true), Device::Cpu);
+    assert_eq!(best_of(&Ok(vec![old.clone(), gpu(1)]), true), Device::Cuda(1));
+    assert_eq!(best_of(&Ok(vec![old]), true), Device::Cpu);
+    assert_eq!(best_of(&Ok(vec![gpu(0)]), false), Device::Cpu);
+    assert_eq!(best_of(&Err(NoGpu::NoDriver), true), Device::Cpu);
 }
 
 #[test]
@@ -83,7 +83,7 @@ mod stand_ins {
         if std::env::var_os(CHILD).is_some() {
             println!("probe={:?}", probe());
             println!("require={}", require(Device::Cuda(0)).map_or_else(|e| e.to_string(), |()| "ok".into()));
-            println!("best={}", Device::best());
+            println!("best={}", best());
         }
     }
 
