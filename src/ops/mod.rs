@@ -30,6 +30,7 @@ pub mod position_bias;
 mod reduce;
 mod resample;
 mod softmax;
+mod strided;
 
 pub use batch_norm::{BatchNorm, BatchNormMode, BatchStatistics, batch_norm};
 pub use conv2d::{Conv2dOptions, conv_transpose2d, conv2d};
@@ -59,7 +60,7 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        [elementwise::gpu::KERNELS, softmax::gpu::KERNELS].into_iter().flatten().copied()
+        [elementwise::gpu::KERNELS, layout::gpu::KERNELS, reduce::gpu::KERNELS, softmax::gpu::KERNELS].into_iter().flatten().copied()
     }
 
     #[cfg(all(test, feature = "emulator"))]
