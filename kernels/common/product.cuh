@@ -5,9 +5,6 @@
 
 constexpr int BATCH_AXES = 4;
 
-// As seam::Epilogue: nothing; plus the bias; plus the bias, then the GELU.
-enum Epilogue : u32 { NONE, BIAS, BIAS_GELU };
-
 // The first `count` of N values, at `to` and every `stride` elements from there; at once where `aligned`.
 template <class T, u32 N>
 __device__ __forceinline__ void store_run(T* to, u64 stride, u32 count, bool aligned, const float (&values)[N]) {
@@ -18,26 +15,27 @@ __device__ __forceinline__ void store_run(T* to, u64 stride, u32 count, bool ali
     }
 }
 
-// What follows a sum, and where the result goes. `auxiliary`, where there is one, takes the sums before the GELU.
+// What follows a sum, and where the result goes: the bias, where there is one, and the GELU, if it is asked for.
+// `auxiliary`, where there is one, takes the sums before the GELU.
 template <class T> struct Store {
     T* output;
     T* auxiliary;
     const T* bias;
-    u32 epilogue;
+    u32 activate;
 
     // N sums from `column` on, of which `count` are in C, to `position` and every `stride` elements from there;
-    // `aligned`: as `store_from_float` wants it. Without FUSED there is no epilogue.
+    // `aligned`: as `store_from_float` wants it. Without FUSED the sums are stored as they are.
     template <bool FUSED, u32 N>
     __device__ __forceinline__ void operator()(
         u64 position, u64 stride, u32 column, u32 count, bool aligned, float (&sums)[N]) const {
         if constexpr (FUSED) {
-            if (epilogue != NONE) {
+            if (bias) {
 #pragma unroll
                 for (u32 i = 0; i < N; ++i) {
                     if (i < count) sums[i] += to_float(bias[column + i]);
                 }
             }
-            if (epilogue == BIAS_GELU) {
+            if (activate) {
                 if (auxiliary) store_run(auxiliary + position, stride, count, aligned, sums);
 #pragma unroll
                 for (float& sum : sums) sum = gelu(sum);
