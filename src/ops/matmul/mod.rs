@@ -88,6 +88,18 @@ fn batch_offsets(operand: &[usize], batch: &Shape) -> Vec<usize> {
     (0..batch.elements()).map(number).collect()
 }
 
+/// The axes in front of the last two.
+fn batch_of(operand: &Tensor) -> &[usize] {
+    &operand.shape()[..operand.rank() - 2]
+}
+
+/// The rows of all matrices as one.
+fn all_rows(operand: &Tensor) -> Result<Tensor> {
+    let columns = operand.shape()[operand.rank() - 1];
+    let rows = operand.shape()[..operand.rank() - 1].iter().product();
+    operand.reshape([rows, columns])
+}
+
 struct MatmulRule {
     left: Tensor,
     right: Tensor,
@@ -104,6 +116,12 @@ impl Function for MatmulRule {
         let (a, b, grad) = (&self.left, &self.right, backward.grad());
         let Transposed { left: at, right: bt } = self.transposed;
         let product = |x: &Tensor, left: bool, y: &Tensor, right: bool, like: &Tensor| {
+            // One matrix for a whole batch: its gradient is one product of all rows.
+            if left && !right && batch_of(like).iter().all(|&extent| extent == 1) && batch_of(x) == batch_of(y) {
+                return all_rows(x)?
+                    .matmul_transposed(&all_rows(y)?, Transposed { left, right })?
+                    .reshape(like.shape());
+            }
             x.matmul_transposed(y, Transposed { left, right })?.sum_to(like.shape())
         };
         let da = match (backward.needs(0), at) {
