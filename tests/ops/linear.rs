@@ -6,7 +6,7 @@ use gridgrad::autograd::{self, GradOptions};
 use gridgrad::ops::{linear, linear_gelu};
 use gridgrad::{DType, Device, Result, Tensor};
 
-use crate::harness::{OpCase, Tolerance, Work, check, randn, test_device};
+use crate::harness::{OpCase, Tolerance, Work, check, check_on_device, randn, test_device};
 use crate::matmul::sum_tolerance;
 
 struct Linear {
@@ -76,14 +76,26 @@ fn cases() -> Vec<Box<dyn OpCase>> {
             (vec![3], 0, 2, true),
             (vec![0], 4, 3, true),
             (vec![2, 3, 7], 13, 11, true),
+        ] {
+            cases.push(Box::new(Linear { outer, in_features, out_features, bias, gelu }));
+        }
+    }
+    cases
+}
+
+/// Around the edges of the kernels' tiles.
+fn tile_cases() -> Vec<Linear> {
+    let mut cases = Vec::new();
+    for gelu in [false, true] {
+        for (outer, in_features, out_features, bias) in [
             (vec![100], 96, 31, true),
             (vec![4, 33], 16, 72, false),
             // The large tile on the emulator, with remainders; sums over rows in several blocks.
-            (vec![264], 24, 136, true),
+            (vec![136], 40, 136, true),
             // A split product.
             (vec![7], 520, 16, true),
         ] {
-            cases.push(Box::new(Linear { outer, in_features, out_features, bias, gelu }));
+            cases.push(Linear { outer, in_features, out_features, bias, gelu });
         }
     }
     cases
@@ -107,6 +119,11 @@ pub fn benchmarks() -> Vec<Box<dyn OpCase>> {
 #[test]
 fn linear_maps_agree_with_their_definition() {
     check(&cases());
+}
+
+#[test]
+fn tiles_agree_with_the_processor() {
+    tile_cases().iter().for_each(|case| check_on_device(case));
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::fmt;
 use gridgrad::ops::Transposed;
 use gridgrad::{Result, Tensor};
 
-use crate::harness::{OpCase, ROUNDING, Tolerance, Work, check, randn, test_device};
+use crate::harness::{OpCase, ROUNDING, Tolerance, Work, check, check_on_device, randn, test_device};
 
 /// Sums of `k` products of normal numbers: the error grows with √k roundings.
 pub fn sum_tolerance(k: usize) -> Tolerance {
@@ -101,14 +101,6 @@ fn cases() -> Vec<Box<dyn OpCase>> {
             (vec![2], vec![2], [3, 2, 0]),
             (vec![3], vec![1], [1, 9, 16]),
             (vec![], vec![], [24, 1, 8]),
-            // Rows of whole 16 bytes, around the edges of the small tile.
-            (vec![], vec![], [64, 56, 32]),
-            (vec![2], vec![2], [72, 64, 40]),
-            // Enough tiles on the emulator for the large one, with remainders.
-            (vec![2], vec![2], [136, 128, 24]),
-            // Few tiles and many terms: split.
-            (vec![], vec![], [8, 16, 520]),
-            (vec![], vec![], [5, 3, 775]),
         ] {
             cases.push(Box::new(Matmul { left_batch, right_batch, mnk, transposed }));
         }
@@ -117,6 +109,27 @@ fn cases() -> Vec<Box<dyn OpCase>> {
     let transposed = Transposed::default();
     for (left_batch, right_batch) in [(vec![2, 1, 3], vec![2, 1]), (vec![2, 1, 2, 1, 2], vec![3, 1, 2, 1])] {
         cases.push(Box::new(Matmul { left_batch, right_batch, mnk: [2, 3, 4], transposed }));
+    }
+    cases
+}
+
+/// Around the edges of the kernels' tiles.
+fn tile_cases() -> Vec<Matmul> {
+    let mut cases = Vec::new();
+    for (left, right) in [(false, false), (true, false), (false, true), (true, true)] {
+        let transposed = Transposed { left, right };
+        for (left_batch, right_batch, mnk) in [
+            // Rows of whole 16 bytes: a small tile, and a little more and less than one.
+            (vec![], vec![], [64, 64, 32]),
+            (vec![2], vec![2], [72, 56, 40]),
+            // Enough tiles on the emulator for the large one, with remainders.
+            (vec![], vec![], [136, 136, 40]),
+            // Few tiles and many terms: k is split.
+            (vec![], vec![], [8, 16, 520]),
+            (vec![], vec![], [5, 3, 775]),
+        ] {
+            cases.push(Matmul { left_batch, right_batch, mnk, transposed });
+        }
     }
     cases
 }
@@ -134,6 +147,11 @@ pub fn benchmarks() -> Vec<Box<dyn OpCase>> {
 #[test]
 fn products_agree_with_their_definition() {
     check(&cases());
+}
+
+#[test]
+fn tiles_agree_with_the_processor() {
+    tile_cases().iter().for_each(|case| check_on_device(case));
 }
 
 #[test]
