@@ -44,6 +44,7 @@ mod clip;
 mod config;
 mod device;
 mod ema;
+mod engine;
 mod evaluate;
 mod metrics;
 mod observer;
