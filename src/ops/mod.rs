@@ -41,7 +41,7 @@ pub use gather::embedding;
 pub use interpolate::{Interpolation, interpolate};
 pub use layer_norm::layer_norm;
 pub use layout::concat;
-pub use linear::linear;
+pub use linear::{linear, linear_gelu};
 pub use loss::{CrossEntropyOptions, Reduction, Targets, binary_cross_entropy_with_logits, cross_entropy, mse_loss};
 pub use lsda::lsda;
 pub use matmul::Transposed;
@@ -60,7 +60,15 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        [elementwise::gpu::KERNELS, layout::gpu::KERNELS, reduce::gpu::KERNELS, softmax::gpu::KERNELS].into_iter().flatten().copied()
+        let rooms: &[&[Signature]] = &[
+            elementwise::gpu::KERNELS,
+            layout::gpu::KERNELS,
+            linear::gpu::KERNELS,
+            matmul::gpu::KERNELS,
+            reduce::gpu::KERNELS,
+            softmax::gpu::KERNELS,
+        ];
+        rooms.iter().flat_map(|room| room.iter().copied())
     }
 
     #[cfg(all(test, feature = "emulator"))]
