@@ -7,8 +7,6 @@
 #include "common/index.cuh"
 
 #ifndef __CUDACC__
-#include <vector>
-
 namespace async_copy_detail {
 
 struct Copy {
@@ -78,11 +76,9 @@ __device__ __forceinline__ void async_copy(void* shared, const void* global, u32
 #else
     using Word = async_copy_detail::Word<BYTES>;
     if (valid > 0) {
-        // Read where the access is issued, so that one that is out of bounds or misaligned is reported here.
-        [[maybe_unused]] volatile unsigned char last = static_cast<const unsigned char*>(global)[valid - 1];
-        if (reinterpret_cast<uintptr_t>(global) % BYTES != 0) {
-            gridgrad_fault(gridgrad_current, "cp.async from an address that its size does not divide", __FILE__, __LINE__);
-        }
+        // Touched where the copy is issued, so that an address out of bounds or misaligned is reported here.
+        const Word& source = *static_cast<const Word*>(global);
+        [[maybe_unused]] volatile unsigned char last = source.bytes[valid - 1];
     }
     Word poison;
     memset(poison.bytes, 0xFF, BYTES);

@@ -40,8 +40,7 @@ struct Arithmetic {
 };
 
 template <class... Values> [[noreturn]] void report(const Location& location, const char* format, Values... values) {
-    // Not on the stack: the report is read after the fiber has stopped.
-    static thread_local char reason[256];
+    char reason[256];
     snprintf(reason, sizeof reason, format, values...);
     gridgrad_fault(gridgrad_current, reason, location.file, location.line);
 }

@@ -14,6 +14,7 @@
 #include <bit>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "emulator/types.h"
 
@@ -35,6 +36,7 @@ struct gridgrad_block {
     dim3 blocks;
     unsigned char* dynamic_shared;
     void* runner;
+    unsigned long long run; // a number of its own for every block of every launch
 };
 
 struct gridgrad_thread {

@@ -42,11 +42,13 @@
 mod checkpoint;
 mod clip;
 mod config;
-mod ema;
+pub(crate) mod device;
+pub(crate) mod ema;
 mod evaluate;
 mod metrics;
 mod observer;
-mod optimizer;
+pub(crate) mod optimizer;
+mod precision;
 mod schedule;
 mod trainer;
 
@@ -58,6 +60,7 @@ pub use evaluate::{Batches, Classifier, evaluate};
 pub use metrics::{EpochMetrics, Evaluation, MetricsFile, Record, RunningMeans, StepMetrics, Throughput, top_hits};
 pub use observer::{Observer, StepReport};
 pub use optimizer::{AdamW, Group, Optimizer, OptimizerConfig, Sgd, decays};
+pub use precision::{LossScale, Precision};
 pub use schedule::{Decay, Schedule, ScheduleConfig, Span, Warmup};
 pub use trainer::{BEST_CHECKPOINT, LAST_CHECKPOINT, METRICS_FILE, Outcome, Trainer, TrainingRun};
 

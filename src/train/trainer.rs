@@ -127,7 +127,7 @@ impl<'a> Trainer<'a> {
         let parameters = self.run.model.parameters();
         let problems = [
             state_problems(&parameters.state_dict(), &model),
-            state_problems(&self.optimizer.state_dict(), &optimizer),
+            state_problems(&self.optimizer.state_dict()?, &optimizer),
             state_problems(&own_ema, &ema),
         ]
         .concat();
@@ -351,7 +351,7 @@ impl<'a> Trainer<'a> {
         let checkpoint = Checkpoint {
             progress: self.progress.clone(),
             model: self.run.model.parameters().state_dict(),
-            optimizer: self.optimizer.state_dict(),
+            optimizer: self.optimizer.state_dict()?,
             ema: self.ema.as_ref().map(Ema::state_dict),
         };
         checkpoint.write(&path)?;

@@ -1,14 +1,17 @@
 //! AdamW and SGD over a model's parameters.
 
+pub(in crate::train) mod gpu;
 mod kernels;
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use super::device::DeviceStep;
 use super::state_problems;
 use crate::autograd::Gradients;
 use crate::cpu::Float;
 use crate::nn::{Parameter, Parameters, StateDict};
+use crate::tensor::{Place, place};
 use crate::{DType, Error, Result, Tensor};
 
 /// Which optimizer, with its settings. The learning rate comes with every step.
@@ -139,6 +142,8 @@ pub fn decays(parameter: &Parameter) -> bool {
 pub struct Optimizer {
     config: OptimizerConfig,
     entries: Vec<Entry>,
+    /// Where the weights are on a GPU.
+    device: Option<DeviceStep>,
 }
 
 /// A parameter with what the optimizer remembers of it.
@@ -157,7 +162,8 @@ impl Optimizer {
     /// An optimizer of all weights in `parameters` that decays those that [`decays`] names.
     ///
     /// # Errors
-    /// `Config` where a setting is out of its range, `DType` where a weight is neither `f32` nor `f64`.
+    /// `Config` where a setting is out of its range, `DType` where a weight is neither `f32` nor `f64`,
+    /// `DeviceMismatch` where weights are on several devices.
     pub fn new(parameters: &Parameters, config: OptimizerConfig) -> Result<Self> {
         Self::with_groups(parameters, config, |parameter| Group {
             weight_decay: if decays(parameter) { config.weight_decay() } else { 0.0 },
@@ -182,7 +188,13 @@ impl Optimizer {
             let state = State::new(config, &parameter.tensor())?;
             Ok(Entry { parameter, group, state })
         };
-        Ok(Optimizer { config, entries: parameters.weights().map(entry).collect::<Result<_>>()? })
+        let entries: Vec<Entry> = parameters.weights().map(entry).collect::<Result<_>>()?;
+        let values: Vec<Tensor> = entries.iter().map(|entry| entry.parameter.tensor()).collect();
+        let device = match place("Optimizer", &values.iter().collect::<Vec<_>>())? {
+            Place::Host => None,
+            Place::Gpu(gpu) => Some(DeviceStep::new(gpu, None)?),
+        };
+        Ok(Optimizer { config, entries, device })
     }
 
     /// The settings.
@@ -204,15 +216,9 @@ impl Optimizer {
     /// # Errors
     /// As [`Optimizer::step`].
     pub fn step_scaled(&mut self, gradients: &Gradients, lr: f64, gradient_scale: f64) -> Result<()> {
-        for Entry { parameter, .. } in &self.entries {
-            let value = parameter.tensor();
-            if let Some(gradient) = gradients.get(&value) {
-                gradient.expect_dtype("Optimizer::step", value.dtype())?;
-                if gradient.shape() != value.shape() {
-                    let message = format!("gradient {} for {} {}", gradient.shape(), parameter.name(), value.shape());
-                    return Err(Error::shape("Optimizer::step", message));
-                }
-            }
+        self.check(gradients)?;
+        if self.device.is_some() {
+            return self.step_on_device(gradients, lr, gradient_scale);
         }
         self.entries.par_iter_mut().try_for_each(|entry| {
             let Some(gradient) = gradients.get(&entry.parameter.tensor()) else { return Ok(()) };
@@ -223,13 +229,33 @@ impl Optimizer {
         })
     }
 
+    /// Whether every gradient fits its weight.
+    fn check(&self, gradients: &Gradients) -> Result<()> {
+        for Entry { parameter, .. } in &self.entries {
+            let value = parameter.tensor();
+            if let Some(gradient) = gradients.get(&value) {
+                gradient.expect_dtype("Optimizer::step", value.dtype())?;
+                place("Optimizer::step", &[&value, gradient])?;
+                if gradient.shape() != value.shape() {
+                    let message = format!("gradient {} for {} {}", gradient.shape(), parameter.name(), value.shape());
+                    return Err(Error::shape("Optimizer::step", message));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// What the optimizer remembers, by parameter and PyTorch's names: `<parameter>.exp_avg` and so on.
-    pub fn state_dict(&self) -> StateDict {
+    ///
+    /// # Errors
+    /// Where a device that counts the steps refuses to tell.
+    pub fn state_dict(&self) -> Result<StateDict> {
+        let counted = self.device.as_ref().map(|device| device.progress()).transpose()?.map(|(applied, _)| applied);
         let named = |entry: &Entry| {
             let name = entry.parameter.name().to_owned();
-            entry.state.tensors().into_iter().map(move |(part, tensor)| (format!("{name}.{part}"), tensor))
+            entry.state.tensors(counted).into_iter().map(move |(part, tensor)| (format!("{name}.{part}"), tensor))
         };
-        self.entries.iter().flat_map(named).collect()
+        Ok(self.entries.iter().flat_map(named).collect())
     }
 
     /// Goes on from `state`. Nothing changes unless everything fits.
@@ -237,13 +263,15 @@ impl Optimizer {
     /// # Errors
     /// [`Error::StateDict`], listing every tensor that is missing, surplus, or of another shape or dtype.
     pub fn load_state_dict(&mut self, state: &StateDict) -> Result<()> {
-        let problems = state_problems(&self.state_dict(), state);
+        let problems = state_problems(&self.state_dict()?, state);
         if !problems.is_empty() {
             return Err(Error::StateDict(problems));
         }
         self.entries.iter_mut().try_for_each(|Entry { parameter, state: remembered, .. }| {
             remembered.load(|part| state.get(&format!("{}.{part}", parameter.name())))
-        })
+        })?;
+        let steps = self.entries.iter().map(|entry| entry.state.step()).max().unwrap_or(0);
+        self.device.iter().try_for_each(|device| device.resume(steps as u64, device.progress()?.1))
     }
 }
 
@@ -252,7 +280,7 @@ impl State {
         if !matches!(value.dtype(), DType::F32 | DType::F64) {
             return Err(Error::DType { op: "Optimizer", got: value.dtype(), expected: "f32 or f64".into() });
         }
-        let zeros = || Tensor::zeros(value.shape(), value.dtype());
+        let zeros = || value.full_like(0.0);
         Ok(match config {
             OptimizerConfig::AdamW(config) => State::AdamW { config, step: 0, exp_avg: zeros()?, exp_avg_sq: zeros()? },
             OptimizerConfig::Sgd(config) => {
@@ -261,10 +289,20 @@ impl State {
         })
     }
 
-    fn tensors(&self) -> Vec<(&'static str, Tensor)> {
+    /// Steps of AdamW.
+    fn step(&self) -> i64 {
+        match self {
+            State::AdamW { step, .. } => *step,
+            State::Sgd { .. } => 0,
+        }
+    }
+
+    /// `counted` is the number of steps where a device counts them.
+    fn tensors(&self, counted: Option<u64>) -> Vec<(&'static str, Tensor)> {
         match self {
             State::AdamW { step, exp_avg, exp_avg_sq, .. } => {
-                vec![("step", Tensor::scalar(*step)), ("exp_avg", exp_avg.clone()), ("exp_avg_sq", exp_avg_sq.clone())]
+                let step = counted.map_or(*step, |counted| counted as i64);
+                vec![("step", Tensor::scalar(step)), ("exp_avg", exp_avg.clone()), ("exp_avg_sq", exp_avg_sq.clone())]
             }
             State::Sgd { momentum_buffer, .. } => {
                 momentum_buffer.iter().map(|buffer| ("momentum_buffer", buffer.clone())).collect()
@@ -274,21 +312,18 @@ impl State {
 
     /// Takes over the tensors that `get` finds; the caller has compared shapes and dtypes.
     fn load<'a>(&mut self, get: impl Fn(&str) -> Option<&'a Tensor>) -> Result<()> {
-        let replace = |slot: &mut Tensor, part: &str| {
-            if let Some(tensor) = get(part) {
-                *slot = tensor.clone();
-            }
-        };
+        let replace =
+            |slot: &mut Tensor, part: &str| -> Result<()> { get(part).map_or(Ok(()), |tensor| slot.overwrite(tensor)) };
         match self {
             State::AdamW { step, exp_avg, exp_avg_sq, .. } => {
-                replace(exp_avg, "exp_avg");
-                replace(exp_avg_sq, "exp_avg_sq");
+                replace(exp_avg, "exp_avg")?;
+                replace(exp_avg_sq, "exp_avg_sq")?;
                 if let Some([loaded]) = get("step").map(Tensor::data::<i64>).transpose()? {
                     *step = *loaded;
                 }
             }
             State::Sgd { momentum_buffer, .. } => {
-                momentum_buffer.iter_mut().for_each(|buffer| replace(buffer, "momentum_buffer"));
+                momentum_buffer.iter_mut().try_for_each(|buffer| replace(buffer, "momentum_buffer"))?;
             }
         }
         Ok(())
