@@ -113,8 +113,9 @@ __device__ void lsda_forward(T* output, const T* qkv, const T* bias, const Probl
                 if (busy) {
                     clear(logits);
                     multiply_by_transposed<T, D>(logits, query, row, key, keys);
-                    const Pair pair{queries, keys, tokens.position + i * TILE, tokens.position + j * TILE};
-                    finish_logits(logits, pair, row, scale, bias ? table : nullptr, centre(problem));
+                    const PairBias pair_bias{table, bias != nullptr, tokens.position + i * TILE,
+                                             tokens.position + j * TILE, centre(problem)};
+                    finish_logits(logits, pair_bias, row, keys, scale);
                     running.weigh(logits);
                 }
                 async_wait<0>();
@@ -132,7 +133,7 @@ __device__ void lsda_forward(T* output, const T* qkv, const T* bias, const Probl
 }
 
 #define INSTANCE(suffix, T, D)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(Tiling<T, D>::THREADS)                                                \
+    extern "C" __global__ void __launch_bounds__(Tiling<T, D>::THREADS, D == 128 ? 4 : 3) \
         lsda_forward_##suffix##_##D(T* output, const T* qkv, const T* bias, Problem problem) {                         \
         lsda_forward<T, D>(output, qkv, bias, problem);                                                                \
     }

@@ -90,6 +90,7 @@ struct Tokens {
 
     __device__ __forceinline__ void find(
         const Problem& problem, const Group& group, u32 capacity, u32 thread, u32 threads) const {
+#pragma unroll 1
         for (u32 i = thread; i < capacity; i += threads) {
             const bool inside = i < group.count();
             const u32 y = inside ? i / group.columns.count : 0, x = inside ? i % group.columns.count : 0;
@@ -109,6 +110,7 @@ constexpr float LOG2_E = 1.4426950408889634f;
 template <class T>
 __device__ __forceinline__ void load_table(float* table, const T* bias, const Problem& problem, u32 head, u32 threads) {
     if (bias == nullptr) return;
+#pragma unroll 1
     for (u32 row = threadIdx.x; row < problem.table_rows(); row += threads) {
         table[row] = to_float(bias[u64(row) * problem.heads + head]) * LOG2_E;
     }
@@ -121,6 +123,7 @@ __device__ __forceinline__ void load_tokens(T* tile, const T* source, u64 stride
                                             u32 width, const Slot<T, D>& slot) {
     using Tile = SharedTile<T, 16, D>;
     const bool vectors = width % Tile::CHUNK == 0;
+#pragma unroll 1
     for (u32 i = slot.thread; i < slot.rows * Tile::CHUNKS; i += slot.threads) {
         const u32 row = i / Tile::CHUNKS, column = i % Tile::CHUNKS * Tile::CHUNK;
         const bool inside = row < count && column < width;
@@ -145,6 +148,7 @@ __device__ __forceinline__ void store_tokens(T* target, u64 stride, const u32* n
                                              u32 count, u32 width) {
     using Tile = SharedTile<T, 16, D>;
     const bool vectors = width % Tile::CHUNK == 0;
+#pragma unroll 1
     for (u32 i = lane(); i < 16 * Tile::CHUNKS; i += 32) {
         const u32 line = row + i / Tile::CHUNKS, column = i % Tile::CHUNKS * Tile::CHUNK;
         if (line >= count || column >= width) continue;
@@ -161,28 +165,30 @@ __device__ __forceinline__ void store_tokens(T* target, u64 stride, const u32* n
     }
 }
 
-// A tile of queries against a tile of keys.
-struct Pair {
-    u32 queries, keys;  // how many of the tiles' lines are tokens
+// The bias of the pairs in a tile of queries against a tile of keys; positions from the tiles' first tokens on.
+struct PairBias {
+    const float* table;
+    bool there;
     const i32 *query_position, *key_position;
+    i32 centre;
 };
 
-// The warp's logits in base 2, from the products q · k in `sums`: −∞ where there is no such query or key.
+// The warp's logits in base 2, from the products q · k in `sums`: −∞ from key `keys` on.
 template <u32 N>
 __device__ __forceinline__ void finish_logits(
-    float (&sums)[N][4], const Pair& pair, u32 row, float scale, const float* table, i32 centre) {
-    const u32 first_row = row + lane() / 4;
-    const i32 low = pair.query_position[first_row] + centre, high = pair.query_position[first_row + 8] + centre;
+    float (&sums)[N][4], const PairBias& bias, u32 row, u32 keys, float scale) {
+    const u32 lane = warp_product::fresh_lane(), first = row + lane / 4;
+    const i32 query[2] = {bias.query_position[first] + bias.centre, bias.query_position[first + 8] + bias.centre};
 #pragma unroll
     for (u32 n = 0; n < N; ++n) {
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
-            const u32 key = n * 8 + lane() % 4 * 2 + i % 2;
-            if (key >= pair.keys || first_row + i / 2 * 8 >= pair.queries) {
-                sums[n][i] = -INFINITY;
+            const u32 key = n * 8 + lane % 4 * 2 + i % 2;
+            if (key < keys) {
+                sums[n][i] *= scale;
+                if (bias.there) sums[n][i] += bias.table[query[i / 2] - bias.key_position[key]];
             } else {
-                const float bias = table ? table[(i < 2 ? low : high) - pair.key_position[key]] : 0;
-                sums[n][i] = fmaf(sums[n][i], scale, bias);
+                sums[n][i] = -INFINITY;
             }
         }
     }

@@ -18,6 +18,18 @@ template <u32 N> __device__ __forceinline__ void clear(float (&sums)[N][4]) {
 
 namespace warp_product {
 
+// The lane, read anew: what is computed from it stays where it is written. The compiler would else compute the
+// addresses of every product before the loops around them, and run out of registers.
+__device__ __forceinline__ u32 fresh_lane() {
+#ifdef __CUDACC__
+    u32 value;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(value));
+    return value;
+#else
+    return lane();
+#endif
+}
+
 // Both columns' products of a pair of B fragments; the second only where it is wanted.
 template <class T> __device__ __forceinline__ void multiply_pair(
     float (&first)[4], float (&second)[4], const u32 (&a)[4], const u32 (&b)[4], bool both) {
@@ -41,20 +53,21 @@ template <class T, u32 D, u32 N>
 __device__ __forceinline__ void multiply_by_transposed(
     float (&sums)[N][4], const T* a, u32 row, const T* b, u32 columns) {
     using Tile = SharedTile<T, 16, D>;
+    const u32 lane = warp_product::fresh_lane();
     if constexpr (sizeof(T) == 2) {
-#pragma unroll
+#pragma unroll 2
         for (u32 k = 0; k < D / 16; ++k) {
             u32 left[4], right[4];
-            ldmatrix_x4(left, a + Tile::offset(row + lane() % 16, k * 2 + lane() / 16));
+            ldmatrix_x4(left, a + Tile::offset(row + lane % 16, k * 2 + lane / 16));
 #pragma unroll
             for (u32 n = 0; n < N; n += 2) {
                 if (n * 8 >= columns) continue;
-                ldmatrix_x4(right, b + Tile::offset(n * 8 + lane() / 16 * 8 + lane() % 8, k * 2 + lane() / 8 % 2));
+                ldmatrix_x4(right, b + Tile::offset(n * 8 + lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2));
                 warp_product::multiply_pair<T>(sums[n], sums[n + 1], left, right, n * 8 + 8 < columns);
             }
         }
     } else {
-        const u32 g = lane() / 4, t = lane() % 4;
+        const u32 g = lane / 4, t = lane % 4;
 #pragma unroll 1
         for (u32 k = 0; k < D / 4; ++k) {
             const Vector<float, 4> low = load<4>(a + Tile::offset(row + g, k));
@@ -77,6 +90,7 @@ template <class T, u32 D, u32 N, u32 C>
 __device__ __forceinline__ void multiply_registers(
     float (&sums)[C][4], const float (&a)[N][4], const T* b, u32 column, u32 depth) {
     using Tile = SharedTile<T, 16, D>;
+    const u32 lane = warp_product::fresh_lane();
     if constexpr (sizeof(T) == 2) {
 #pragma unroll
         for (u32 n = 0; n < N; n += 2) {
@@ -86,12 +100,12 @@ __device__ __forceinline__ void multiply_registers(
 #pragma unroll
             for (u32 c = 0; c < C; c += 2) {
                 u32 right[4];
-                ldmatrix_x4_transposed(right, b + Tile::offset(n * 8 + lane() % 16, column / 8 + c + lane() / 16));
+                ldmatrix_x4_transposed(right, b + Tile::offset(n * 8 + lane % 16, column / 8 + c + lane / 16));
                 warp_product::multiply_pair<T>(sums[c], sums[c + 1], left, right, true);
             }
         }
     } else {
-        const u32 quad = lane() / 4 * 4, t = lane() % 4;
+        const u32 quad = lane / 4 * 4, t = lane % 4;
 #pragma unroll
         for (u32 n = 0; n < N; ++n) {
             if (n * 8 >= depth) continue;
@@ -119,21 +133,22 @@ template <class T, u32 D, u32 LENGTH, u32 C>
 __device__ __forceinline__ void multiply_transposed(float (&sums)[C][4], const T* a, u32 row, const T* b, u32 depth) {
     using Left = SharedTile<T, 16, LENGTH>;
     using Right = SharedTile<T, 16, D>;
+    const u32 lane = warp_product::fresh_lane();
     if constexpr (sizeof(T) == 2) {
 #pragma unroll 1
         for (u32 k = 0; k < depth; k += 16) {
             u32 left[4], right[4];
-            const u32 line = k + lane() / 16 * 8 + lane() % 8;
-            ldmatrix_x4_transposed(left, a + Left::offset(line, row / 8 + lane() / 8 % 2));
+            const u32 line = k + lane / 16 * 8 + lane % 8;
+            ldmatrix_x4_transposed(left, a + Left::offset(line, row / 8 + lane / 8 % 2));
 #pragma unroll
             for (u32 c = 0; c < C; c += 2) {
-                ldmatrix_x4_transposed(right, b + Right::offset(k + lane() % 16, c + lane() / 16));
+                ldmatrix_x4_transposed(right, b + Right::offset(k + lane % 16, c + lane / 16));
                 warp_product::multiply_pair<T>(sums[c], sums[c + 1], left, right, true);
             }
         }
     } else {
-        const u32 low = row + lane() / 4, high = low + 8, t = lane() % 4;
-#pragma unroll 2
+        const u32 low = row + lane / 4, high = low + 8, t = lane % 4;
+#pragma unroll 1
         for (u32 k = 0; k < depth; ++k) {
             const float a_low = a[Left::offset(k, low / 4) + low % 4], a_high = a[Left::offset(k, high / 4) + high % 4];
 #pragma unroll
@@ -150,13 +165,14 @@ __device__ __forceinline__ void multiply_transposed(float (&sums)[C][4], const T
 template <class T, u32 LENGTH, u32 N>
 __device__ __forceinline__ void store_sums(T* tile, u32 row, u32 column, const float (&sums)[N][4]) {
     using Tile = SharedTile<T, 16, LENGTH>;
+    const u32 lane = warp_product::fresh_lane();
 #pragma unroll
     for (u32 n = 0; n < N; ++n) {
-        const u32 at = column + n * 8 + lane() % 4 * 2;
+        const u32 at = column + n * 8 + lane % 4 * 2;
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
             const float pair[2] = {sums[n][half * 2], sums[n][half * 2 + 1]};
-            store_from_float(tile + Tile::offset(row + lane() / 4 + half * 8, at / Tile::CHUNK) + at % Tile::CHUNK, pair);
+            store_from_float(tile + Tile::offset(row + lane / 4 + half * 8, at / Tile::CHUNK) + at % Tile::CHUNK, pair);
         }
     }
 }

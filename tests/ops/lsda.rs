@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-use gridgrad::ops::lsda::{Grouping, lsda};
+use gridgrad::ops::lsda::{Group, Grouping, lsda};
+use gridgrad::ops::{concat, embedding, softmax};
 use gridgrad::{Result, Tensor};
 
 use crate::harness::{Derivatives, OpCase, ROUNDING, Tolerance, Work, check, randn};
@@ -84,6 +85,11 @@ impl OpCase for Lsda {
         output
     }
 
+    /// Groups of one shape at a time: their tokens gathered, then products and a softmax over (groups, heads, N, N).
+    fn composed(&self, inputs: &[Tensor]) -> Option<Result<Tensor>> {
+        Some(self.composed(inputs))
+    }
+
     fn work(&self) -> Work {
         let [batch, height, width] = self.map;
         let channels = self.heads * self.head_width;
@@ -100,6 +106,63 @@ impl OpCase for Lsda {
 
     fn derivatives(&self) -> Derivatives {
         Derivatives::First
+    }
+}
+
+impl Lsda {
+    fn composed(&self, inputs: &[Tensor]) -> Result<Tensor> {
+        let [batch, height, width] = self.map;
+        let (heads, d, channels) = (self.heads, self.head_width, self.heads * self.head_width);
+        let groups = self.grouping.groups(height, width);
+        let tokens = inputs[0].reshape([batch * height * width, 3 * channels])?;
+        let shape_of = |group: &Group| [group.rows.count, group.columns.count];
+        let mut shapes: Vec<[usize; 2]> = groups.iter().map(shape_of).collect();
+        shapes.sort_unstable();
+        shapes.dedup();
+        // The rows of `outputs` one after the other belong to the tokens of `order`.
+        let (mut outputs, mut order) = (Vec::new(), Vec::new());
+        for shape in shapes {
+            let n = shape[0] * shape[1];
+            let members: Vec<i64> = (0..batch)
+                .flat_map(|image| groups.iter().map(move |group| (image, group)))
+                .filter(|(_, group)| shape_of(group) == shape)
+                .flat_map(|(image, group)| group.tokens(width).map(move |token| (image * height * width + token) as i64))
+                .collect();
+            let count = members.len() / n;
+            let part = |number: usize| {
+                let rows = embedding(&tokens, &Tensor::new(&members, [count * n])?)?;
+                let part = rows.narrow(1, number * channels, channels)?;
+                part.reshape([count, n, heads, d])?.transpose(1, 2)
+            };
+            let mut scores = part(0)?.scale(1.0 / (d as f64).sqrt())?.matmul(&part(1)?.transpose(2, 3)?)?;
+            if self.bias {
+                let expanded = embedding(&inputs[1], &Tensor::new(&self.table_rows(shape), [n * n])?)?;
+                scores = scores.add(&expanded.transpose(0, 1)?.reshape([1, heads, n, n])?)?;
+            }
+            let mixed = softmax(&scores, -1)?.matmul(&part(2)?)?;
+            outputs.push(mixed.transpose(1, 2)?.reshape([count * n, channels])?);
+            order.extend(members);
+        }
+        if outputs.is_empty() {
+            return inputs[0].narrow(3, 0, channels);
+        }
+        let mut places = vec![0i64; order.len()];
+        order.iter().enumerate().for_each(|(place, &token)| places[token as usize] = place as i64);
+        let rows = concat(&outputs.iter().collect::<Vec<_>>(), 0)?;
+        embedding(&rows, &Tensor::new(&places, [places.len()])?)?.reshape([batch, height, width, channels])
+    }
+
+    /// The table row of each pair of tokens in a group of `rows` × `columns`.
+    fn table_rows(&self, [rows, columns]: [usize; 2]) -> Vec<i64> {
+        let [gh, gw] = self.grouping.group;
+        let n = rows * columns;
+        let row = |pair: usize| {
+            let (query, key) = (pair / n, pair % n);
+            let dy = query / columns + gh - 1 - key / columns;
+            let dx = query % columns + gw - 1 - key % columns;
+            (dy * (2 * gw - 1) + dx) as i64
+        };
+        (0..n * n).map(row).collect()
     }
 }
 
