@@ -12,7 +12,8 @@
 // the first for each query's maximum, sum and rowsum(P ∘ dP): 7 products. Then dK and dV stay in registers while queries
 // stream by; dQ is added up in f32 in device memory, always by the same thread and in the order of the keys.
 // The table's gradient: dS of groups of equal shape is added up in registers, group after group, and goes to the warp's
-// table in shared memory when the shape changes: one query at a time, whose keys all have different rows. The tables of
+// table in shared memory when the shape changes (at once for larger groups and heads of 128): one query at a time,
+// whose keys all have different rows. The tables of
 // a block are added in order, and those of the blocks of a head by `lsda_table_gradient`. Every order is fixed.
 //   useful part of the products, 49 tokens: as forward; 59 % of dV, dK and dQ
 // Bytes: 7 values per token, head and channel (q, k, v, dO, dq, dk, dv). FLOPs: 10 N d per token and head: at N = 49 35
@@ -60,7 +61,7 @@ struct Statistics {
     __device__ __forceinline__ void finish(float (&weights)[N][4], float (&grads)[N][4], u32 row, u32 queries) const {
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
-            const float share = row + half * 8 + lane() / 4 < queries ? 1 / sum[half] : 0;
+            const float share = row + half * 8 + warp_product::fresh_lane() / 4 < queries ? 1 / sum[half] : 0;
             const float mean = dot[half] * share;
 #pragma unroll
             for (u32 n = 0; n < N; ++n) {
@@ -75,10 +76,11 @@ struct Statistics {
 
     // `kept` has three values for each token of a tile.
     __device__ __forceinline__ void save(float* kept, u32 row) const {
-        if (lane() % 4 != 0) return;
+        const u32 lane = warp_product::fresh_lane();
+        if (lane % 4 != 0) return;
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
-            float* values = kept + (row + half * 8 + lane() / 4) * 3;
+            float* values = kept + (row + half * 8 + lane / 4) * 3;
             values[0] = largest[half];
             values[1] = sum[half];
             values[2] = dot[half];
@@ -86,9 +88,10 @@ struct Statistics {
     }
 
     __device__ __forceinline__ void restore(const float* kept, u32 row) {
+        const u32 lane = warp_product::fresh_lane();
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
-            const float* values = kept + (row + half * 8 + lane() / 4) * 3;
+            const float* values = kept + (row + half * 8 + lane / 4) * 3;
             largest[half] = values[0];
             sum[half] = values[1];
             dot[half] = values[2];
@@ -96,13 +99,12 @@ struct Statistics {
     }
 };
 
-// Adds the warp's 16 rows of `sums` to its table, and clears them. `staging` is the slot's tile of TILE columns.
+// Adds the warp's 16 rows of `sums` to its table. `staging` is the slot's tile of TILE columns.
 template <u32 TILE>
-__device__ __forceinline__ void fold(float* table, float* staging, float (&sums)[TILE / 8][4], u32 row, u32 queries,
-                                     u32 keys, const PairBias& bias) {
+__device__ __forceinline__ void fold(float* table, float* staging, const float (&sums)[TILE / 8][4], u32 row,
+                                     u32 queries, u32 keys, const PairBias& bias) {
     using Tile = SharedTile<float, 16, TILE>;
     store_sums<float, TILE>(staging, row, 0, sums);
-    clear(sums);
     __syncwarp();
 #pragma unroll 1
     for (u32 line = row; line < row + 16 && line < queries; ++line) {
@@ -134,6 +136,7 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
                               const Problem& problem) {
     constexpr u32 TILE = Tiling<T, D>::TOKENS, WARPS = Tiling<T, D>::WARPS, THREADS = Tiling<T, D>::THREADS;
     constexpr u32 COLUMNS = D < 32 ? D : 32;  // of dQ at once
+    constexpr bool KEEP = D < 128;            // dS of group after group in registers, of which wide heads leave too few
     DYNAMIC_SHARED(memory);
     const Slot<T, D> slot(problem);
     const u32 mine = slot.active() ? slot.number : 0;
@@ -166,6 +169,7 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
         const u32 count = summed[0] * summed[1];
         pair_bias.query_position = pair_bias.key_position = tokens.position;
         if (count <= TILE && row < count) fold<TILE>(table_grad, staging, score_sums, row, count, count, pair_bias);
+        clear(score_sums);
     };
 
 #pragma unroll 1
@@ -178,7 +182,7 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
         T* target = qkv_grad + (source - qkv);
         const T* grad_source = grad + first_token * width;
         __syncthreads();  // no warp needs anything of the last group
-        if (bias) {
+        if (KEEP && bias) {
             if (group.rows.count != summed[0] || group.columns.count != summed[1]) fold_summed();
             summed[0] = group.rows.count;
             summed[1] = group.columns.count;
@@ -251,13 +255,11 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
                     }
                     __syncthreads();
                     if (!busy) continue;
-                    if (bias) {
+                    if (bias && (tiles > 1 || !KEEP)) {
+                        fold<TILE>(table_grad, staging, grads, row, queries, keys, pair_bias);
+                    } else if (bias) {
 #pragma unroll
-                        for (u32 n = 0; n < TILE / 8; ++n) {
-#pragma unroll
-                            for (u32 e = 0; e < 4; ++e) score_sums[n][e] += grads[n][e];
-                        }
-                        if (tiles > 1) fold<TILE>(table_grad, staging, score_sums, row, queries, keys, pair_bias);
+                        for (u32 e = 0; e < TILE / 2; ++e) score_sums[e / 4][e % 4] += grads[e / 4][e % 4];
                     }
 #pragma unroll 1
                     for (u32 column = 0; column < D; column += COLUMNS) {
@@ -306,7 +308,7 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
     }
     if (bias == nullptr) return;
     __syncthreads();
-    fold_summed();
+    if (KEEP) fold_summed();
     __syncthreads();
     for (u32 i = threadIdx.x; i < problem.table_rows(); i += THREADS) {
         float sum = 0;

@@ -4,9 +4,9 @@ use std::fmt;
 
 use gridgrad::ops::lsda::{Group, Grouping, lsda};
 use gridgrad::ops::{concat, embedding, softmax};
-use gridgrad::{Result, Tensor};
+use gridgrad::{DType, Result, Tensor};
 
-use crate::harness::{Derivatives, OpCase, ROUNDING, Tolerance, Work, check, randn};
+use crate::harness::{Derivatives, OpCase, ROUNDING, Tolerance, Work, check, randn, test_device};
 
 #[derive(Debug)]
 struct Lsda {
@@ -126,7 +126,9 @@ impl Lsda {
             let members: Vec<i64> = (0..batch)
                 .flat_map(|image| groups.iter().map(move |group| (image, group)))
                 .filter(|(_, group)| shape_of(group) == shape)
-                .flat_map(|(image, group)| group.tokens(width).map(move |token| (image * height * width + token) as i64))
+                .flat_map(|(image, group)| {
+                    group.tokens(width).map(move |token| (image * height * width + token) as i64)
+                })
                 .collect();
             let count = members.len() / n;
             let part = |number: usize| {
@@ -183,6 +185,22 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         ([1, 9, 8], 1, 17, short(9), true, 1.0),
         ([1, 4, 4], 1, 4, short(4), true, 6.0),
         ([0, 4, 4], 1, 4, short(2), true, 1.0),
+        // A GPU's tiles are 64 tokens, 32 in heads of 256 bytes and more, of which groups of 16 and 32 share one. Head
+        // widths are rounded up to 16, 32, 64 and 128.
+        ([1, 1, 1], 1, 16, short(7), true, 1.0),
+        ([2, 4, 5], 3, 16, short(2), false, 1.0),
+        ([2, 5, 5], 3, 8, Grouping::long(3, 2), true, 1.0),
+        ([1, 7, 6], 1, 32, short(5), true, 1.0),
+        ([1, 13, 14], 1, 32, Grouping::long(7, 2), true, 1.0),
+        ([1, 7, 7], 1, 64, short(7), true, 1.0),
+        ([1, 8, 8], 1, 24, short(8), false, 1.0),
+        ([1, 13, 5], 1, 16, rectangle([13, 5], [1, 1]), true, 1.0),
+        ([1, 10, 7], 1, 64, short(10), true, 1.0),
+        ([1, 16, 9], 1, 16, short(16), true, 1.0),
+        ([1, 6, 4], 1, 128, short(4), true, 1.0),
+        ([1, 6, 6], 1, 104, short(6), true, 1.0),
+        // More groups, of several shapes, than a head has blocks.
+        ([1, 9, 9], 16, 2, short(2), true, 1.0),
     ];
     let case = |(map, heads, head_width, grouping, bias, sharpness)| {
         Box::new(Lsda { map, heads, head_width, grouping, bias, sharpness }) as Box<dyn OpCase>
@@ -208,6 +226,18 @@ pub fn benchmarks() -> Vec<Box<dyn OpCase>> {
 #[test]
 fn attention_agrees_with_its_definition() {
     check(&cases());
+}
+
+#[test]
+fn what_a_gpu_cannot_do_is_an_error() {
+    let Some(device) = test_device() else { return };
+    let on_device = |shape: &[usize]| randn(shape, 0).cast(DType::F32).unwrap().to_device(device).unwrap();
+    let message = |result: Result<Tensor>| result.unwrap_err().to_string();
+    let (qkv, bias) = (on_device(&[1, 4, 4, 12]), randn(&[9, 1], 0).cast(DType::F32).unwrap());
+    assert!(message(lsda(&qkv, Some(&bias), 1, Grouping::short(2))).contains("to_device"));
+    assert!(message(lsda(&on_device(&[1, 1, 1, 3 * 129]), None, 1, Grouping::short(2))).contains("at most 128"));
+    let bias = on_device(&[399 * 399, 1]);
+    assert!(message(lsda(&qkv, Some(&bias), 1, Grouping::short(200))).contains("shared memory"));
 }
 
 #[test]

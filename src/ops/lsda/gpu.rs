@@ -26,10 +26,10 @@ const TABLE_GRADIENT: Kernel<(Address, Address, u32, u32, u32)> =
 
 pub(crate) static KERNELS: &[Signature] = &[FORWARD.signature(), BACKWARD.signature(), TABLE_GRADIENT.signature()];
 
-/// Blocks of a launch: enough to fill a card several times over. A block of the backward pass has a table in device
-/// memory.
-const MOST_FORWARD_BLOCKS: usize = 1 << 14;
-const MOST_BACKWARD_BLOCKS: usize = 1 << 11;
+/// Blocks of a launch for each multiprocessor, at most. Each works on its groups in turn; one of the backward pass has
+/// bias tables in device memory.
+const FORWARD_BLOCKS: usize = 128;
+const BACKWARD_BLOCKS: usize = 16;
 
 /// How a problem is cut into tiles and blocks: `Tiling` and `Slot` of kernels/common/lsda.cuh.
 struct Plan {
@@ -106,7 +106,8 @@ impl Plan {
     }
 
     /// Blocks for each head.
-    fn blocks(&self, heads: usize, most: usize) -> usize {
+    fn blocks(&self, gpu: &Gpu, heads: usize, per_multiprocessor: usize) -> usize {
+        let most = gpu.properties().multiprocessors as usize * per_multiprocessor;
         self.groups.div_ceil(self.slots).min((most / heads).max(1))
     }
 
@@ -129,8 +130,12 @@ impl Plan {
             *entry = number as u32;
         }
         // Positions and token numbers of a map are 32 bits wide; so is the number of blocks.
-        if [batch, heads * blocks, (height + oh + gh * ih) * (width + ow + gw * iw)].iter().any(|&n| n > i32::MAX as usize) {
-            let message = format!("a batch of {batch} maps of {height}×{width} in {grouping:?}, {heads} heads, is too large");
+        if [batch, heads * blocks, (height + oh + gh * ih) * (width + ow + gw * iw)]
+            .iter()
+            .any(|&n| n > i32::MAX as usize)
+        {
+            let message =
+                format!("a batch of {batch} maps of {height}×{width} in {grouping:?}, {heads} heads, is too large");
             return Err(Error::argument("lsda", message));
         }
         Ok(description)
@@ -145,7 +150,7 @@ pub(super) fn forward(gpu: &'static Gpu, problem: &Problem, qkv: &Tensor, bias: 
         return Ok(output);
     }
     let plan = Plan::new(gpu, problem, dtype, bias.is_some())?;
-    let blocks = plan.blocks(heads, MOST_FORWARD_BLOCKS);
+    let blocks = plan.blocks(gpu, heads, FORWARD_BLOCKS);
     let description = plan.describe(problem, blocks)?;
     let geometry = plan.geometry(blocks, heads, plan.forward_bytes(dtype));
     let arguments = (output.address()?, qkv.address()?, address(bias)?, description);
@@ -166,7 +171,7 @@ pub(super) fn backward(
         return Ok((qkv.full_like(0.0)?, bias.map(|bias| bias.full_like(0.0)).transpose()?));
     }
     let plan = Plan::new(gpu, problem, dtype, bias.is_some())?;
-    let blocks = plan.blocks(heads, MOST_BACKWARD_BLOCKS);
+    let blocks = plan.blocks(gpu, heads, BACKWARD_BLOCKS);
     let qkv_grad = Tensor::empty_on(gpu, qkv.shape(), dtype)?;
     let tables = Tensor::empty_on(gpu, [blocks, heads, plan.table], DType::F32)?;
     // Groups of one tile finish their query gradients at once.
@@ -184,8 +189,7 @@ pub(super) fn backward(
     BACKWARD.launch(gpu, &plan.instance(dtype), geometry, arguments)?;
     let table_grad = |bias: &Tensor| {
         let table_grad = Tensor::empty_on(gpu, bias.shape(), dtype)?;
-        let arguments =
-            (table_grad.address()?, tables.address()?, plan.table as u32, heads as u32, blocks as u32);
+        let arguments = (table_grad.address()?, tables.address()?, plan.table as u32, heads as u32, blocks as u32);
         let geometry = Geometry::blocks(plan.table.div_ceil(32) * heads, 256);
         TABLE_GRADIENT.launch(gpu, dtype.name(), geometry, arguments)?;
         Ok(table_grad)
