@@ -60,15 +60,16 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        let rooms: &[&[Signature]] = &[
+        let rooms: [&[Signature]; 7] = [
             elementwise::gpu::KERNELS,
             layout::gpu::KERNELS,
             linear::gpu::KERNELS,
+            lsda::gpu::KERNELS,
             matmul::gpu::KERNELS,
             reduce::gpu::KERNELS,
             softmax::gpu::KERNELS,
         ];
-        rooms.iter().flat_map(|room| room.iter().copied())
+        rooms.into_iter().flatten().copied()
     }
 
     #[cfg(all(test, feature = "emulator"))]
