@@ -59,7 +59,16 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        [elementwise::gpu::KERNELS, softmax::gpu::KERNELS].into_iter().flatten().copied()
+        [
+            dropout::gpu::KERNELS,
+            elementwise::gpu::KERNELS,
+            gather::gpu::KERNELS,
+            resample::gpu::KERNELS,
+            softmax::gpu::KERNELS,
+        ]
+        .into_iter()
+        .flatten()
+        .copied()
     }
 
     #[cfg(all(test, feature = "emulator"))]

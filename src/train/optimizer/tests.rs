@@ -119,7 +119,8 @@ fn a_state_dict_continues_to_the_bit_and_one_that_does_not_fit_changes_nothing()
         let message = resumed.load_state_dict(&unfit).unwrap_err().to_string();
         assert!(message.contains("misshapen: layer.weight.") && message.contains("surplus: other"), "{message}");
         let same = resumed
-            .state_dict().unwrap()
+            .state_dict()
+            .unwrap()
             .iter()
             .zip(optimizer.state_dict().unwrap())
             .all(|((_, a), (_, b))| a.raw_bytes().unwrap() == b.raw_bytes().unwrap());
