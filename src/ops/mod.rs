@@ -60,13 +60,16 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        let rooms: [&[Signature]; 7] = [
+        let rooms: [&[Signature]; 10] = [
+            dropout::gpu::KERNELS,
             elementwise::gpu::KERNELS,
+            gather::gpu::KERNELS,
             layout::gpu::KERNELS,
             linear::gpu::KERNELS,
             lsda::gpu::KERNELS,
             matmul::gpu::KERNELS,
             reduce::gpu::KERNELS,
+            resample::gpu::KERNELS,
             softmax::gpu::KERNELS,
         ];
         rooms.into_iter().flatten().copied()
