@@ -59,10 +59,16 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        [batch_norm::gpu::KERNELS, elementwise::gpu::KERNELS, layer_norm::gpu::KERNELS, softmax::gpu::KERNELS]
-            .into_iter()
-            .flatten()
-            .copied()
+        [
+            batch_norm::gpu::KERNELS,
+            elementwise::gpu::KERNELS,
+            layer_norm::gpu::KERNELS,
+            loss::gpu::KERNELS,
+            softmax::gpu::KERNELS,
+        ]
+        .into_iter()
+        .flatten()
+        .copied()
     }
 
     #[cfg(all(test, feature = "emulator"))]
