@@ -60,12 +60,15 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        let rooms: [&[Signature]; 10] = [
+        let rooms: [&[Signature]; 13] = [
+            batch_norm::gpu::KERNELS,
             dropout::gpu::KERNELS,
             elementwise::gpu::KERNELS,
             gather::gpu::KERNELS,
+            layer_norm::gpu::KERNELS,
             layout::gpu::KERNELS,
             linear::gpu::KERNELS,
+            loss::gpu::KERNELS,
             lsda::gpu::KERNELS,
             matmul::gpu::KERNELS,
             reduce::gpu::KERNELS,
