@@ -55,7 +55,7 @@ impl ConvNet {
 impl Classifier for ConvNet {
     fn forward(&self, images: &Tensor, context: &Context) -> Result<Tensor> {
         let x = self.norm1.forward(&self.conv1.forward(images)?, context)?.relu()?;
-        let x = ops::max_pool2d(&x, Pool2dOptions::new([2, 2]))?;
+        let x = ops::max_pool2d(&x, Pool2dOptions::tiling([2, 2]))?;
         let x = self.norm2.forward(&self.conv2.forward(&x)?, context)?.relu()?;
         self.head.forward(&ops::global_avg_pool2d(&x)?)
     }
