@@ -59,7 +59,10 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        [elementwise::gpu::KERNELS, softmax::gpu::KERNELS].into_iter().flatten().copied()
+        [cross_scale_embedding::gpu::KERNELS, elementwise::gpu::KERNELS, softmax::gpu::KERNELS]
+            .into_iter()
+            .flatten()
+            .copied()
     }
 
     #[cfg(test)]
