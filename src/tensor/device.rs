@@ -1,6 +1,6 @@
 //! Where tensors live.
 
-use super::buffer::{MemoryStats, memory_stats, reset_peak};
+use super::buffer::{MemoryStats, memory_stats, release_cached, reset_peak};
 use crate::gpu::Gpu;
 use crate::{Error, Result};
 
@@ -24,10 +24,9 @@ pub enum Device {
 }
 
 impl Device {
-    /// The first GPU where one can be used, else the processor.
+    /// The first GPU that can be used, else the processor.
     pub fn best() -> Device {
-        let gpu = Device::Cuda(0);
-        if crate::driver::require(gpu).is_ok() { gpu } else { Device::Cpu }
+        crate::driver::best()
     }
 
     /// Bytes of tensor memory in use on this device.
@@ -49,6 +48,18 @@ impl Device {
         match self {
             Device::Cpu => reset_peak(),
             device => Gpu::open(device)?.reset_peak(),
+        }
+        Ok(())
+    }
+
+    /// Gives memory that is kept for later back to the system or the driver.
+    ///
+    /// # Errors
+    /// As [`Device::memory_stats`].
+    pub fn release_cached(self) -> Result<()> {
+        match self {
+            Device::Cpu => release_cached(),
+            device => Gpu::open(device)?.release_cached(),
         }
         Ok(())
     }

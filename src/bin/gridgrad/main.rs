@@ -6,6 +6,7 @@ use clap::{Parser, Subcommand};
 
 mod bench;
 mod checkpoint;
+mod device;
 mod doctor;
 mod eval;
 mod info;
@@ -66,7 +67,9 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             output::complain(&format!("error: {error}"));
-            ExitCode::FAILURE
+            // As for a flag that cannot be read.
+            let refused = matches!(error, gridgrad::Error::DeviceUnavailable { .. });
+            if refused { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
 }
