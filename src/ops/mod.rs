@@ -59,10 +59,15 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        [cross_scale_embedding::gpu::KERNELS, elementwise::gpu::KERNELS, softmax::gpu::KERNELS]
-            .into_iter()
-            .flatten()
-            .copied()
+        [
+            cross_scale_embedding::gpu::KERNELS,
+            elementwise::gpu::KERNELS,
+            position_bias::gpu::KERNELS,
+            softmax::gpu::KERNELS,
+        ]
+        .into_iter()
+        .flatten()
+        .copied()
     }
 
     #[cfg(all(test, feature = "emulator"))]
