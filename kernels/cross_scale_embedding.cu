@@ -6,13 +6,13 @@
 // (position, term) by (term, channel) for each, windows read where they lie in the image, the weight packed beforehand as
 // (channel, ty, tx, c), so that terms follow each other in memory in both operands.
 //
-// Tiling: a block for 128 positions by the columns of a tile and all terms of one kernel. Columns of a tile:
-//   vector  64, operands in runs of 16 bytes (merging: 96 channels and more), 32 terms at a time
-//   pair    16, windows in runs of 4 bytes (a stem of 3 channels), 64 terms at a time
-//   scalar  16, element by element: whatever the extents
-//   f32     32 by fused multiply-adds, 16 terms at a time
-// bf16 and f16 run on tensor cores. A stem's kernels of 48, 24, 12, 12 channels fill 48, 24, 12, 12 of 48, 32, 16, 16
-// columns: 99 % of the products of (4, 8, 16, 32) are in the last three, of which 76 % are useful.
+// Tiling: a block of 4 warps for 128 positions by the columns of a tile and all terms of one kernel:
+//   vector  64 columns, 32 terms at a time, operands in runs of 16 bytes (merging: 96 channels and more)
+//   pair    32 columns, 32 terms, windows in runs of 4 bytes (a stem of 3 channels)
+//   scalar  the same element by element: whatever the extents
+//   f32     32 columns, 8 terms, by fused multiply-adds
+// bf16 and f16 run on tensor cores. A stem of kernels 4, 8, 16, 32 with 48, 24, 12, 12 channels fills 48, 24, 12, 12 of
+// 64, 32, 32, 32 columns: 40 % of the products are useful.
 // FLOPs: 2 positions sum_i s_i^2 C out_i: 106 kFLOP for each position of that stem.
 // Bytes from device memory: the image, the weights and the result once; from the caches every window of every tile.
 //

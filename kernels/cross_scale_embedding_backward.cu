@@ -6,10 +6,10 @@
 //
 // Tiling (tiles as in cross_scale_embedding.cu; RUN divides what both operands are read along):
 //   input   a block for 128 pixels of a phase by the columns of a tile of input channels, the kernels one after the other
-//           in the same sums. 3 input channels fill 3 of 16 columns: a stem's images rarely need a gradient.
+//           in the same sums. 3 input channels fill 3 of 32 columns: a stem's images rarely need a gradient.
 //   weight  a block for 128 terms of a window by the columns of a tile of output channels, and a part of the positions;
 //           further blocks sum the columns of dy for the bias. Every part stores its sums in f32, laid out as packed
-//           weights of all kernels, then biases; `add_parts` adds them in order.
+//           weights of all kernels, then biases; a second kernel adds them in order.
 // One launch each for all kernels. FLOPs: those of the forward pass, each.
 // Bytes from device memory: input: dy, the weights and dx once. weight: x and dy about once for each part's tiles in
 // turn, the second-level cache serving them to each other, and 8 bytes of partial sum for each weight and part.

@@ -114,8 +114,8 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         case([3, 3, 2, 20], &[[4, 3], [2, 4], [6, 1]], 2),
         case([1, 5, 5, 18], &[[1, 2]], 1),
         case([0, 8, 8, 3], &[[4, 2], [8, 2]], 4),
-        // Two channels at once, and more positions than a tile has rows.
-        case([1, 48, 44, 3], &[[4, 34], [8, 2]], 4),
+        // Two channels at once, and more of the result than a tile has columns.
+        case([1, 9, 10, 3], &[[2, 34], [4, 2]], 2),
         // Two channels at once in the result, but not in the windows.
         case([1, 9, 9, 5], &[[3, 4], [5, 2]], 3),
         // Eight at once, one tile and a bit, sums of more terms than a tile takes.

@@ -126,7 +126,7 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         (48, 24, [2, 2], false),
         // More units than a warp has lanes, and an odd number of them; the whole range of groups.
         (33, 1, [2, 3], true),
-        (3, 3, [16, 16], false),
+        (3, 3, [16, 9], false),
         (2, 1, [1, 1], true),
     ]
     .into_iter()
