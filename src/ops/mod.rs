@@ -60,8 +60,9 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        let rooms: [&[Signature]; 13] = [
+        let rooms: [&[Signature]; 15] = [
             batch_norm::gpu::KERNELS,
+            cross_scale_embedding::gpu::KERNELS,
             dropout::gpu::KERNELS,
             elementwise::gpu::KERNELS,
             gather::gpu::KERNELS,
@@ -71,6 +72,7 @@ pub(crate) mod gpu {
             loss::gpu::KERNELS,
             lsda::gpu::KERNELS,
             matmul::gpu::KERNELS,
+            position_bias::gpu::KERNELS,
             reduce::gpu::KERNELS,
             resample::gpu::KERNELS,
             softmax::gpu::KERNELS,
