@@ -10,9 +10,7 @@ fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=build");
     println!("cargo::rerun-if-changed=kernels");
-    if std::env::var_os("CARGO_FEATURE_CUDA").is_some() {
-        nvcc::build();
-    }
+    nvcc::build(std::env::var_os("CARGO_FEATURE_CUDA").is_some());
     if std::env::var_os("CARGO_FEATURE_EMULATOR").is_some() {
         emulator::build();
     }

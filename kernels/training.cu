@@ -248,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     average(const StepState* state, float keep, float rest, u32 count, const __grid_constant__ Blocks first_block,
             const __grid_constant__ Addresses averages, const __grid_constant__ Addresses value,
             const __grid_constant__ Addresses elements) {
-    if (!state->apply) return;
+    if (state && !state->apply) return;
     const Piece piece = piece_of_block(count, first_block, elements);
     float* a = reinterpret_cast<float*>(averages[int(piece.tensor)]);
     const float* p = reinterpret_cast<const float*>(value[int(piece.tensor)]);

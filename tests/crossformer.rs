@@ -14,9 +14,9 @@ fn fixture(name: &str) -> (CrossFormer, StateDict, StateDict) {
 }
 
 fn fixture_as(name: &str, dtype: DType) -> (CrossFormer, StateDict, StateDict) {
-    let file = |suffix: &str| {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/crossformer/{name}.{suffix}"))
-    };
+    // Read when the test runs: packed for another machine, it finds its files elsewhere.
+    let root = std::env::var("CARGO_MANIFEST_DIR").unwrap_or(env!("CARGO_MANIFEST_DIR").into());
+    let file = |suffix: &str| Path::new(&root).join(format!("tests/fixtures/crossformer/{name}.{suffix}"));
     let config = serde_json::from_slice(&std::fs::read(file("json")).unwrap()).unwrap();
     let model = CrossFormer::new(config, 0, dtype).unwrap();
     let (weights, _) = state_dict::read(file("weights.safetensors")).unwrap();

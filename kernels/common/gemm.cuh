@@ -173,12 +173,13 @@ template <u32 M_, u32 N_, u32 K_, u32 TM, u32 TN, u32 STAGES> struct SimtTile {
 
     // As TensorTile's.
     template <class F> __device__ __forceinline__ void for_each_pair(u32 row, u32 column, F f) const {
+        row += thread_row();
+        column += thread_column();
 #pragma unroll
         for (u32 i = 0; i < TM; ++i) {
 #pragma unroll
             for (u32 j = 0; j < TN; j += 2) {
-                f(row + thread_row() + i / 4 * (DOWN * 4) + i % 4, column + thread_column() + j / 4 * (ACROSS * 4) + j % 4,
-                  sums[i][j], sums[i][j + 1]);
+                f(row + i / 4 * (DOWN * 4) + i % 4, column + j / 4 * (ACROSS * 4) + j % 4, sums[i][j], sums[i][j + 1]);
             }
         }
     }

@@ -32,7 +32,9 @@ struct Operands {
     u32 a[4], b[2];
 };
 
-template <class T> inline float half_of(u32 pair, u32 high) { return high ? unpack_high<T>(pair) : unpack_low<T>(pair); }
+template <class T> inline float half_of(u32 pair, u32 high) {
+    return high ? unpack_high<T>(pair) : unpack_low<T>(pair);
+}
 
 // One lane's share of D = A B + C, DEPTH columns of A. `element_a(lanes, row, k)` finds an element of A.
 template <u32 DEPTH, class ElementA, class ElementB>
@@ -74,7 +76,8 @@ template <u32 MATRICES, bool TRANSPOSED> inline void load_matrices(u32 (&registe
 #endif
 
 // sums += A B for tiles of T = bf16 or f16, (16, 16) by (16, 8).
-template <class T> __device__ __forceinline__ void mma_m16n8k16(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+template <class T>
+__device__ __forceinline__ void mma_m16n8k16(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, f16>);
 #ifdef __CUDACC__
 #define MMA_M16N8K16(type)                                                                           \

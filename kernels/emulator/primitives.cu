@@ -43,8 +43,8 @@ extern "C" __global__ void mma_tf32(float* d, const float* a, const float* b, co
     for (u32 i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + t * 2 + i % 2] = sums[i];
 }
 
-// The registers (13, 32 lanes) that the loads of matrices of 8 by 8 elements leave: x4, x4 transposed, x2, x2 transposed,
-// and the first register of x4 transposed in registers. `matrices` is (4, 8, 8).
+// The registers (13, 32 lanes) that the loads of 8 by 8 matrices leave: x4, x4 transposed, x2, x2 transposed, and the
+// first register of x4 transposed in registers. `matrices` is (4, 8, 8).
 extern "C" __global__ void matrix_loads(u32* registers, const u16* matrices) {
     SHARED_ARRAY(u16, rows, [32][8]);
     store(rows[lane()], load<8>(matrices + lane() * 8));

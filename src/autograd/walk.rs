@@ -74,6 +74,15 @@ impl Tensor {
         let start = start(self, &GradOptions::default())?;
         walk(self, start, &GradOptions::default(), None)
     }
+
+    /// [`Tensor::backward`] from `grad_output`, of this tensor's shape, dtype and device, in place of ones.
+    ///
+    /// # Errors
+    /// As [`Tensor::backward`], and where `grad_output` does not fit.
+    pub fn backward_from(&self, grad_output: &Tensor) -> Result<Gradients> {
+        let options = GradOptions { grad_output: Some(grad_output.clone()), ..GradOptions::default() };
+        walk(self, start(self, &options)?, &options, None)
+    }
 }
 
 /// Gradients of `output` with respect to `inputs`, which may be variables or results of ops. `None` where the output

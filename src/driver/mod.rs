@@ -5,12 +5,12 @@
 
 // Drivers are C libraries, and kernels are C++. This module is the only one of the crate that calls foreign code.
 #![allow(unsafe_code)]
-#![allow(dead_code, reason = "the seam is under construction")]
 
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 #[cfg(feature = "emulator")]
 pub mod emulator;
+mod image;
 mod probe;
 pub(crate) mod seam;
 
@@ -19,6 +19,7 @@ use seam::{Arguments, Driver, Function, Geometry, MatrixProduct};
 use crate::tensor::Device;
 use crate::{Error, Result};
 
+pub use image::kernels_built;
 pub use probe::*;
 
 /// The driver of `device`.
@@ -28,6 +29,10 @@ pub use probe::*;
 pub(crate) fn open(device: Device) -> Result<Box<dyn Driver>> {
     require(device)?;
     match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(ordinal) => Ok(Box::new(cuda::Cuda::new(ordinal)?)),
+        #[cfg(feature = "emulator")]
+        Device::Emulated => Ok(Box::new(emulator::Emulator::new()?)),
         device => Err(Error::DeviceUnavailable { device, reason: "it has no driver in this build".into() }),
     }
 }

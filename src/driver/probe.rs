@@ -2,17 +2,18 @@
 
 use std::sync::OnceLock;
 
+use super::image::kernels_built;
 use crate::tensor::Device;
 use crate::{Error, Result};
 
 #[cfg(test)]
 mod tests;
 
-/// Whether this version of the crate holds compiled GPU kernels.
-pub const KERNELS_BUILT: bool = false;
-
 /// The oldest driver that works, as CUDA counts: 1000 × major + 10 × minor.
 pub const OLDEST_DRIVER: i32 = 13_000;
+
+/// The oldest compute capability that kernels are compiled for, (major, minor).
+pub const OLDEST_GPU: (i32, i32) = (8, 0);
 
 /// One GPU, as its driver describes it.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -36,6 +37,11 @@ pub enum NoGpu {
     /// The crate was compiled without its feature `cuda`.
     #[error("gridgrad was built without GPU support; build it again with `--features cuda`")]
     FeatureOff,
+    /// The crate was compiled where there was no nvcc, so it holds no kernels.
+    #[error(
+        "gridgrad was built without nvcc, so it has no GPU kernels; run `python3 scripts/install_nvcc.py` and build it again"
+    )]
+    BuiltWithoutNvcc,
     /// No driver library on the loader's path.
     #[error("no NVIDIA driver was found (libcuda.so.1 or nvcuda.dll); install one if the machine has an NVIDIA GPU")]
     NoDriver,
@@ -100,11 +106,28 @@ pub fn probe() -> std::result::Result<Vec<GpuInfo>, NoGpu> {
 pub fn require(device: Device) -> Result<()> {
     match device {
         Device::Cpu => Ok(()),
-        Device::Cuda(ordinal) => usable(ordinal, &probe(), KERNELS_BUILT),
-        Device::Emulated if KERNELS_BUILT => Ok(()),
-        Device::Emulated => Err("this version of gridgrad has no GPU kernels to emulate yet; use --device cpu".into()),
+        Device::Cuda(ordinal) => usable(ordinal, &probe(), kernels_built()),
+        Device::Emulated if cfg!(feature = "emulator") => Ok(()),
+        Device::Emulated => {
+            Err("gridgrad was built without the emulator; build it again with `--features emulator`".into())
+        }
     }
     .map_err(|reason| Error::DeviceUnavailable { device, reason })
+}
+
+/// The first GPU that can compute, or else the processor.
+///
+/// ```
+/// use gridgrad::driver;
+/// assert!(driver::require(driver::best()).is_ok());
+/// ```
+pub fn best() -> Device {
+    best_of(&probe(), kernels_built())
+}
+
+fn best_of(probed: &std::result::Result<Vec<GpuInfo>, NoGpu>, kernels_built: bool) -> Device {
+    let ordinals = probed.iter().flatten().map(|gpu| gpu.ordinal);
+    ordinals.into_iter().find(|&gpu| usable(gpu, probed, kernels_built).is_ok()).map_or(Device::Cpu, Device::Cuda)
 }
 
 fn usable(
@@ -113,11 +136,19 @@ fn usable(
     kernels_built: bool,
 ) -> std::result::Result<(), String> {
     let gpus = probed.as_ref().map_err(NoGpu::to_string)?;
-    if !gpus.iter().any(|gpu| gpu.ordinal == ordinal) {
+    let Some(gpu) = gpus.iter().find(|gpu| gpu.ordinal == ordinal) else {
         return Err(format!("GPU {ordinal} was asked for, but the machine has {}, counted from 0", gpus.len()));
-    }
+    };
     if !kernels_built {
-        return Err("this version of gridgrad has no GPU kernels yet; use --device cpu".into());
+        return Err(NoGpu::BuiltWithoutNvcc.to_string());
+    }
+    if gpu.compute_capability < OLDEST_GPU {
+        let ((major, minor), name) = (gpu.compute_capability, &gpu.name);
+        return Err(format!(
+            "GPU {ordinal} ({name}) has compute capability {major}.{minor}, but gridgrad's kernels need {}.{}; \
+             use another GPU or --device cpu",
+            OLDEST_GPU.0, OLDEST_GPU.1
+        ));
     }
     Ok(())
 }

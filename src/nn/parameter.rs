@@ -87,6 +87,11 @@ impl Parameter {
         self.write().move_to(device)
     }
 
+    /// Exchanges the values with those of `other`, of the same shape, dtype and device.
+    pub(crate) fn swap(&self, other: &mut Tensor) {
+        self.write().swap_values(other);
+    }
+
     fn write(&self) -> RwLockWriteGuard<'_, Tensor> {
         self.0.value.write().unwrap_or_else(PoisonError::into_inner)
     }

@@ -62,22 +62,21 @@ pub(crate) mod gpu {
         [conv2d::depthwise_gpu::KERNELS, conv2d::gpu::KERNELS, elementwise::gpu::KERNELS, softmax::gpu::KERNELS].into_iter().flatten().copied()
     }
 
-    #[cfg(test)]
+    #[cfg(all(test, feature = "emulator"))]
     mod tests {
         use crate::Device;
         use crate::gpu::Gpu;
 
         #[test]
-        #[cfg(feature = "emulator")]
         fn every_kernel_has_the_parameters_that_it_is_called_with() {
             let gpu = Gpu::open(Device::Emulated).unwrap();
-            super::kernels().for_each(|signature| gpu.check(signature).unwrap());
+            super::kernels().chain(crate::train::gpu_kernels()).for_each(|signature| gpu.check(signature).unwrap());
         }
 
         #[test]
-        #[cfg(feature = "emulator")]
         fn no_kernel_is_without_a_caller() {
             let called: std::collections::BTreeSet<String> = super::kernels()
+                .chain(crate::train::gpu_kernels())
                 .flat_map(|signature| {
                     let instances = if signature.instances.is_empty() { &[""] } else { signature.instances };
                     instances.iter().map(move |instance| match *instance {
@@ -87,7 +86,7 @@ pub(crate) mod gpu {
                 })
                 .collect();
             let compiled: std::collections::BTreeSet<String> =
-                crate::driver::emulator::kernel_names("kernels").into_iter().collect();
+                crate::driver::emulator::kernel_names().into_iter().collect();
             let without: Vec<&String> = compiled.difference(&called).collect();
             assert!(without.is_empty(), "{without:?}");
         }

@@ -1,6 +1,6 @@
 //! Where tensors live.
 
-use super::buffer::{MemoryStats, memory_stats, reset_peak};
+use super::buffer::{MemoryStats, memory_stats, release_cached, reset_peak};
 use crate::gpu::Gpu;
 use crate::{Error, Result};
 
@@ -24,12 +24,6 @@ pub enum Device {
 }
 
 impl Device {
-    /// The first GPU where one can be used, else the processor.
-    pub fn best() -> Device {
-        let gpu = Device::Cuda(0);
-        if crate::driver::require(gpu).is_ok() { gpu } else { Device::Cpu }
-    }
-
     /// Bytes of tensor memory in use on this device.
     ///
     /// # Errors
@@ -49,6 +43,18 @@ impl Device {
         match self {
             Device::Cpu => reset_peak(),
             device => Gpu::open(device)?.reset_peak(),
+        }
+        Ok(())
+    }
+
+    /// Gives memory that is kept for later back to the system or the driver.
+    ///
+    /// # Errors
+    /// As [`Device::memory_stats`].
+    pub fn release_cached(self) -> Result<()> {
+        match self {
+            Device::Cpu => release_cached(),
+            device => Gpu::open(device)?.release_cached(),
         }
         Ok(())
     }

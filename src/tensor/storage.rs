@@ -186,6 +186,15 @@ impl Tensor {
         Ok(())
     }
 
+    /// Exchanges the values of two leaves of the same shape and dtype; the identities stay.
+    pub(crate) fn swap_values(&mut self, other: &mut Tensor) {
+        debug_assert!(self.shape() == other.shape() && self.dtype() == other.dtype());
+        let with = |tensor: &Tensor, storage: &Arc<Storage>| {
+            Tensor(Arc::new(Inner { storage: Arc::clone(storage), ..(*tensor.0).clone() }))
+        };
+        (*self, *other) = (with(self, &other.0.storage), with(other, &self.0.storage));
+    }
+
     pub(super) fn make_unique(&mut self) -> Result<()> {
         if Arc::get_mut(&mut self.0).is_none() {
             self.0 = Arc::new((*self.0).clone());

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::metrics::{EpochMetrics, RunningMeans};
+use super::precision::LossScale;
 use crate::nn::StateDict;
 use crate::nn::state_dict::{self, Metadata};
 use crate::{Device, Error, Result};
@@ -38,6 +39,9 @@ pub struct Progress {
     pub history: Vec<EpochMetrics>,
     /// What the present epoch has measured so far.
     pub running: RunningMeans,
+    /// Where the loss is scaled: by how much.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<LossScale>,
 }
 
 /// The content of a checkpoint file: safetensors with the model's weights under their plain names, so that the file

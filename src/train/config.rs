@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::optimizer::OptimizerConfig;
+use super::precision::Precision;
 use super::schedule::{Decay, ScheduleConfig, Span, Warmup};
 use crate::{Error, Result};
 
@@ -28,6 +29,9 @@ pub struct TrainConfig {
     pub accumulation: usize,
     /// Decides what layers drop.
     pub seed: u64,
+    /// In what the model computes; the weights stay as they are.
+    #[serde(skip_serializing_if = "Precision::is_f32")]
+    pub precision: Precision,
     /// Which optimizer.
     pub optimizer: OptimizerConfig,
     /// The learning rate.
@@ -49,6 +53,7 @@ impl Default for TrainConfig {
             epochs: 30,
             accumulation: 1,
             seed: 0,
+            precision: Precision::F32,
             optimizer: OptimizerConfig::default(),
             schedule: ScheduleConfig {
                 lr: 1e-3,

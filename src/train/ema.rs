@@ -2,10 +2,20 @@
 
 use rayon::prelude::*;
 
+use super::device::{Column, DeviceStep, Table};
 use super::state_problems;
 use crate::cpu::{Float, parallel};
+use crate::driver::seam::Address;
+use crate::gpu::{Kernel, Signature};
 use crate::nn::{Parameter, Parameters, StateDict};
 use crate::{DType, Error, Result, Tensor};
+
+/// state or null, decay, 1 − decay, then the table: count, first block, averages, values, elements
+type AverageArguments = (Address, f32, f32, u32, Column<u32>, Column<u64>, Column<u64>, Column<u64>);
+const AVERAGE: Kernel<AverageArguments> = Kernel::new("training", "average", &[]);
+
+#[cfg_attr(not(all(test, feature = "emulator")), allow(dead_code, reason = "read by the test of all kernels"))]
+pub(super) static KERNELS: &[Signature] = &[AVERAGE.signature()];
 
 /// An average over the course of training of every weight and statistic, for use in their place at evaluation.
 ///
@@ -60,6 +70,9 @@ impl Ema {
             Ok(())
         }
         let decay = self.decay;
+        if self.entries.iter().any(|(_, average)| average.gpu().is_some()) {
+            return self.update_on_device(None);
+        }
         self.entries.par_iter_mut().try_for_each(|(parameter, average)| match average.dtype() {
             DType::F64 => blend::<f64>(average, &parameter.tensor(), decay),
             _ => blend::<f32>(average, &parameter.tensor(), decay),
@@ -67,32 +80,43 @@ impl Ema {
     }
 
     /// Runs `body` with the averages in the model, and then puts the model's own values back, also after a panic.
-    ///
-    /// # Errors
-    /// As [`Ema::update`].
-    pub fn with_averages<R>(&mut self, body: impl FnOnce() -> R) -> Result<R> {
+    pub fn with_averages<R>(&mut self, body: impl FnOnce() -> R) -> R {
         struct SwapBack<'a>(&'a mut Ema);
         impl Drop for SwapBack<'_> {
             fn drop(&mut self) {
-                // What could be swapped in can be swapped out.
-                let _ = self.0.swap();
+                self.0.swap();
             }
         }
-        self.swap()?;
+        self.swap();
         let _swap_back = SwapBack(self);
-        Ok(body())
+        body()
     }
 
     /// Exchanges the averages and the model's values.
-    fn swap(&mut self) -> Result<()> {
-        fn exchange<T: Float>(parameter: &Parameter, average: &mut Tensor) -> Result<()> {
-            let average = average.data_mut::<T>()?;
-            parameter.update::<T>(|value| value.swap_with_slice(average))
+    fn swap(&mut self) {
+        self.entries.iter_mut().for_each(|(parameter, average)| parameter.swap(average));
+    }
+
+    /// Addresses that an update reads and writes on a GPU.
+    pub(super) fn addresses(&self) -> Vec<u64> {
+        let averages = self.entries.iter().map(|(_, average)| average);
+        averages.filter_map(|average| average.address().ok()).map(|address| address.0).collect()
+    }
+
+    /// All averages in one launch; where `step` is given, only if the device has applied that step.
+    pub(super) fn update_on_device(&mut self, step: Option<&DeviceStep>) -> Result<()> {
+        let Some(gpu) = self.entries.iter().find_map(|(_, average)| average.gpu()) else { return Ok(()) };
+        let averages =
+            self.entries.iter_mut().map(|(_, average)| Ok(average.address_mut()?.0)).collect::<Result<Vec<u64>>>()?;
+        let values: Vec<Tensor> = self.entries.iter().map(|(parameter, _)| parameter.tensor()).collect();
+        let state = step.map_or(Address::NULL, DeviceStep::state);
+        let (keep, rest) = (self.decay as f32, (1.0 - self.decay) as f32);
+        for part in Table::new(values.iter())?.parts() {
+            let (averages, elements) = (part.column(&averages), part.elements);
+            let arguments = (state, keep, rest, part.count, part.first_block, averages, part.addresses, elements);
+            AVERAGE.launch(gpu, "", part.geometry(), arguments)?;
         }
-        self.entries.iter_mut().try_for_each(|(parameter, average)| match average.dtype() {
-            DType::F64 => exchange::<f64>(parameter, average),
-            _ => exchange::<f32>(parameter, average),
-        })
+        Ok(())
     }
 
     /// The averages, by the parameters' names: weights that a model can load.
@@ -111,7 +135,7 @@ impl Ema {
         }
         for (parameter, average) in &mut self.entries {
             if let Some(loaded) = state.get(parameter.name()) {
-                *average = loaded.clone();
+                average.overwrite(loaded)?;
             }
         }
         Ok(())
@@ -140,7 +164,7 @@ mod tests {
                 ema.update().unwrap();
             }
             // ¾ (¾ · 1 + ¼ · 5) + ¼ · 9
-            let inside = ema.with_averages(|| weight.tensor().to_f64_vec().unwrap()).unwrap();
+            let inside = ema.with_averages(|| weight.tensor().to_f64_vec().unwrap());
             assert_eq!(inside, [3.75; 3]);
             assert_eq!(weight.tensor().to_f64_vec().unwrap(), [9.0; 3]);
             assert_eq!(ema.state_dict()["weight"].to_f64_vec().unwrap(), [3.75; 3]);

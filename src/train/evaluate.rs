@@ -3,12 +3,13 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::metrics::{Evaluation, RunningMeans, top_hits};
+use super::precision::Precision;
 use crate::autograd::no_grad;
 use crate::data::{Batch, Loader};
 use crate::models::CrossFormer;
 use crate::nn::{Context, Parameters};
 use crate::ops::{CrossEntropyOptions, Reduction, Targets, cross_entropy};
-use crate::{DType, Error, Result, Tensor};
+use crate::{DType, Device, Error, Result, Tensor};
 
 /// A model that tells classes of images apart.
 pub trait Classifier {
@@ -51,7 +52,7 @@ impl Batches for Loader {
     }
 }
 
-/// Measures `model` on all of `batches`, without gradients. `None` where `stop` was set before the end.
+/// Measures `model`, computing in `precision`, on all of `batches`, without gradients. `None` where `stop` was set before the end.
 ///
 /// `progress` is called with the number of batches done, after each of them.
 ///
@@ -60,16 +61,19 @@ impl Batches for Loader {
 pub fn evaluate(
     model: &dyn Classifier,
     batches: &dyn Batches,
+    precision: Precision,
     stop: &AtomicBool,
     mut progress: impl FnMut(usize) -> Result<()>,
 ) -> Result<Option<Evaluation>> {
+    let (device, compute) = (device_of(model.parameters()), precision.compute_dtype(model.parameters()));
     let mut sums = RunningMeans::default();
     for (number, batch) in batches.epoch(0, 0).enumerate() {
         if stop.load(Ordering::Relaxed) {
             return Ok(None);
         }
         let batch = batch?;
-        let scored = no_grad(|| Scored::new(model, &batch, &Context::eval()))?;
+        let inputs = Inputs::new(&batch, device)?;
+        let scored = no_grad(|| Scored::new(model, &inputs, &Context::eval(), compute))?;
         sums.add(&scored.sums(&batch.labels)?);
         progress(number + 1)?;
     }
@@ -83,23 +87,61 @@ pub fn evaluate(
     Ok(Some(evaluation))
 }
 
+/// A batch as tensors on the model's device.
+pub(super) struct Inputs {
+    /// (batch, height, width, channels)
+    images: Tensor,
+    /// (batch, classes)
+    targets: Tensor,
+    /// (batch)
+    pub labels: Tensor,
+}
+
+impl Inputs {
+    /// The batch on `device`, with the class that each sample's target gives the most to as its label.
+    pub fn new(batch: &Batch, device: Device) -> Result<Self> {
+        let [images, targets, labels] = Self::on_host(batch)?;
+        Ok(Inputs {
+            images: images.to_device(device)?,
+            targets: targets.to_device(device)?,
+            labels: labels.to_device(device)?,
+        })
+    }
+
+    /// Takes over a batch of the same shape; the addresses stay.
+    pub fn overwrite(&mut self, batch: &Batch) -> Result<()> {
+        let [images, targets, labels] = Self::on_host(batch)?;
+        self.images.overwrite(&images)?;
+        self.targets.overwrite(&targets)?;
+        self.labels.overwrite(&labels)
+    }
+
+    fn on_host(batch: &Batch) -> Result<[Tensor; 3]> {
+        let classes = batch.targets.len() / batch.len().max(1);
+        let labels: Vec<i64> = strongest_targets(batch).into_iter().map(|label| label as i64).collect();
+        Ok([
+            Tensor::new(&batch.images, [batch.len(), batch.height, batch.width, batch.channels])?,
+            Tensor::new(&batch.targets, [batch.len(), classes])?,
+            Tensor::new(&labels, [batch.len()])?,
+        ])
+    }
+}
+
 /// What a model made of a batch.
 pub(super) struct Scored {
-    /// (batch, classes)
-    logits: Tensor,
+    /// (batch, classes), in the parameters' dtype whatever the model computes in.
+    pub logits: Tensor,
     /// Sum of the losses of all samples: sums of unequal batches add up, means do not.
     pub loss: Tensor,
 }
 
 impl Scored {
-    pub fn new(model: &dyn Classifier, batch: &Batch, context: &Context) -> Result<Self> {
-        let dtype = model.parameters().weights().next().map_or(DType::F32, |weight| weight.tensor().dtype());
-        let shape = [batch.len(), batch.height, batch.width, batch.channels];
-        let logits = model.forward(&Tensor::new(&batch.images, shape)?.cast(dtype)?, context)?;
-        let classes = batch.targets.len() / batch.len().max(1);
-        let targets = Tensor::new(&batch.targets, [batch.len(), classes])?.cast(logits.dtype())?;
+    /// The model computes in `compute`.
+    pub fn new(model: &dyn Classifier, inputs: &Inputs, context: &Context, compute: DType) -> Result<Self> {
+        let own = Precision::F32.compute_dtype(model.parameters());
+        let logits = model.forward(&inputs.images.cast(compute)?, context)?.cast(own)?;
         let options = CrossEntropyOptions { reduction: Reduction::Sum, ..CrossEntropyOptions::default() };
-        let loss = cross_entropy(&logits, Targets::Soft(&targets), options)?;
+        let loss = cross_entropy(&logits, Targets::Soft(&inputs.targets.cast(own)?), options)?;
         Ok(Scored { logits, loss })
     }
 
@@ -108,6 +150,11 @@ impl Scored {
         let (correct, among_five) = top_hits(&self.logits, labels)?;
         Ok(RunningMeans { samples: labels.len(), loss: self.loss.item()?, correct, among_five })
     }
+}
+
+/// The device of a model's parameters.
+pub(super) fn device_of(parameters: &Parameters) -> Device {
+    parameters.weights().next().map_or(Device::Cpu, |weight| weight.tensor().device())
 }
 
 /// The class that each row of `targets` gives the most to: the label, or what mixing made of it.

@@ -35,8 +35,11 @@ pub struct StepMetrics {
     pub loss: f64,
     /// The learning rate.
     pub lr: f64,
-    /// Global norm of the gradient, before clipping.
+    /// Global norm of the gradient, before clipping; 0 where it overflowed.
     pub gradient_norm: f64,
+    /// Whether scaled gradients overflowed, so that the weights stayed as they were.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub skipped: bool,
 }
 
 /// One epoch.
@@ -266,7 +269,14 @@ mod tests {
     use super::*;
 
     fn step(step: usize) -> Record {
-        Record::Step(StepMetrics { step, epoch: step as f64 / 3.0, loss: 0.1, lr: 1e-3, gradient_norm: 2.5 })
+        Record::Step(StepMetrics {
+            step,
+            epoch: step as f64 / 3.0,
+            loss: 0.1,
+            lr: 1e-3,
+            gradient_norm: 2.5,
+            skipped: false,
+        })
     }
 
     fn epoch(epoch: usize, step: usize) -> Record {

@@ -42,12 +42,13 @@
 mod checkpoint;
 mod clip;
 mod config;
-pub(crate) mod device;
-pub(crate) mod ema;
+mod device;
+mod ema;
+mod engine;
 mod evaluate;
 mod metrics;
 mod observer;
-pub(crate) mod optimizer;
+mod optimizer;
 mod precision;
 mod schedule;
 mod trainer;
@@ -65,6 +66,12 @@ pub use schedule::{Decay, Schedule, ScheduleConfig, Span, Warmup};
 pub use trainer::{BEST_CHECKPOINT, LAST_CHECKPOINT, METRICS_FILE, Outcome, Trainer, TrainingRun};
 
 use crate::nn::StateDict;
+
+/// The kernels of this module.
+#[cfg(all(test, feature = "emulator"))]
+pub(crate) fn gpu_kernels() -> impl Iterator<Item = crate::gpu::Signature> {
+    [device::KERNELS, optimizer::gpu::KERNELS, ema::KERNELS].into_iter().flatten().copied()
+}
 
 /// What keeps `got` from taking the place of `expected`: tensors missing, surplus, or of another shape or dtype.
 fn state_problems(expected: &StateDict, got: &StateDict) -> Vec<String> {

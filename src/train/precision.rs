@@ -29,6 +29,11 @@ impl Precision {
         }
     }
 
+    /// Left out of descriptions, as before there was a choice.
+    pub(super) fn is_f32(&self) -> bool {
+        *self == Precision::F32
+    }
+
     /// How the loss is scaled, where it is.
     pub(super) fn loss_scaling(self) -> Option<LossScaling> {
         (self == Precision::F16).then_some(LossScaling::DEFAULT)

@@ -7,18 +7,16 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use super::checkpoint::{Checkpoint, Progress, config_differences};
-use super::clip::{clip_factor, global_norm, not_finite};
 use super::config::TrainConfig;
 use super::ema::Ema;
-use super::evaluate::{Batches, Classifier, Scored, evaluate, strongest_targets};
+use super::engine::{Engine, PendingStep, StepBatches, StepPlan};
+use super::evaluate::{Batches, Classifier, evaluate};
 use super::metrics::{EpochMetrics, Evaluation, MetricsFile, Record, RunningMeans, StepMetrics, Throughput};
 use super::observer::{Observer, StepReport};
 use super::optimizer::Optimizer;
 use super::schedule::Schedule;
 use super::state_problems;
-use crate::autograd::Gradients;
 use crate::data::Batch;
-use crate::nn::Context;
 use crate::random::Philox;
 use crate::{Error, Result};
 
@@ -69,6 +67,9 @@ pub struct Trainer<'a> {
     checkpoint_every: usize,
     optimizer: Optimizer,
     ema: Option<Ema>,
+    engine: Engine,
+    /// Steps done whose reports are still to come.
+    pending: Vec<PendingStep>,
     progress: Progress,
     metrics: Option<MetricsFile>,
     throughput: Throughput,
@@ -93,10 +94,14 @@ impl<'a> Trainer<'a> {
             config: json!({ "train": config, "run": run.description }),
             ..Progress::default()
         };
+        let mut optimizer = Optimizer::new(parameters, config.optimizer)?;
+        let engine = Engine::new(&mut optimizer, config.precision)?;
         Ok(Trainer {
             schedule: config.schedule.build(config.epochs, steps_per_epoch)?,
             checkpoint_every: config.checkpoint_every.steps(steps_per_epoch)?.max(1),
-            optimizer: Optimizer::new(parameters, config.optimizer)?,
+            optimizer,
+            engine,
+            pending: Vec::new(),
             ema: config.ema_decay.map(|decay| Ema::new(parameters, decay)).transpose()?,
             progress,
             metrics: None,
@@ -138,9 +143,19 @@ impl<'a> Trainer<'a> {
         parameters.load_state_dict(&model)?;
         self.optimizer.load_state_dict(&optimizer)?;
         self.ema.iter_mut().try_for_each(|own| own.load_state_dict(&ema))?;
+        self.engine.resume(&self.optimizer, progress.loss_scale)?;
+        self.pending.clear();
         self.progress = progress;
         self.metrics = None;
         Ok(())
+    }
+
+    /// Whether to record a step once it has run twice, and to repeat the recording: a CUDA graph. The bits are the same.
+    /// Without effect where the model is on the host.
+    pub fn repeat_recorded_steps(&mut self, on: bool) {
+        if let Engine::Device(engine) = &mut self.engine {
+            engine.repeat_recorded(on);
+        }
     }
 
     /// How far training is.
@@ -198,36 +213,46 @@ impl<'a> Trainer<'a> {
         let mut batches = source.epoch(self.progress.epoch as u64, self.progress.batch);
         let epoch = self.progress.epoch;
         while self.progress.epoch == epoch {
-            let report = self.step(&mut *batches)?;
-            if let Some(file) = &mut self.metrics {
-                file.append(&Record::Step(report.metrics))?;
+            self.step(&mut *batches)?;
+            let stopped = stop.load(Ordering::Relaxed);
+            // At the end of an epoch the checkpoint comes after the evaluation.
+            let is_due = self.progress.batch > 0 && self.progress.step.is_multiple_of(self.checkpoint_every);
+            if stopped || is_due || self.progress.epoch != epoch || self.pending.len() == self.engine.patience() {
+                self.report(observer)?;
             }
-            observer.on_step(&report)?;
-            if stop.load(Ordering::Relaxed) {
+            if stopped {
                 return Ok(false);
             }
-            // At the end of an epoch the checkpoint comes after the evaluation.
-            if self.progress.batch > 0 && self.progress.step.is_multiple_of(self.checkpoint_every) {
+            if is_due {
                 self.write_checkpoint(LAST_CHECKPOINT, observer)?;
             }
         }
         Ok(true)
     }
 
-    /// One step of the optimizer.
-    fn step(&mut self, batches: &mut dyn Iterator<Item = Result<Batch>>) -> Result<StepReport> {
+    /// One step of the optimizer. On a device its report comes later.
+    fn step(&mut self, batches: &mut dyn Iterator<Item = Result<Batch>>) -> Result<()> {
         let start = Instant::now();
         let count = self.run.config.accumulation.min(self.progress.batches_per_epoch - self.progress.batch);
-        let (gradients, sums, gradient_norm) = self.gradients(batches, count)?;
         let lr = self.schedule.lr(self.progress.step);
-        let clip = self.run.config.clip_norm.map_or(1.0, |max_norm| clip_factor(gradient_norm, max_norm));
-        self.optimizer.step_scaled(&gradients, lr, clip / sums.samples as f64)?;
-        if let Some(ema) = &mut self.ema {
-            ema.update()?;
-        }
-        self.throughput.add(sums.samples, start.elapsed());
+        let mut batches = StepBatches { trainer_batches: batches, progress: &self.progress, count, read: 0 };
+        let plan = StepPlan {
+            model: self.run.model,
+            config: &self.run.config,
+            stream: Philox::new(self.progress.seed).stream("train").fork(self.progress.step as u64),
+            lr,
+        };
+        let (ema, optimizer) = (self.ema.as_mut(), &mut self.optimizer);
+        let (samples, result) = match &mut self.engine {
+            Engine::Host(engine) => {
+                let (samples, result) = engine.step(&plan, optimizer, ema, &mut batches)?;
+                (samples, Some(result))
+            }
+            Engine::Device(engine) => (engine.step(&plan, optimizer, ema, &mut batches)?, None),
+        };
+        self.throughput.add(samples.len(), start.elapsed());
+        let began = (self.progress.epoch, self.progress.batch);
         let progress = &mut self.progress;
-        progress.running.add(&sums);
         progress.step += 1;
         progress.batch += count;
         let batches_done = progress.batch;
@@ -236,60 +261,43 @@ impl<'a> Trainer<'a> {
             progress.epoch += 1;
             progress.batch = 0;
         }
-        let step = progress.step;
-        Ok(StepReport {
-            metrics: StepMetrics { step, epoch, loss: sums.means().loss, lr, gradient_norm },
-            total_steps: self.schedule.total_steps(),
-            batches: (batches_done, progress.batches_per_epoch),
-            images_per_second: self.throughput.images_per_second(),
-            time_left: self.throughput.time_for(self.schedule.total_steps().saturating_sub(step)),
-        })
+        self.pending.push(PendingStep { step: progress.step, epoch, began, batches_done, lr, samples, result });
+        Ok(())
     }
 
-    /// Sums of the gradients and measures of `count` batches, and the norm of the mean gradient.
-    fn gradients(
-        &self,
-        batches: &mut dyn Iterator<Item = Result<Batch>>,
-        count: usize,
-    ) -> Result<(Gradients, RunningMeans, f64)> {
-        let Progress { step, epoch, batch: first, batches_per_epoch, seed, .. } = self.progress;
-        let (parameters, stream) = (self.run.model.parameters(), Philox::new(seed).stream("train").fork(step as u64));
-        let mut gradients = Gradients::default();
-        let mut sums = RunningMeans::default();
-        let mut samples = Vec::new();
-        for number in 0..count {
-            let batch = batches.next().transpose()?.filter(|batch| !batch.is_empty()).ok_or_else(|| {
-                let got = first + number;
-                Error::Training(format!("epoch {epoch} ended after {got} batches, expected {batches_per_epoch}"))
-            })?;
-            let scored = Scored::new(self.run.model, &batch, &Context::train(stream.fork(number as u64)))?;
-            let measured = scored.sums(&strongest_targets(&batch))?;
-            if !measured.loss.is_finite() {
-                return Err(self.stopped(&format!("the loss is {}", measured.loss), &batch.indices));
+    /// Reports the steps that were not reported yet. On a device this waits for them.
+    fn report(&mut self, observer: &mut dyn Observer) -> Result<()> {
+        let pending = std::mem::take(&mut self.pending);
+        let measured = match &self.engine {
+            Engine::Host(_) => pending.iter().filter_map(|pending| pending.result).collect(),
+            Engine::Device(engine) => engine.results(&self.optimizer, &pending)?,
+        };
+        for (pending, result) in pending.into_iter().zip(measured) {
+            if let Some(reason) = result.refused {
+                return Err(pending.refused(reason));
             }
-            gradients.accumulate(scored.loss.backward()?)?;
-            sums.add(&measured);
-            samples.extend(batch.indices);
+            self.progress.running.add(&result.sums);
+            let metrics = StepMetrics {
+                step: pending.step,
+                epoch: pending.epoch,
+                loss: result.sums.means().loss,
+                lr: pending.lr,
+                gradient_norm: result.gradient_norm.unwrap_or(0.0),
+                skipped: result.gradient_norm.is_none(),
+            };
+            if let Some(file) = &mut self.metrics {
+                file.append(&Record::Step(metrics))?;
+            }
+            let total_steps = self.schedule.total_steps();
+            observer.on_step(&StepReport {
+                metrics,
+                total_steps,
+                batches: (pending.batches_done, self.progress.batches_per_epoch),
+                images_per_second: self.throughput.images_per_second(),
+                time_left: self.throughput.time_for(total_steps.saturating_sub(pending.step)),
+            })?;
         }
-        let norm = global_norm(parameters, &gradients)? / sums.samples as f64;
-        if !norm.is_finite() {
-            let names = not_finite(parameters, &gradients)?.join(", ");
-            return Err(self.stopped(&format!("the gradient is not finite for {names}"), &samples));
-        }
-        Ok((gradients, sums, norm))
-    }
-
-    fn stopped(&self, reason: &str, samples: &[usize]) -> Error {
-        const SHOWN: usize = 32;
-        let shown: Vec<String> = samples.iter().take(SHOWN).map(usize::to_string).collect();
-        let more = if samples.len() > SHOWN { format!(" and {} more", samples.len() - SHOWN) } else { String::new() };
-        let Progress { step, epoch, batch, .. } = &self.progress;
-        Error::Training(format!(
-            "{reason} in step {}, epoch {}, from batch {batch} on, with samples {}{more}; training stopped before the step",
-            step + 1,
-            epoch + 1,
-            shown.join(", ")
-        ))
+        Ok(())
     }
 
     /// Evaluates where it is time, and records the epoch. False where `stop` was set before the end.
@@ -335,9 +343,10 @@ impl<'a> Trainer<'a> {
         stop: &AtomicBool,
     ) -> Result<Option<Evaluation>> {
         let (model, count) = (self.run.model, batches.batches_per_epoch());
-        let mut measure = || evaluate(model, batches, stop, |done| observer.on_evaluation(done, count));
+        let precision = self.run.config.precision;
+        let mut measure = || evaluate(model, batches, precision, stop, |done| observer.on_evaluation(done, count));
         match &mut self.ema {
-            Some(ema) => ema.with_averages(&mut measure)?,
+            Some(ema) => ema.with_averages(&mut measure),
             None => measure(),
         }
     }
@@ -348,6 +357,7 @@ impl<'a> Trainer<'a> {
             file.sync()?;
         }
         let path = folder.join(name);
+        self.progress.loss_scale = self.engine.loss_scale(&self.optimizer)?;
         let checkpoint = Checkpoint {
             progress: self.progress.clone(),
             model: self.run.model.parameters().state_dict(),

@@ -1,8 +1,13 @@
 //! The command line, driven as a person or a script would.
 
+#[cfg(all(feature = "cuda", target_os = "linux"))]
+mod devices;
 mod info;
 mod refusals;
 mod run;
+#[cfg(all(feature = "cuda", target_os = "linux"))]
+#[path = "../stand_in_drivers/mod.rs"]
+mod stand_in_drivers;
 mod train;
 mod trained;
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use gridgrad::Result;
-use gridgrad::driver::{self, GpuInfo, KERNELS_BUILT};
+use gridgrad::driver::{self, GpuInfo, NoGpu};
 use serde::Serialize;
 
 use crate::output::{print, print_json};
@@ -74,7 +74,7 @@ impl Checkup {
             memory: memory(),
             gpus,
             no_gpu_reason,
-            gpu_kernels_built: KERNELS_BUILT,
+            gpu_kernels_built: driver::kernels_built(),
             data: data(std::env::var_os("GRIDGRAD_DATA").filter(|v| !v.is_empty()).map(PathBuf::from)),
         }
     }
@@ -101,10 +101,11 @@ impl Checkup {
         lines.extend(self.gpus.iter().map(|gpu| (true, "GPU", describe(gpu))));
         lines.extend(self.no_gpu_reason.iter().map(|reason| (false, "GPU", reason.clone())));
         let kernels = match self.gpu_kernels_built {
-            true => "built in",
-            false => "not built in: this version of gridgrad computes on the processor only",
+            true => "built in".into(),
+            false if cfg!(feature = "cuda") => NoGpu::BuiltWithoutNvcc.to_string(),
+            false => NoGpu::FeatureOff.to_string(),
         };
-        lines.push((self.gpu_kernels_built, "GPU kernels", kernels.into()));
+        lines.push((self.gpu_kernels_built, "GPU kernels", kernels));
         lines.push((!self.data.sets_found.is_empty(), "data sets", self.data.to_string()));
         lines
     }

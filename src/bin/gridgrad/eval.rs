@@ -70,7 +70,7 @@ pub fn run(eval: Eval) -> Result<()> {
         progress.set_position(batches as u64);
         Ok(())
     };
-    let result = evaluate(&trained.model, &loader, &AtomicBool::new(false), done)?;
+    let result = evaluate(&trained.model, &loader, Precision::F32, &AtomicBool::new(false), done)?;
     progress.finish_and_clear();
     let result = result.ok_or_else(|| Error::Training("the evaluation was stopped".into()))?;
     let rate = result.samples as f64 / start.elapsed().as_secs_f64();

@@ -66,7 +66,9 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             output::complain(&format!("error: {error}"));
-            ExitCode::FAILURE
+            // As for a flag that cannot be read.
+            let refused = matches!(error, gridgrad::Error::DeviceUnavailable { .. });
+            if refused { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
 }

@@ -118,7 +118,10 @@ impl Cuda {
     /// `DeviceUnavailable` where there is no driver, it is too old, or it refuses the GPU; `OutOfDeviceMemory` where
     /// other programs have left no room for the workspace of matrix products.
     pub(crate) fn new(ordinal: usize) -> Result<Self> {
-        Self::with_images(ordinal, Images { find: image, targets: "the targets it was compiled for" })
+        Self::with_images(
+            ordinal,
+            Images { find: crate::driver::image::image, targets: "the targets it was compiled for" },
+        )
     }
 
     fn with_images(ordinal: usize, images: Images) -> Result<Self> {
@@ -135,11 +138,6 @@ impl Cuda {
         let (modules, promised) = (Mutex::default(), Mutex::default());
         Ok(Cuda(Arc::new(Gpu { properties, images, products, staging, modules, promised, pool, stream })))
     }
-}
-
-/// The compiled module `kernels/<module>.cu`.
-fn image(_module: &str) -> Option<&'static [u8]> {
-    None
 }
 
 fn is_set(variable: &str) -> bool {

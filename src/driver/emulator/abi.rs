@@ -104,6 +104,14 @@ pub(super) fn kernels(module: &str) -> Option<&'static [Kernel]> {
     })
 }
 
+/// The kernels of the crate's modules, without those that test the emulator.
+#[cfg(test)]
+pub(crate) fn kernel_names() -> Vec<String> {
+    let modules = MODULES.iter().map(|(name, _)| *name).filter(|name| !["faults", "primitives"].contains(name));
+    let kernels = modules.filter_map(kernels).flatten();
+    kernels.map(|kernel| kernel.name().to_string_lossy().into_owned()).collect()
+}
+
 impl Kernel {
     pub fn name(&self) -> &'static CStr {
         // SAFETY: the name is a string literal.

@@ -126,7 +126,8 @@ impl Machine {
         Ok(())
     }
 
-    fn launch(&self, function: &Function, geometry: Geometry, arguments: &Arguments) -> Result<()> {
+    /// Runs a kernel that `check_launch` has let pass.
+    pub fn launch(&self, function: &Function, geometry: Geometry, arguments: &Arguments) -> Result<()> {
         self.pending("launch")?;
         // SAFETY: `load` made the handle from a static kernel.
         let kernel = unsafe { &*(function.handle as *const Kernel) };

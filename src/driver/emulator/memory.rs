@@ -1,7 +1,7 @@
 //! The device's memory: every buffer ends at a guard page, is poisoned when it is handed out, and is checked for writes
 //! into the few bytes that the guard pages leave open.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use super::pages::{POISON, Pages};
 use crate::driver::seam::Address;
@@ -14,6 +14,9 @@ const ALIGNMENT: usize = 16;
 const CANARY: u8 = 0xA5;
 /// How many bytes before each buffer are looked at after every launch; all are when it is freed.
 const NEAR: usize = 64;
+
+/// How many freed buffers keep their addresses, so that a use after the free faults and does not hit a new buffer.
+const RETIRED: usize = 1024;
 
 struct Buffer {
     pages: Pages,
@@ -81,6 +84,7 @@ pub(crate) struct Counters {
 /// All buffers of a device, by address.
 pub(super) struct Memory {
     buffers: BTreeMap<u64, Buffer>,
+    retired: VecDeque<Pages>,
     pub counters: Counters,
     pub limit: usize,
     /// A fault found where no error could be returned.
@@ -89,7 +93,13 @@ pub(super) struct Memory {
 
 impl Memory {
     pub fn new(limit: usize) -> Self {
-        Memory { buffers: BTreeMap::new(), counters: Counters::default(), limit, pending: None }
+        Memory {
+            buffers: BTreeMap::new(),
+            retired: VecDeque::new(),
+            counters: Counters::default(),
+            limit,
+            pending: None,
+        }
     }
 
     pub fn allocate(&mut self, bytes: usize) -> Result<Address> {
@@ -117,12 +127,21 @@ impl Memory {
                 self.counters.bytes -= bytes;
                 let found = buffer.check(false);
                 self.remember(found);
+                self.retire(buffer.pages);
             }
             Some(buffer) => {
                 self.remember(Some(format!("{bytes} bytes freed of a buffer of {}", buffer.bytes)));
                 self.buffers.insert(address.0, buffer);
             }
             None => self.remember(Some(format!("no buffer begins at the freed address {:#x}", address.0))),
+        }
+    }
+
+    fn retire(&mut self, pages: Pages) {
+        pages.retire();
+        self.retired.push_back(pages);
+        if self.retired.len() > RETIRED {
+            self.retired.pop_front();
         }
     }
 

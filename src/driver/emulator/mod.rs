@@ -15,7 +15,10 @@
 //! x86-64 and aarch64, a guard page ends the process instead.
 //!
 //! Static shared arrays exist when the first thread of a block comes to them, so the limit of a block counts those that
-//! it uses. Collectives are strict: every lane in the mask has to come, one that has exited too.
+//! it uses. Collectives are strict: every lane in the mask has to come, and one that has exited never does.
+//!
+//! Measured on one core of a shared x86-64 server, optimised, blocks of 256 threads: 6 ns for a thread that never waits,
+//! 50 ns for a thread's `__syncthreads`, 43 to 50 ns for its warp shuffle.
 
 #[cfg(not(unix))]
 compile_error!("the feature `emulator` needs a Unix system: it rests on memory mappings and guard pages");
@@ -39,6 +42,8 @@ mod primitives_tests;
 #[cfg(test)]
 mod tests;
 
+#[cfg(test)]
+pub(crate) use abi::kernel_names;
 use machine::{Command, Machine};
 pub(crate) use memory::Counters;
 
@@ -119,12 +124,9 @@ impl Emulator {
 
     /// Runs a command, or records it.
     fn submit(&self, command: Command) -> Result<()> {
-        match self.recording().as_mut() {
-            Some(recording) => {
-                recording.commands.push(command);
-                return Ok(());
-            }
-            None => {}
+        if let Some(recording) = self.recording().as_mut() {
+            recording.commands.push(command);
+            return Ok(());
         }
         self.machine.execute(&command)
     }
@@ -198,7 +200,12 @@ impl Driver for Emulator {
 
     unsafe fn launch(&self, function: &Function, geometry: Geometry, arguments: &Arguments) -> Result<()> {
         self.machine.check_launch(function, geometry, arguments)?;
-        self.submit(Command::Launch { function: function.clone(), geometry, arguments: Box::new(arguments.clone()) })
+        if let Some(recording) = self.recording().as_mut() {
+            let (function, arguments) = (function.clone(), Box::new(arguments.clone()));
+            recording.commands.push(Command::Launch { function, geometry, arguments });
+            return Ok(());
+        }
+        self.machine.launch(function, geometry, arguments)
     }
 
     unsafe fn matrix_product(&self, _: &MatrixProduct) -> Result<bool> {

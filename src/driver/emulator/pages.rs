@@ -33,6 +33,13 @@ impl Pages {
         if failed != 0 { Err(io::Error::last_os_error()) } else { Ok(pages) }
     }
 
+    /// Gives the memory back, but keeps the addresses: every later access faults.
+    pub fn retire(&self) {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+        // SAFETY: replaces the mapping made in `new`, whole, by one that nobody can touch.
+        unsafe { libc::mmap(self.base.cast(), self.length, libc::PROT_NONE, flags, -1, 0) };
+    }
+
     /// The first usable byte; the guard page lies before it.
     pub fn start(&self) -> *mut u8 {
         self.base.wrapping_add(self.page)

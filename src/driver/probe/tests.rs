@@ -15,10 +15,11 @@ fn the_processor_is_always_there() {
     assert!(require(Device::Cpu).is_ok());
 }
 
+#[cfg(not(feature = "emulator"))]
 #[test]
 fn emulation_is_refused_with_the_reason() {
     let error = require(Device::Emulated).unwrap_err().to_string();
-    assert_eq!(error, "emulated: this version of gridgrad has no GPU kernels to emulate yet; use --device cpu");
+    assert!(error.starts_with("emulated: ") && error.contains("--features emulator"), "{error}");
 }
 
 #[test]
@@ -26,17 +27,29 @@ fn a_probe_error_comes_before_missing_kernels() {
     let reason = usable(0, &Err(NoGpu::NoDriver), false).unwrap_err();
     assert_eq!(reason, NoGpu::NoDriver.to_string());
     let reason = usable(0, &Ok(vec![gpu(0)]), false).unwrap_err();
-    assert_eq!(reason, "this version of gridgrad has no GPU kernels yet; use --device cpu");
+    assert_eq!(reason, NoGpu::BuiltWithoutNvcc.to_string());
     assert!(usable(1, &Ok(vec![gpu(0)]), true).unwrap_err().contains("GPU 1 was asked for"));
     assert!(usable(1, &Ok(vec![gpu(0), gpu(1)]), true).is_ok());
+}
+
+#[test]
+fn a_gpu_older_than_the_kernels_is_refused_and_passed_over() {
+    let old = GpuInfo { compute_capability: (7, 5), ..gpu(0) };
+    let reason = usable(0, &Ok(vec![old.clone()]), true).unwrap_err();
+    assert!(reason.contains("(Test GPU) has compute capability 7.5, but gridgrad's kernels need 8.0"), "{reason}");
+    assert_eq!(best_of(&Ok(vec![old.clone(), gpu(1)]), true), Device::Cuda(1));
+    assert_eq!(best_of(&Ok(vec![old]), true), Device::Cpu);
+    assert_eq!(best_of(&Ok(vec![gpu(0)]), false), Device::Cpu);
+    assert_eq!(best_of(&Err(NoGpu::NoDriver), true), Device::Cpu);
 }
 
 #[test]
 fn reasons_are_one_line_and_name_versions_as_people_do() {
     let old = NoGpu::DriverTooOld { have: 12_020, need: 13_000 }.to_string();
     assert!(old.contains("CUDA 12.2") && old.contains("CUDA 13.0"), "{old}");
-    for reason in [NoGpu::FeatureOff, NoGpu::NoDriver, NoGpu::NoDevice, NoGpu::StubLibrary, NoGpu::Driver("999".into())]
-    {
+    let (feature, nvcc) = (NoGpu::FeatureOff, NoGpu::BuiltWithoutNvcc);
+    let driver = NoGpu::Driver("999".into());
+    for reason in [feature, nvcc, NoGpu::NoDriver, NoGpu::NoDevice, NoGpu::StubLibrary, driver] {
         let words = reason.to_string();
         assert!(!words.contains('\n') && words.contains("; "), "{words}");
     }
@@ -49,6 +62,10 @@ fn without_the_feature_the_probe_says_so() {
     assert!(require(Device::Cuda(0)).unwrap_err().to_string().contains("--features cuda"));
 }
 
+#[cfg(all(feature = "cuda", target_os = "linux"))]
+#[path = "../../../tests/stand_in_drivers/mod.rs"]
+mod stand_in_drivers;
+
 /// The driver is loaded once per process, so each stand-in driver is probed by a child: this test binary again.
 #[cfg(all(feature = "cuda", target_os = "linux"))]
 mod stand_ins {
@@ -56,44 +73,32 @@ mod stand_ins {
     use std::process::Command;
 
     use super::super::*;
+    use super::stand_in_drivers as drivers;
 
     const CHILD: &str = "GRIDGRAD_TEST_PROBE";
 
-    /// Does nothing unless a parent started it; then prints the probe's answer and that of `require`.
+    /// Does nothing unless a parent started it; then prints the probe's answer, that of `require`, and the best device.
     #[test]
     fn child() {
         if std::env::var_os(CHILD).is_some() {
             println!("probe={:?}", probe());
             println!("require={}", require(Device::Cuda(0)).map_or_else(|e| e.to_string(), |()| "ok".into()));
+            println!("best={}", best());
         }
     }
 
-    /// What a child prints that finds only this `libcuda.so.1`, or `None` without a C compiler.
-    fn probe_with(source: &str) -> Option<String> {
-        let folder = tempfile::tempdir().unwrap();
-        compile(folder.path(), source)?;
-        Some(run_child(folder.path()))
-    }
-
-    fn compile(folder: &Path, source: &str) -> Option<()> {
-        std::fs::write(folder.join("driver.c"), source).unwrap();
-        let compiled = Command::new("cc")
-            .args(["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "driver.c", "-o", "libcuda.so.1"])
-            .current_dir(folder)
-            .output();
-        let Ok(compiled) = compiled else {
-            println!("skipped: no C compiler `cc` to build the stand-in driver with");
-            return None;
-        };
-        assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
-        // An unversioned name is tried first; without it a real driver of this machine would answer.
-        std::os::unix::fs::symlink("libcuda.so.1", folder.join("libcuda.so")).unwrap();
-        Some(())
+    /// Checks what a child prints that finds only this driver.
+    fn check(driver: Option<tempfile::TempDir>, expected: &[&str]) {
+        let Some(driver) = driver else { return };
+        let output = run_child(driver.path());
+        for part in expected {
+            assert!(output.contains(part), "{part:?} is not in {output}");
+        }
     }
 
     fn run_child(library_path: &Path) -> String {
         let child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "driver::tests::stand_ins::child", "--nocapture", "--test-threads=1"])
+            .args(["--exact", "driver::probe::tests::stand_ins::child", "--nocapture", "--test-threads=1"])
             .env(CHILD, "1")
             .env("LD_LIBRARY_PATH", library_path)
             .output()
@@ -104,46 +109,40 @@ mod stand_ins {
     }
 
     #[test]
+    fn no_driver() {
+        check(Some(drivers::none()), &["probe=Err(NoDriver)", "best=cpu"]);
+    }
+
+    #[test]
     fn no_device() {
-        let Some(output) = probe_with("int cuInit(unsigned f) { return 100; }") else { return };
-        assert!(output.contains("probe=Err(NoDevice)"), "{output}");
-        assert!(output.contains("require=cuda:0: the NVIDIA driver finds no GPU"), "{output}");
+        let words = "require=cuda:0: the NVIDIA driver finds no GPU";
+        check(drivers::compiled(drivers::NO_DEVICE), &["probe=Err(NoDevice)", words, "best=cpu"]);
     }
 
     #[test]
     fn stub_library() {
-        let Some(output) = probe_with("int cuInit(unsigned f) { return 34; }") else { return };
-        assert!(output.contains("probe=Err(StubLibrary)"), "{output}");
+        check(drivers::compiled(drivers::STUB), &["probe=Err(StubLibrary)", "best=cpu"]);
     }
 
     #[test]
     fn broken_driver() {
-        let Some(output) = probe_with("int cuInit(unsigned f) { return 999; }") else { return };
-        assert!(output.contains("probe=Err(Driver(\"CUDA_ERROR_UNKNOWN\"))"), "{output}");
+        check(drivers::compiled(drivers::BROKEN), &["probe=Err(Driver(\"CUDA_ERROR_UNKNOWN\"))", "best=cpu"]);
     }
 
     #[test]
     fn old_driver() {
-        let source = "int cuInit(unsigned f) { return 0; }\nint cuDriverGetVersion(int *v) { *v = 12020; return 0; }";
-        let Some(output) = probe_with(source) else { return };
-        assert!(output.contains("probe=Err(DriverTooOld { have: 12020, need: 13000 })"), "{output}");
+        check(drivers::compiled(drivers::OLD), &["probe=Err(DriverTooOld { have: 12020, need: 13000 })", "best=cpu"]);
     }
 
     #[test]
     fn two_devices() {
-        let source = r#"
-            #include <stdio.h>
-            int cuInit(unsigned f) { return 0; }
-            int cuDriverGetVersion(int *v) { *v = 13010; return 0; }
-            int cuDeviceGetCount(int *n) { *n = 2; return 0; }
-            int cuDeviceGet(int *d, int i) { *d = i; return 0; }
-            int cuDeviceGetName(char *s, int n, int d) { snprintf(s, n, "Stand-in %d", d); return 0; }
-            int cuDeviceGetAttribute(int *v, int a, int d) { *v = a == 75 ? 9 : a == 76 ? 5 : -1; return 0; }
-            int cuDeviceTotalMem_v2(unsigned long *b, int d) { *b = 80ul << 30; return 0; }"#;
-        let Some(output) = probe_with(source) else { return };
         let second = "GpuInfo { ordinal: 1, name: \"Stand-in 1\", compute_capability: (9, 5), \
                       total_memory_bytes: 85899345920, driver_version: 13010 }";
-        assert!(output.contains("probe=Ok([GpuInfo { ordinal: 0") && output.contains(second), "{output}");
-        assert!(output.contains("require=cuda:0: this version of gridgrad has no GPU kernels yet"), "{output}");
+        let (required, best) = match kernels_built() {
+            true => ("require=ok", "best=cuda:0"),
+            false => ("require=cuda:0: gridgrad was built without nvcc", "best=cpu"),
+        };
+        let expected = ["probe=Ok([GpuInfo { ordinal: 0", second, required, best];
+        check(drivers::compiled(drivers::TWO_DEVICES), &expected);
     }
 }
