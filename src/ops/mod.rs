@@ -59,7 +59,7 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        [conv2d::depthwise_gpu::KERNELS, conv2d::gpu::KERNELS, elementwise::gpu::KERNELS, softmax::gpu::KERNELS].into_iter().flatten().copied()
+        [conv2d::depthwise_gpu::KERNELS, conv2d::gpu::KERNELS, elementwise::gpu::KERNELS, pool::gpu::KERNELS, softmax::gpu::KERNELS].into_iter().flatten().copied()
     }
 
     #[cfg(all(test, feature = "emulator"))]

@@ -1,13 +1,15 @@
 //! Largest values and averages over windows of a map.
 
 mod cpu;
+pub(crate) mod gpu;
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use crate::autograd::{Backward, Function, record};
+use crate::gpu::Gpu;
 use crate::ops::resample::{Axis, resample};
-use crate::tensor::{Buffer, Shape};
+use crate::tensor::{Place, Shape, place};
 use crate::{Error, Result, Tensor, dispatch_float};
 
 /// How a window moves over a map. Pairs are (vertical, horizontal).
@@ -41,7 +43,7 @@ impl Pool2dOptions {
     }
 
     /// The windows along one axis of a map.
-    fn windows(&self, op: &'static str, input: &Tensor, axis: usize) -> Result<Vec<Window>> {
+    fn law(&self, op: &'static str, input: &Tensor, axis: usize) -> Result<Law> {
         let (extent, kernel) = (input.shape()[axis + 1], self.kernel[axis]);
         let (stride, padding) = (self.stride[axis], self.padding[axis]);
         let refuse = |reason: &str| Err(Error::argument(op, format!("{reason}: input {}, {self:?}", input.shape())));
@@ -60,13 +62,17 @@ impl Pool2dOptions {
         if self.ceil_mode && free % stride > 0 && (count * stride) < extent + padding {
             count += 1;
         }
-        let window = |index: usize| {
-            let (start, end) = (index * stride, (index * stride + kernel).min(extent + 2 * padding));
-            let inside = start.max(padding) - padding..(end.max(padding) - padding).min(extent);
-            Window { counted: if self.count_include_pad { end - start } else { inside.len() }, inside }
-        };
-        Ok((0..count).map(window).collect())
+        Ok(Law::Sliding { extent, count, kernel, stride, padding, count_padding: self.count_include_pad })
     }
+}
+
+/// Which windows there are along one axis.
+#[derive(Clone, Copy, Debug)]
+enum Law {
+    /// `kernel` positions each, `stride` apart, over an extent with padding, which averages may count.
+    Sliding { extent: usize, count: usize, kernel: usize, stride: usize, padding: usize, count_padding: bool },
+    /// Window i of n reaches from ⌊i extent / n⌋ to ⌈(i + 1) extent / n⌉.
+    Even { extent: usize, count: usize },
 }
 
 /// A window along one axis.
@@ -77,12 +83,81 @@ struct Window {
     counted: usize,
 }
 
-fn averages(input: usize, windows: Vec<Window>) -> Arc<Axis> {
-    let row = |window: Window| {
-        let weight = 1.0 / window.counted as f64;
-        window.inside.map(|position| (position, weight)).collect()
-    };
-    Axis::new(input, windows.into_iter().map(row))
+impl Law {
+    fn extent(self) -> usize {
+        let (Law::Sliding { extent, .. } | Law::Even { extent, .. }) = self;
+        extent
+    }
+
+    fn count(self) -> usize {
+        let (Law::Sliding { count, .. } | Law::Even { count, .. }) = self;
+        count
+    }
+
+    fn window(self, index: usize) -> Window {
+        match self {
+            Law::Sliding { extent, kernel, stride, padding, count_padding, .. } => {
+                let (start, end) = (index * stride, (index * stride + kernel).min(extent + 2 * padding));
+                let inside = start.max(padding) - padding..(end.max(padding) - padding).min(extent);
+                Window { counted: if count_padding { end - start } else { inside.len() }, inside }
+            }
+            Law::Even { extent, count } => {
+                let bound = |index: usize| index as u128 * extent as u128;
+                let start = (bound(index) / count as u128) as usize;
+                let inside = start..bound(index + 1).div_ceil(count as u128) as usize;
+                Window { counted: inside.len(), inside }
+            }
+        }
+    }
+
+    fn windows(self) -> Vec<Window> {
+        (0..self.count()).map(|index| self.window(index)).collect()
+    }
+
+    /// What averaging over the windows makes of a line.
+    fn averages(self) -> Arc<Axis> {
+        let row = |window: Window| {
+            let weight = 1.0 / window.counted as f64;
+            window.inside.map(|position| (position, weight)).collect()
+        };
+        Axis::new(self.extent(), self.windows().into_iter().map(row))
+    }
+}
+
+/// The averages over windows of `input` by `laws` (vertical, horizontal).
+fn average(op: &'static str, input: &Tensor, laws: [Law; 2]) -> Result<Tensor> {
+    match place(op, &[input])? {
+        Place::Gpu(gpu) => average_on(gpu, op, input, laws, false),
+        Place::Host => resample(op, input, [&laws[0].averages(), &laws[1].averages()]),
+    }
+}
+
+/// On a GPU the averages, or with `spread` their transpose, each the gradient of the other.
+fn average_on(gpu: &'static Gpu, op: &'static str, input: &Tensor, laws: [Law; 2], spread: bool) -> Result<Tensor> {
+    let extent = |law: Law| if spread { law.extent() } else { law.count() };
+    let shape = Shape::from([input.shape()[0], extent(laws[0]), extent(laws[1]), input.shape()[3]]);
+    shape.checked_elements(op, size_of::<f64>())?;
+    let output = gpu::average(gpu, op, input, &shape, laws, spread)?;
+    Ok(record(output, &[input], |_| AverageRule { gpu, op, laws, spread }))
+}
+
+struct AverageRule {
+    gpu: &'static Gpu,
+    op: &'static str,
+    laws: [Law; 2],
+    /// Whether the recorded function is the transpose.
+    spread: bool,
+}
+
+impl Function for AverageRule {
+    fn name(&self) -> &'static str {
+        self.op
+    }
+
+    fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        let grad = backward.grad();
+        Ok(vec![Some(average_on(self.gpu, self.op, grad, self.laws, !self.spread)?)])
+    }
 }
 
 /// The mean over each window of `input` (batch, height, width, channels). Derivatives of every order.
@@ -92,9 +167,9 @@ fn averages(input: usize, windows: Vec<Window>) -> Arc<Axis> {
 /// kernel exceeds the padded input.
 pub fn avg_pool2d(input: &Tensor, options: Pool2dOptions) -> Result<Tensor> {
     const OP: &str = "avg_pool2d";
-    let [_, height, width, _] = input.dims(OP, "input (batch, height, width, channels)")?;
-    let (vertical, horizontal) = (options.windows(OP, input, 0)?, options.windows(OP, input, 1)?);
-    resample(OP, input, [&averages(height, vertical), &averages(width, horizontal)])
+    input.dims::<4>(OP, "input (batch, height, width, channels)")?;
+    input.expect_float(OP)?;
+    average(OP, input, [options.law(OP, input, 0)?, options.law(OP, input, 1)?])
 }
 
 /// The mean over `size` (height, width) windows that cover `input` (batch, height, width, channels) evenly: window i
@@ -109,16 +184,8 @@ pub fn adaptive_avg_pool2d(input: &Tensor, size: [usize; 2]) -> Result<Tensor> {
         return Err(Error::shape(OP, format!("input {} to size {size:?}: extents must be positive", input.shape())));
     }
     Shape::from([size[0], size[1], channels.max(1)]).checked_elements(OP, size_of::<f64>())?;
-    let axis = |extent: usize, count: usize| {
-        let bound = |index: usize| index as u128 * extent as u128;
-        let window = |index: usize| {
-            let start = (bound(index) / count as u128) as usize;
-            let inside = start..bound(index + 1).div_ceil(count as u128) as usize;
-            Window { counted: inside.len(), inside }
-        };
-        averages(extent, (0..count).map(window).collect())
-    };
-    resample(OP, input, [&axis(height, size[0]), &axis(width, size[1])])
+    input.expect_float(OP)?;
+    average(OP, input, [Law::Even { extent: height, count: size[0] }, Law::Even { extent: width, count: size[1] }])
 }
 
 /// The mean over all positions of `input` (batch, height, width, channels), of shape (batch, channels). Derivatives of
@@ -143,18 +210,24 @@ pub fn global_avg_pool2d(input: &Tensor) -> Result<Tensor> {
 pub fn max_pool2d(input: &Tensor, options: Pool2dOptions) -> Result<Tensor> {
     const OP: &str = "max_pool2d";
     let [batch, height, width, channels] = input.dims(OP, "input (batch, height, width, channels)")?;
-    let windows = [options.windows(OP, input, 0)?, options.windows(OP, input, 1)?];
-    let shape = Shape::from([batch, windows[0].len(), windows[1].len(), channels]);
+    let laws = [options.law(OP, input, 0)?, options.law(OP, input, 1)?];
+    let shape = Shape::from([batch, laws[0].count(), laws[1].count(), channels]);
     shape.checked_elements(OP, size_of::<f64>())?;
     if u32::try_from(height * width).is_err() {
         return Err(Error::shape(OP, format!("input {} has more than 2^32 positions", input.shape())));
     }
     let dtype = input.dtype();
-    let (output, positions) = dispatch_float!(OP, dtype, T => {
-        let (largest, positions) = cpu::max_pool(&input.floats::<T>(OP)?, [batch, height, width, channels], &windows);
-        Tensor::from_floats(largest, &shape, dtype).map(|largest| (largest, positions))
-    })?;
-    let choice = || Choice { positions: Arc::new(positions), input: input.shape().clone(), output: shape };
+    input.expect_float(OP)?;
+    let (output, positions) = match place(OP, &[input])? {
+        Place::Gpu(gpu) => gpu::max_pool(gpu, OP, input, &shape, laws)?,
+        Place::Host => dispatch_float!(OP, dtype, T => {
+            let (input, windows) = (input.floats::<T>(OP)?, laws.map(Law::windows));
+            let (largest, positions) = cpu::max_pool(&input, [batch, height, width, channels], &windows);
+            let places = Tensor::from_buffer(positions, [shape.elements(), size_of::<u32>()])?;
+            Tensor::from_floats(largest, &shape, dtype).map(|largest| (largest, places))
+        })?,
+    };
+    let choice = || Choice { positions, laws, input: input.shape().clone(), output: shape };
     Ok(record(output, &[input], |_| ChoiceRule { choice: choice(), scatter: false }))
 }
 
@@ -162,8 +235,9 @@ pub fn max_pool2d(input: &Tensor, options: Pool2dOptions) -> Result<Tensor> {
 /// in the same image and channel.
 #[derive(Clone)]
 struct Choice {
-    /// `u32` values in recycled bytes.
-    positions: Arc<Buffer<u8>>,
+    /// The bytes of `u32` values.
+    positions: Tensor,
+    laws: [Law; 2],
     input: Shape,
     output: Shape,
 }
@@ -183,15 +257,20 @@ impl Choice {
         const OP: &str = "max_pool2d";
         let (dtype, channels) = (source.dtype(), self.input[3]);
         let (inputs, outputs) = (self.input[1] * self.input[2], self.output[1] * self.output[2]);
-        let output = dispatch_float!(OP, dtype, T => {
-            let (values, positions) = (source.floats::<T>(OP)?, bytemuck::cast_slice(&self.positions));
-            let (values, shape) = if scatter {
-                (cpu::scatter(&values, positions, inputs, outputs, channels), &self.input)
-            } else {
-                (cpu::gather(&values, positions, inputs, outputs, channels), &self.output)
-            };
-            Tensor::from_floats(values, shape, dtype)
-        })?;
+        let shape = if scatter { &self.input } else { &self.output };
+        let output = match place(OP, &[source, &self.positions])? {
+            Place::Gpu(gpu) => gpu::choose(gpu, OP, (source, &self.positions), shape, self.laws, scatter)?,
+            Place::Host => dispatch_float!(OP, dtype, T => {
+                let (values, positions) =
+                    (source.floats::<T>(OP)?, bytemuck::cast_slice(self.positions.raw_bytes()?));
+                let values = if scatter {
+                    cpu::scatter(&values, positions, inputs, outputs, channels)
+                } else {
+                    cpu::gather(&values, positions, inputs, outputs, channels)
+                };
+                Tensor::from_floats(values, shape, dtype)
+            })?,
+        };
         Ok(record(output, &[source], |_| ChoiceRule { choice: self.clone(), scatter }))
     }
 }
