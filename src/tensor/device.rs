@@ -24,6 +24,11 @@ pub enum Device {
 }
 
 impl Device {
+    /// The first GPU that can be used, else the processor.
+    pub fn best() -> Device {
+        crate::driver::best()
+    }
+
     /// Bytes of tensor memory in use on this device.
     ///
     /// # Errors

@@ -226,6 +226,7 @@ mod tests {
                 best_accuracy: Some(numbers[1]),
                 history,
                 running: RunningMeans { samples: 40, loss: numbers[3], correct: 30, among_five: 39 },
+                loss_scale: Some(LossScale { scale: 512.0, good_steps: 3 }),
             },
             model: state("fc.weight", 1),
             optimizer: state("fc.weight.exp_avg", 2),

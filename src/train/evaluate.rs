@@ -65,7 +65,7 @@ pub fn evaluate(
     stop: &AtomicBool,
     mut progress: impl FnMut(usize) -> Result<()>,
 ) -> Result<Option<Evaluation>> {
-    let (device, compute) = (device_of(model.parameters()), precision.compute_dtype(model.parameters()));
+    let (device, compute) = (device_of(model.parameters()), precision.of_model(model.parameters()));
     let mut sums = RunningMeans::default();
     for (number, batch) in batches.epoch(0, 0).enumerate() {
         if stop.load(Ordering::Relaxed) {
@@ -138,7 +138,7 @@ pub(super) struct Scored {
 impl Scored {
     /// The model computes in `compute`.
     pub fn new(model: &dyn Classifier, inputs: &Inputs, context: &Context, compute: DType) -> Result<Self> {
-        let own = Precision::F32.compute_dtype(model.parameters());
+        let own = Precision::F32.of_model(model.parameters());
         let logits = model.forward(&inputs.images.cast(compute)?, context)?.cast(own)?;
         let options = CrossEntropyOptions { reduction: Reduction::Sum, ..CrossEntropyOptions::default() };
         let loss = cross_entropy(&logits, Targets::Soft(&inputs.targets.cast(own)?), options)?;

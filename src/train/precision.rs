@@ -20,12 +20,20 @@ pub enum Precision {
 }
 
 impl Precision {
-    /// The dtype of a model's activations.
-    pub(super) fn compute_dtype(self, parameters: &Parameters) -> DType {
+    /// The dtype of the activations of a model with parameters in `f32`.
+    pub fn compute_dtype(self) -> DType {
         match self {
-            Precision::F32 => parameters.weights().next().map_or(DType::F32, |weight| weight.tensor().dtype()),
+            Precision::F32 => DType::F32,
             Precision::Bf16 => DType::Bf16,
             Precision::F16 => DType::F16,
+        }
+    }
+
+    /// The dtype of a model's activations.
+    pub(super) fn of_model(self, parameters: &Parameters) -> DType {
+        match self {
+            Precision::F32 => parameters.weights().next().map_or(DType::F32, |weight| weight.tensor().dtype()),
+            half => half.compute_dtype(),
         }
     }
 

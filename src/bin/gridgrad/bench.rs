@@ -8,10 +8,11 @@ use gridgrad::models::{CrossFormer, CrossFormerConfig};
 use gridgrad::nn::Context;
 use gridgrad::ops::{CrossEntropyOptions, Targets, cross_entropy};
 use gridgrad::random::Philox;
-use gridgrad::train::{Optimizer, OptimizerConfig};
-use gridgrad::{DType, Error, Result, Tensor};
+use gridgrad::train::{Optimizer, OptimizerConfig, Precision};
+use gridgrad::{DType, Device, Error, Result, Tensor};
 use serde::Serialize;
 
+use crate::device::DeviceFlag;
 use crate::output::print;
 
 /// Classes of the measured network: those of ImageNet-1K.
@@ -47,6 +48,11 @@ struct StepArgs {
     /// Steps before the first measured one.
     #[arg(long, default_value_t = 2)]
     warmup: u32,
+    #[command(flatten)]
+    device: DeviceFlag,
+    /// f32, bf16 or f16: in what the network computes
+    #[arg(long, default_value = "f32")]
+    precision: Precision,
     /// Prints one line of JSON.
     #[arg(long)]
     json: bool,
@@ -71,6 +77,8 @@ struct Report {
     batch: usize,
     image: [usize; 2],
     threads: usize,
+    device: String,
+    precision: Precision,
     wall_ms: f64,
     forward_ms: f64,
     backward_ms: f64,
@@ -79,7 +87,8 @@ struct Report {
     cpu_ms: Option<f64>,
     /// Two operations per multiply-add of convolutions and matrix products; backward counts as two forward passes.
     gflops: f64,
-    /// Largest resident memory of the process; absent where the system does not tell.
+    /// Largest resident memory of the process, on a GPU the most memory of tensors there; absent where the system does
+    /// not tell.
     peak_bytes: Option<u64>,
     /// Every step, in order.
     steps_ms: Vec<f64>,
@@ -105,7 +114,8 @@ fn measure(args: &StepArgs) -> Result<Report> {
         config.img_size = [side.into(); 2];
     }
     let (image, batch) = (config.img_size, usize::from(args.batch));
-    let mut trainer = Trainer::new(config, batch)?;
+    let (device, compute) = (args.device.get()?, args.precision.compute_dtype());
+    let mut trainer = Trainer::new(config, batch, device, compute)?;
     let products = trainer.model.cost()?.total().products;
     for number in 0..args.warmup {
         trainer.step(number)?;
@@ -120,13 +130,18 @@ fn measure(args: &StepArgs) -> Result<Report> {
         batch,
         image,
         threads: rayon::current_num_threads(),
+        device: device.to_string(),
+        precision: args.precision,
         wall_ms,
         forward_ms: part(|step| step.forward),
         backward_ms: part(|step| step.backward),
         optimizer_ms: part(|step| step.optimizer),
         cpu_ms: cpu.map(milliseconds),
         gflops: (3 * 2 * products * batch as u64) as f64 / (wall_ms * 1e6),
-        peak_bytes: peak_bytes(),
+        peak_bytes: match device {
+            Device::Cpu => peak_bytes(),
+            device => Some(device.memory_stats()?.peak as u64),
+        },
         steps_ms: steps.iter().map(|step| milliseconds(step.wall())).collect(),
     })
 }
@@ -138,20 +153,24 @@ struct Trainer {
     images: Tensor,
     labels: Tensor,
     stream: Philox,
+    device: Device,
 }
 
 impl Trainer {
-    fn new(config: CrossFormerConfig, batch: usize) -> Result<Self> {
+    fn new(config: CrossFormerConfig, batch: usize, device: Device, compute: DType) -> Result<Self> {
         let stream = Philox::new(0);
         let ([height, width], channels) = (config.img_size, config.in_chans);
         let labels: Vec<i64> =
             (0..batch).map(|image| stream.stream("labels").below(image as u64, CLASSES) as i64).collect();
         let model = CrossFormer::new(config, 0, DType::F32)?;
+        model.parameters().to_device(device)?;
+        let images = Tensor::randn([batch, height, width, channels], DType::F32, stream.stream("images"))?;
         Ok(Trainer {
             optimizer: Optimizer::new(model.parameters(), OptimizerConfig::default())?,
             model,
-            images: Tensor::randn([batch, height, width, channels], DType::F32, stream.stream("images"))?,
-            labels: Tensor::new(&labels, [batch])?,
+            images: images.cast(compute)?.to_device(device)?,
+            labels: Tensor::new(&labels, [batch])?.to_device(device)?,
+            device,
             stream: stream.stream("steps"),
         })
     }
@@ -159,15 +178,18 @@ impl Trainer {
     fn step(&mut self, number: u32) -> Result<Step> {
         let start = Instant::now();
         let context = Context::train(self.stream.fork(number.into()));
-        let logits = self.model.logits(&self.images, &context)?;
+        let logits = self.model.logits(&self.images, &context)?.cast(DType::F32)?;
         let loss = cross_entropy(&logits, Targets::Labels(&self.labels), CrossEntropyOptions::default())?;
         drop(logits);
+        self.device.synchronize()?;
         let forward = start.elapsed();
         let gradients = loss.backward()?;
         drop(loss);
+        self.device.synchronize()?;
         let backward = start.elapsed() - forward;
         self.optimizer.step(&gradients, 1e-4)?;
         drop(gradients);
+        self.device.synchronize()?;
         Ok(Step { forward, backward, optimizer: start.elapsed() - forward - backward })
     }
 }

@@ -8,7 +8,7 @@ use gridgrad::data::augment::Augment;
 use gridgrad::models::{CrossFormer, CrossFormerConfig};
 use gridgrad::nn::Context;
 use gridgrad::train::{BEST_CHECKPOINT, Checkpoint, LAST_CHECKPOINT};
-use gridgrad::{DType, Error, Result, Tensor, autograd, ops};
+use gridgrad::{DType, Device, Error, Result, Tensor, autograd, ops};
 use serde::{Deserialize, Serialize};
 
 /// What a checkpoint says of its run beside the training configuration.
@@ -27,11 +27,13 @@ pub struct Trained {
     pub model: CrossFormer,
     pub description: Description,
     augment: Augment,
+    device: Device,
 }
 
 impl Trained {
-    /// Reads a checkpoint file, or the best one of a run's folder. Averaged weights are taken where it has them.
-    pub fn read(path: &Path) -> Result<Self> {
+    /// Reads a checkpoint file, or the best one of a run's folder, onto `device`. Averaged weights are taken where it has
+    /// them.
+    pub fn read(path: &Path, device: Device) -> Result<Self> {
         let path = if path.is_dir() { in_folder(path)? } else { path.to_path_buf() };
         let Checkpoint { progress, model: weights, ema: averages, .. } = Checkpoint::read(&path)?;
         let description = progress.config.get("run").cloned().unwrap_or_default();
@@ -41,10 +43,12 @@ impl Trained {
         let model = CrossFormer::new(description.model.clone(), 0, DType::F32)?;
         let loaded = model.parameters().load_state_dict(&averages.unwrap_or(weights));
         loaded.map_err(|error| Error::format(&path, error.to_string()))?;
+        model.parameters().to_device(device)?;
         Ok(Trained {
             augment: Augment::new(description.augment.clone(), description.model.in_chans)?,
             model,
             description,
+            device,
         })
     }
 
@@ -55,7 +59,7 @@ impl Trained {
         let mut sample = vec![0.0; self.augment.sample_len()];
         self.augment.test_sample(&image, &mut sample)?;
         let side = self.description.augment.image_size;
-        Tensor::new(&sample, [1, side, side, channels])
+        Tensor::new(&sample, [1, side, side, channels])?.to_device(self.device)
     }
 
     /// Class probabilities, the likeliest first.

@@ -7,11 +7,12 @@ use std::time::Instant;
 
 use clap::Args;
 use gridgrad::data::{self, Dataset, Loader, LoaderConfig, Split};
-use gridgrad::train::evaluate;
-use gridgrad::{Device, Error, Result, driver};
+use gridgrad::train::{Precision, evaluate};
+use gridgrad::{Error, Result};
 use serde_json::json;
 
 use crate::checkpoint::Trained;
+use crate::device::DeviceFlag;
 use crate::output::{print, print_json};
 use crate::progress::bar;
 
@@ -33,14 +34,16 @@ pub struct Eval {
     /// Prints one JSON object
     #[arg(long)]
     json: bool,
-    /// cpu, cuda, cuda:N or emulated
-    #[arg(long, default_value = "cpu")]
-    device: Device,
+    #[command(flatten)]
+    device: DeviceFlag,
+    /// f32, bf16 or f16: in what the network computes
+    #[arg(long, default_value = "f32")]
+    precision: Precision,
 }
 
 pub fn run(eval: Eval) -> Result<()> {
-    driver::require(eval.device)?;
-    let trained = Trained::read(&eval.checkpoint)?;
+    let device = eval.device.get()?;
+    let trained = Trained::read(&eval.checkpoint, device)?;
     let spec = eval.data.as_deref().unwrap_or(&trained.description.data);
     let split = if eval.on_training_set { Split::Train } else { Split::Test };
     let dataset: Arc<dyn Dataset> = Arc::from(data::open(spec, split, None)?);
@@ -70,7 +73,7 @@ pub fn run(eval: Eval) -> Result<()> {
         progress.set_position(batches as u64);
         Ok(())
     };
-    let result = evaluate(&trained.model, &loader, Precision::F32, &AtomicBool::new(false), done)?;
+    let result = evaluate(&trained.model, &loader, eval.precision, &AtomicBool::new(false), done)?;
     progress.finish_and_clear();
     let result = result.ok_or_else(|| Error::Training("the evaluation was stopped".into()))?;
     let rate = result.samples as f64 / start.elapsed().as_secs_f64();

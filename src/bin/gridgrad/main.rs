@@ -6,6 +6,7 @@ use clap::{Parser, Subcommand};
 
 mod bench;
 mod checkpoint;
+mod device;
 mod doctor;
 mod eval;
 mod info;

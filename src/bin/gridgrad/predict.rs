@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use gridgrad::Result;
 use gridgrad::data::Image;
-use gridgrad::{Device, Result, driver};
 use serde_json::json;
 
 use crate::checkpoint::Trained;
+use crate::device::DeviceFlag;
 use crate::output::{print, print_json, table};
 
 /// Tells what images show.
@@ -24,14 +25,13 @@ pub struct Predict {
     /// Prints a JSON list
     #[arg(long)]
     json: bool,
-    /// cpu, cuda, cuda:N or emulated
-    #[arg(long, default_value = "cpu")]
-    device: Device,
+    #[command(flatten)]
+    device: DeviceFlag,
 }
 
 pub fn run(predict: Predict) -> Result<()> {
-    driver::require(predict.device)?;
-    let trained = Trained::read(&predict.checkpoint)?;
+    let device = predict.device.get()?;
+    let trained = Trained::read(&predict.checkpoint, device)?;
     let mut rows = vec![vec!["image".to_owned(), "class".to_owned(), "probability".to_owned()]];
     let mut list = Vec::new();
     for path in &predict.images {

@@ -7,8 +7,9 @@ use gridgrad::models::crossformer::{CrossFormer, Kind};
 use gridgrad::nn::state_dict::{self, Metadata};
 use gridgrad::nn::{Context, StateDict};
 use gridgrad::ops::{CrossEntropyOptions, Targets, cross_entropy};
-use gridgrad::{DType, Device, Error, Result, Tensor, autograd, driver};
+use gridgrad::{DType, Device, Error, Result, Tensor, autograd};
 
+use crate::device::DeviceFlag;
 use crate::info::read_config;
 
 /// Runs a network with given weights on given tensors: the bridge to other frameworks.
@@ -36,21 +37,21 @@ pub struct Run {
     /// f32 or f64
     #[arg(long, default_value = "f32")]
     dtype: DType,
-    /// cpu, cuda, cuda:N or emulated
-    #[arg(long, default_value = "cpu")]
-    device: Device,
+    #[command(flatten)]
+    device: DeviceFlag,
 }
 
 pub fn run(run: &Run) -> Result<()> {
-    driver::require(run.device)?;
+    let device = run.device.get()?;
     if !matches!(run.dtype, DType::F32 | DType::F64) {
         return Err(Error::Config(format!("--dtype {} is not f32 or f64", run.dtype)));
     }
     let model = CrossFormer::new(read_config(&run.config)?, 0, run.dtype)?;
     let (weights, _) = state_dict::read(&run.weights)?;
+    model.parameters().to_device(device)?;
     model.load_official(&weights).map_err(|error| Error::format(&run.weights, error.to_string()))?;
     let (tensors, _) = state_dict::read(&run.input)?;
-    let inputs = Inputs { run, tensors };
+    let inputs = Inputs { run, device, tensors };
     let images = inputs.floats("input")?;
     if images.rank() != 4 {
         let reason = format!("tensor input is {}, expected (batch, channels, height, width)", images.shape());
@@ -67,6 +68,7 @@ pub fn run(run: &Run) -> Result<()> {
 
 struct Inputs<'a> {
     run: &'a Run,
+    device: Device,
     tensors: StateDict,
 }
 
@@ -76,7 +78,7 @@ impl Inputs<'_> {
     }
 
     fn floats(&self, name: &str) -> Result<Tensor> {
-        self.get(name)?.cast(self.run.dtype)
+        self.get(name)?.cast(self.run.dtype)?.to_device(self.device)
     }
 }
 
@@ -101,8 +103,8 @@ fn with_gradients(model: &CrossFormer, images: Tensor, inputs: &Inputs<'_>) -> R
     let mut loss: Option<Tensor> = None;
     for (number, (name, output)) in outputs.iter().enumerate() {
         let term = if name == "logits" {
-            let target = inputs.get("target")?;
-            let loss = cross_entropy(output, Targets::Labels(target), CrossEntropyOptions::default());
+            let target = inputs.get("target")?.to_device(inputs.device)?;
+            let loss = cross_entropy(output, Targets::Labels(&target), CrossEntropyOptions::default());
             loss.map_err(|error| Error::format(&inputs.run.input, format!("tensor target: {error}")))?
         } else {
             let name = format!("cotangent.{number}");

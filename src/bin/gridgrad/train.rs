@@ -9,15 +9,15 @@ use clap::{Args, Subcommand, value_parser};
 use gridgrad::data::{self, AugmentConfig, Dataset, Loader, LoaderConfig, Split};
 use gridgrad::models::crossformer::Kind;
 use gridgrad::models::{CrossFormer, CrossFormerConfig};
-use gridgrad::tensor::memory_stats;
 use gridgrad::train::{
-    BEST_CHECKPOINT, Decay, LAST_CHECKPOINT, METRICS_FILE, Outcome, ScheduleConfig, Span, TrainConfig, Trainer,
-    TrainingRun, Warmup,
+    BEST_CHECKPOINT, Decay, LAST_CHECKPOINT, METRICS_FILE, Outcome, Precision, ScheduleConfig, Span, TrainConfig,
+    Trainer, TrainingRun, Warmup,
 };
-use gridgrad::{DType, Device, Error, Result, driver};
+use gridgrad::{DType, Device, Error, Result};
 use serde::de::DeserializeOwned;
 
 use crate::checkpoint::{Description, Trained};
+use crate::device::DeviceFlag;
 use crate::info::{grouped, named};
 use crate::output::{complain, print};
 use crate::progress::{CURVES, Display, human};
@@ -56,7 +56,7 @@ pub struct TrainCrossFormer {
     out: Option<PathBuf>,
     /// Goes on with the run in this folder, with the settings that it was started with
     #[arg(long, value_name = "FOLDER", conflicts_with_all = ["data", "model", "config", "out", "epochs", "batch_size",
-        "lr", "seed", "image_size", "workers", "augment"])]
+        "lr", "seed", "image_size", "workers", "augment", "precision"])]
     resume: Option<PathBuf>,
     /// Passes over the training images
     #[arg(long, value_parser = value_parser!(u32).range(1..))]
@@ -79,24 +79,32 @@ pub struct TrainCrossFormer {
     /// imagenet, digits, small or none; what suits the data where absent
     #[arg(long, value_name = "PRESET")]
     augment: Option<String>,
-    /// cpu, cuda, cuda:N or emulated
-    #[arg(long, default_value = "cpu")]
-    device: Device,
+    #[command(flatten)]
+    device: DeviceFlag,
+    /// f32, bf16 or f16: in what the network computes. Weights and optimizer stay in f32
+    #[arg(long)]
+    precision: Option<Precision>,
+    /// Records a step on the GPU once and repeats it, which saves launching its kernels one by one. The bits are the same
+    #[arg(long)]
+    cuda_graph: bool,
 }
 
 pub fn run(train: Train) -> Result<()> {
     let Train::CrossFormer(flags) = train;
-    driver::require(flags.device)?;
+    let device = flags.device.get()?;
+    if flags.cuda_graph && device == Device::Cpu {
+        return Err(Error::Config("--cuda-graph records steps on a GPU; add --device cuda".into()));
+    }
     match &flags.resume {
         Some(folder) => {
             require_checkpoint(folder)?;
             let settings = settings::read::<Settings>(&folder.join(CONFIG_FILE))?;
-            run_settings(&settings, folder, true)
+            run_settings(&settings, folder, true, (device, flags.cuda_graph))
         }
         None => {
             let settings = flags.settings()?;
             let folder = flags.folder(&settings)?;
-            run_settings(&settings, &folder, false)
+            run_settings(&settings, &folder, false, (device, flags.cuda_graph))
         }
     }
 }
@@ -161,6 +169,7 @@ impl TrainCrossFormer {
         let mut train: TrainConfig = self.parse_table("train", table)?;
         train.schedule.lr = self.lr.unwrap_or(train.schedule.lr);
         train.seed = self.seed.unwrap_or(train.seed);
+        train.precision = self.precision.unwrap_or(train.precision);
         Ok(train)
     }
 
@@ -255,13 +264,14 @@ fn loader(dataset: Arc<dyn Dataset>, settings: &Settings, training: bool) -> Res
     )
 }
 
-fn run_settings(settings: &Settings, folder: &Path, resume: bool) -> Result<()> {
+fn run_settings(settings: &Settings, folder: &Path, resume: bool, (device, graph): (Device, bool)) -> Result<()> {
     let train_set: Arc<dyn Dataset> = Arc::from(data::open(&settings.data, Split::Train, None)?);
     let test_set: Arc<dyn Dataset> = Arc::from(data::open(&settings.data, Split::Test, None)?);
     if train_set.class_names() != test_set.class_names() {
         return Err(Error::Config(format!("{}: training and held-out images have other classes", settings.data)));
     }
     let model = CrossFormer::new(settings.model.clone(), settings.train.seed, DType::F32)?;
+    model.parameters().to_device(device)?;
     let (batches, held_out) = (loader(train_set.clone(), settings, true)?, loader(test_set.clone(), settings, false)?);
     let description = Description {
         data: settings.data.clone(),
@@ -280,13 +290,14 @@ fn run_settings(settings: &Settings, folder: &Path, resume: bool) -> Result<()> 
         description,
         folder: Some(folder.to_path_buf()),
     })?;
+    trainer.repeat_recorded_steps(graph);
     if resume {
         trainer.resume(folder.join(LAST_CHECKPOINT))?;
     } else {
         std::fs::create_dir_all(folder).map_err(|error| Error::io(folder, error))?;
         settings.write(&folder.join(CONFIG_FILE))?;
     }
-    introduce(settings, &model, &*train_set, &*test_set, folder)?;
+    introduce(settings, &model, &*train_set, &*test_set, folder, device)?;
     let stop = stop_on_ctrl_c()?;
     let start = Instant::now();
     let mut display = Display::new(settings.train.epochs, format!("CrossFormer on {}", settings.data), folder.into());
@@ -300,7 +311,7 @@ fn run_settings(settings: &Settings, folder: &Path, resume: bool) -> Result<()> 
             "Stopped after step {step}. Go on with:\n  gridgrad train crossformer --resume {}\n",
             folder.display()
         )),
-        Outcome::Finished { .. } => conclude(&*test_set, folder, start.elapsed(), &trainer),
+        Outcome::Finished { .. } => conclude(&*test_set, folder, start.elapsed(), &trainer, device),
     }
 }
 
@@ -310,7 +321,12 @@ fn introduce(
     train_set: &dyn Dataset,
     test_set: &dyn Dataset,
     folder: &Path,
+    device: Device,
 ) -> Result<()> {
+    let place = match device {
+        Device::Cpu => format!("on {} threads", rayon::current_num_threads()),
+        device => format!("on {device}"),
+    };
     let images = settings.batch_size.saturating_mul(settings.train.accumulation);
     let steps = (train_set.len() / settings.batch_size).div_ceil(settings.train.accumulation);
     let total = model.cost()?.total();
@@ -318,7 +334,7 @@ fn introduce(
     print(&format!(
         "CrossFormer: {} parameters, {:.1} million multiply-adds for an image of {height}×{width}\n\
          {}: {} training images, {} held out, {} classes\n\
-         {} epochs of {} steps with {} images each, on {} threads; files go to {}\n\n",
+         {} epochs of {} steps with {} images each, {place}; files go to {}\n\n",
         grouped(total.parameters),
         total.products as f64 / 1e6,
         train_set.name(),
@@ -328,7 +344,6 @@ fn introduce(
         settings.train.epochs,
         steps,
         images,
-        rayon::current_num_threads(),
         folder.display(),
     ))
 }
@@ -347,8 +362,15 @@ fn stop_on_ctrl_c() -> Result<Arc<AtomicBool>> {
     Ok(stop)
 }
 
-fn conclude(test_set: &dyn Dataset, folder: &Path, time: Duration, trainer: &Trainer<'_>) -> Result<()> {
-    let trained = Trained::read(&folder.join(BEST_CHECKPOINT))?;
+fn conclude(
+    test_set: &dyn Dataset,
+    folder: &Path,
+    time: Duration,
+    trainer: &Trainer<'_>,
+    device: Device,
+) -> Result<()> {
+    let peak_bytes = device.memory_stats()?.peak;
+    let trained = Trained::read(&folder.join(BEST_CHECKPOINT), device)?;
     pictures::draw(&trained, test_set, folder)?;
     let best = trainer.progress().best_accuracy.unwrap_or(0.0);
     let last = trainer.progress().history.last().and_then(|epoch| epoch.held_out).map_or(0.0, |held_out| held_out.top1);
@@ -364,7 +386,7 @@ fn conclude(test_set: &dyn Dataset, folder: &Path, time: Duration, trainer: &Tra
         100.0 * last,
         100.0 * best,
         human(time),
-        memory_stats().peak as f64 / 1e6,
+        peak_bytes as f64 / 1e6,
         file(BEST_CHECKPOINT),
         folder.display(),
         file(CURVES),

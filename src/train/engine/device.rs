@@ -158,7 +158,7 @@ fn launch(
     ema: Option<&mut Ema>,
     inputs: &[Inputs],
 ) -> Result<()> {
-    let compute = precision.compute_dtype(plan.model.parameters());
+    let compute = precision.of_model(plan.model.parameters());
     let mut gradients = Gradients::default();
     let mut samples = 0;
     for (number, inputs) in inputs.iter().enumerate() {

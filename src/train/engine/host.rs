@@ -65,7 +65,7 @@ impl HostEngine {
         plan: &StepPlan<'_>,
         batches: &mut StepBatches<'_>,
     ) -> Result<(Gradients, RunningMeans, Vec<usize>)> {
-        let compute = self.precision.compute_dtype(plan.model.parameters());
+        let compute = self.precision.of_model(plan.model.parameters());
         let (mut gradients, mut sums, mut samples) = (Gradients::default(), RunningMeans::default(), Vec::new());
         while let Some(batch) = batches.next()? {
             let context = Context::train(plan.stream.fork(batches.read as u64 - 1));
