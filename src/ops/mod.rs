@@ -30,6 +30,7 @@ pub mod position_bias;
 mod reduce;
 mod resample;
 mod softmax;
+mod strided;
 
 pub use batch_norm::{BatchNorm, BatchNormMode, BatchStatistics, batch_norm};
 pub use conv2d::{Conv2dOptions, conv_transpose2d, conv2d};
@@ -40,7 +41,7 @@ pub use gather::embedding;
 pub use interpolate::{Interpolation, interpolate};
 pub use layer_norm::layer_norm;
 pub use layout::concat;
-pub use linear::linear;
+pub use linear::{linear, linear_gelu};
 pub use loss::{CrossEntropyOptions, Reduction, Targets, binary_cross_entropy_with_logits, cross_entropy, mse_loss};
 pub use lsda::lsda;
 pub use matmul::Transposed;
@@ -59,7 +60,18 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        [conv2d::depthwise_gpu::KERNELS, conv2d::gpu::KERNELS, elementwise::gpu::KERNELS, pool::gpu::KERNELS, softmax::gpu::KERNELS].into_iter().flatten().copied()
+        let rooms: &[&[Signature]] = &[
+            conv2d::depthwise_gpu::KERNELS,
+            conv2d::gpu::KERNELS,
+            elementwise::gpu::KERNELS,
+            layout::gpu::KERNELS,
+            linear::gpu::KERNELS,
+            matmul::gpu::KERNELS,
+            pool::gpu::KERNELS,
+            reduce::gpu::KERNELS,
+            softmax::gpu::KERNELS,
+        ];
+        rooms.iter().flat_map(|room| room.iter().copied())
     }
 
     #[cfg(all(test, feature = "emulator"))]
