@@ -1,18 +1,16 @@
-// Largest values and averages over windows of channels-last maps, forward and backward.
+// Largest values over windows of channels-last maps, forward and backward. Averages are in resample.cu.
 //
 //   max       y(b, o, c) = max over h in window o of x(b, h, c), with p(b, o, c) the first place of it in its image
-//   gather    y(b, o, c) = x(b, p(b, o, c), c)
 //   scatter   x(b, h, c) = sum over windows o that hold h with p(b, o, c) = h of y(b, o, c)
-//   average   y(b, o, c) = sum over h in window o of x(b, h, c) / n(o)
-//   spread    x(b, h, c) = sum over windows o that hold h of y(b, o, c) / n(o)
+//   gather    y(b, o, c) = x(b, p(b, o, c), c), the transpose of scatter
 //
-// NaN is larger than any number, and a later NaN larger than an earlier one. Scatter is the transpose of gather, spread
-// that of average; both gather from the windows that hold a position, in their order.
+// NaN is larger than any number, and a later NaN larger than an earlier one. Scatter gathers from the windows that hold a
+// position, in their order.
 //
 // Tiling: a thread for one position of the result and RUN neighbouring channels, 16 bytes where their number allows;
 // neighbouring threads take neighbouring channels, so that every access of a warp is contiguous.
-// Bytes: both maps once from device memory (and 4 per window and channel for places); what windows share comes from the
-// caches. One FLOP per position of a window: bound by memory.
+// Bytes: both maps once from device memory, and 4 per window and channel for places; what windows share comes from the
+// caches. One comparison or FLOP per position of a window: bound by memory.
 
 #include "common/kernel.cuh"
 
@@ -20,51 +18,27 @@
 #include "common/index.cuh"
 #include "common/vector.cuh"
 
-// Windows along one axis. As `Windows` in src/ops/pool/gpu.rs.
+// Windows along one axis.
 struct Axis {
-    u32 extent, count;
-    u32 kernel, stride, padding;  // kernel 0: `count` windows cover the extent evenly, extent * count < 2^31
-    u32 whole;                    // averages count positions of the padding
-
-    __device__ __forceinline__ bool even() const { return kernel == 0; }
+    u32 extent, count, kernel, stride, padding;
 
     // The positions [first, end) of a window.
     __device__ __forceinline__ void window(u32 index, u32& first, u32& end) const {
-        if (even()) {
-            first = index * extent / count;
-            end = divide_up((index + 1) * extent, count);
-        } else {
-            const u32 start = index * stride, last = start + kernel;
-            first = start > padding ? start - padding : 0;
-            end = last < padding + extent ? last - padding : extent;
-        }
-    }
-
-    // One over what an average divides by along this axis.
-    __device__ __forceinline__ float weight(u32 index) const {
-        u32 first, end;
-        window(index, first, end);
-        if (!even() && whole) {
-            first = index * stride;
-            end = first + kernel < extent + 2 * padding ? first + kernel : extent + 2 * padding;
-        }
-        return 1.0f / float(end - first);
+        const u32 start = index * stride, last = start + kernel;
+        first = start > padding ? start - padding : 0;
+        end = last < padding + extent ? last - padding : extent;
     }
 
     // The windows [first, end) that hold a position.
     __device__ __forceinline__ void holders(u32 position, u32& first, u32& end) const {
-        if (even()) {
-            first = position * count / extent;
-            end = divide_up((position + 1) * count, extent);
-        } else {
-            const u32 place = position + padding;
-            first = place < kernel ? 0 : (place - kernel) / stride + 1;
-            end = place / stride + 1;
-            if (end > count) end = count;
-        }
+        const u32 place = position + padding;
+        first = place < kernel ? 0 : (place - kernel) / stride + 1;
+        end = place / stride + 1;
+        if (end > count) end = count;
     }
 };
 
+// As `Extents` in src/ops/pool/gpu.rs.
 struct Pool {
     u32 batch, channels;
     Axis vertical, horizontal;
@@ -153,51 +127,6 @@ __device__ __forceinline__ void max_pool_scatter(T* output, const T* input, cons
     });
 }
 
-template <u32 RUN, class T> __device__ __forceinline__ void average_pool(T* output, const T* input, const Pool& pool) {
-    const Axis &vertical = pool.vertical, &horizontal = pool.horizontal;
-    for_each_run<RUN>(pool, vertical.count, horizontal.count, [&](u32 image, u32 y, u32 x, u32 channel, u64 element) {
-        u32 top, bottom, left, right;
-        vertical.window(y, top, bottom);
-        horizontal.window(x, left, right);
-        float sums[RUN] = {};
-        for (u32 row = top; row < bottom; ++row) {
-            const u64 line = (u64(image) * vertical.extent + row) * horizontal.extent;
-            for (u32 column = left; column < right; ++column) {
-                float values[RUN];
-                load_as_float(values, input + (line + column) * pool.channels + channel);
-#pragma unroll
-                for (u32 i = 0; i < RUN; ++i) sums[i] += values[i];
-            }
-        }
-        const float weight = vertical.weight(y) * horizontal.weight(x);
-#pragma unroll
-        for (float& sum : sums) sum *= weight;
-        store_from_float(output + element, sums);
-    });
-}
-
-template <u32 RUN, class T> __device__ __forceinline__ void average_pool_spread(T* output, const T* input, const Pool& pool) {
-    const Axis &vertical = pool.vertical, &horizontal = pool.horizontal;
-    for_each_run<RUN>(pool, vertical.extent, horizontal.extent, [&](u32 image, u32 y, u32 x, u32 channel, u64 element) {
-        u32 top, bottom, left, right;
-        vertical.holders(y, top, bottom);
-        horizontal.holders(x, left, right);
-        float sums[RUN] = {};
-        for (u32 row = top; row < bottom; ++row) {
-            const u64 line = (u64(image) * vertical.count + row) * horizontal.count;
-            const float row_weight = vertical.weight(row);
-            for (u32 column = left; column < right; ++column) {
-                const float weight = row_weight * horizontal.weight(column);
-                float values[RUN];
-                load_as_float(values, input + (line + column) * pool.channels + channel);
-#pragma unroll
-                for (u32 i = 0; i < RUN; ++i) sums[i] = fmaf(weight, values[i], sums[i]);
-            }
-        }
-        store_from_float(output + element, sums);
-    });
-}
-
 #define POOL(instance, T, RUN)                                                                                         \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
         max_pool_##instance(T* output, u32* places, const T* input, Pool pool) {                                       \
@@ -206,14 +135,6 @@ template <u32 RUN, class T> __device__ __forceinline__ void average_pool_spread(
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
         max_pool_scatter_##instance(T* output, const T* input, const u32* places, Pool pool) {                         \
         max_pool_scatter<RUN>(output, input, places, pool);                                                            \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256)                                                                  \
-        average_pool_##instance(T* output, const T* input, Pool pool) {                                                \
-        average_pool<RUN>(output, input, pool);                                                                        \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256)                                                                  \
-        average_pool_spread_##instance(T* output, const T* input, Pool pool) {                                         \
-        average_pool_spread<RUN>(output, input, pool);                                                                 \
     }
 POOL(f32, f32, 4)
 POOL(f32_scalar, f32, 1)
@@ -231,5 +152,4 @@ FOR_EACH_FLOAT(GATHER)
 
 #define KERNEL_POOL(name)                                                                                              \
     KERNEL_FLOATS(name), KERNEL(name##_f32_scalar), KERNEL(name##_bf16_scalar), KERNEL(name##_f16_scalar)
-KERNELS(pool, KERNEL_POOL(max_pool), KERNEL_FLOATS(max_pool_gather), KERNEL_POOL(max_pool_scatter),
-        KERNEL_POOL(average_pool), KERNEL_POOL(average_pool_spread))
+KERNELS(pool, KERNEL_POOL(max_pool), KERNEL_FLOATS(max_pool_gather), KERNEL_POOL(max_pool_scatter))

@@ -60,18 +60,22 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        let rooms: &[&[Signature]] = &[
+        let rooms: [&[Signature]; 13] = [
             conv2d::depthwise_gpu::KERNELS,
             conv2d::gpu::KERNELS,
+            dropout::gpu::KERNELS,
             elementwise::gpu::KERNELS,
+            gather::gpu::KERNELS,
             layout::gpu::KERNELS,
             linear::gpu::KERNELS,
+            lsda::gpu::KERNELS,
             matmul::gpu::KERNELS,
             pool::gpu::KERNELS,
             reduce::gpu::KERNELS,
+            resample::gpu::KERNELS,
             softmax::gpu::KERNELS,
         ];
-        rooms.iter().flat_map(|room| room.iter().copied())
+        rooms.into_iter().flatten().copied()
     }
 
     #[cfg(all(test, feature = "emulator"))]

@@ -288,18 +288,30 @@ fn edges() -> Vec<Box<dyn OpCase>> {
     let depthwise = |groups| Conv2dOptions { groups, ..padded };
     vec![
         // One row below a tile, a tile, one row more; columns and terms likewise; channels in whole copies and not.
-        conv([1, 1, 127, 8], 63, [1, 1], PLAIN),
-        conv([2, 8, 8, 16], 64, [1, 1], PLAIN),
-        conv([1, 3, 43, 31], 65, [1, 1], PLAIN),
-        conv([1, 1, 11, 33], 129, [1, 1], PLAIN),
+        conv([1, 1, 125, 8], 63, [1, 1], Conv2dOptions { padding: [0, 1], ..PLAIN }),
+        conv([2, 8, 6, 16], 64, [1, 1], Conv2dOptions { padding: [0, 1], ..PLAIN }),
+        conv([1, 3, 41, 31], 65, [1, 1], Conv2dOptions { padding: [0, 1], ..PLAIN }),
+        conv([1, 1, 9, 33], 129, [1, 1], Conv2dOptions { padding: [0, 1], ..PLAIN }),
+        // Pointwise, without images.
+        conv([0, 3, 4, 8], 8, [1, 1], PLAIN),
         conv([1, 5, 4, 8], 8, [3, 3], padded),
         conv([1, 6, 5, 4], 12, [3, 3], padded),
         // Enough blocks for wide tiles, forward and backward.
         conv([1, 23, 39, 66], 66, [1, 1], Conv2dOptions { padding: [0, 1], ..PLAIN }),
         // Every option with whole copies; phases of the input gradient of different sizes, and without taps.
-        conv([2, 10, 9, 16], 16, [3, 3], Conv2dOptions { stride: [3, 3], padding: [1, 1], dilation: [1, 2], groups: 2 }),
+        conv(
+            [2, 10, 9, 16],
+            16,
+            [3, 3],
+            Conv2dOptions { stride: [3, 3], padding: [1, 1], dilation: [1, 2], groups: 2 },
+        ),
         conv([1, 9, 7, 16], 24, [1, 1], Conv2dOptions { stride: [2, 3], ..PLAIN }),
-        conv([1, 12, 11, 16], 8, [4, 3], Conv2dOptions { stride: [4, 2], dilation: [2, 4], padding: [3, 4], groups: 1 }),
+        conv(
+            [1, 12, 11, 16],
+            8,
+            [4, 3],
+            Conv2dOptions { stride: [4, 2], dilation: [2, 4], padding: [3, 4], groups: 1 },
+        ),
         // The weight gradient in several parts, the last one short.
         conv([2, 17, 19, 8], 16, [2, 1], PLAIN),
         // Depthwise: whole vectors and single channels, more than a block's, lines of 5 taps, strides, several parts.

@@ -1,8 +1,11 @@
-//! Convolutions as matrix products that read their patches where they lie; depthwise ones in [`super::depthwise_gpu`].
+//! Convolutions as matrix products that read their patches where they lie. Pointwise ones are products as they are, in
+//! the room of `matmul`; depthwise ones are in [`super::depthwise_gpu`].
 
 use super::{Geometry as Convolution, depthwise_gpu};
-use crate::driver::seam::Address;
+use crate::driver::seam::{Address, Epilogue};
 use crate::gpu::{FLOATS, Geometry, Gpu, Kernel, Signature};
+use crate::ops::matmul::Transposed;
+use crate::ops::matmul::gpu::Product;
 use crate::tensor::Shape;
 use crate::{DType, Error, Result, Tensor};
 
@@ -113,8 +116,22 @@ pub(super) fn extents(g: &Convolution) -> Result<Extents> {
     }
     let (input, output, kernel, padding) = (g.input, g.output, g.kernel, options.padding);
     let extents = [
-        g.batch, input[0], input[1], output[0], output[1], g.in_channels, g.out_channels, kernel[0], kernel[1],
-        stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1], options.groups,
+        g.batch,
+        input[0],
+        input[1],
+        output[0],
+        output[1],
+        g.in_channels,
+        g.out_channels,
+        kernel[0],
+        kernel[1],
+        stride[0],
+        stride[1],
+        padding[0],
+        padding[1],
+        dilation[0],
+        dilation[1],
+        options.groups,
     ];
     Ok(extents.map(|extent| extent as u32))
 }
@@ -128,6 +145,9 @@ fn gather(
 ) -> Result<Tensor> {
     if g.is_depthwise() {
         return depthwise_gpu::gather(gpu, g, pass, [source, weight], bias);
+    }
+    if g.is_pointwise() {
+        return pointwise_gather(gpu, g, pass, [source, weight], bias);
     }
     let (dtype, groups) = (source.dtype(), g.options.groups);
     let (inputs, outputs, taps) = (g.group_inputs(), g.group_outputs(), g.taps());
@@ -170,9 +190,57 @@ fn gather(
     };
     let source = pad(gpu, source, groups, channels, tile.run)?;
     let bias = bias.map_or(Ok(Address::NULL), Tensor::address)?;
-    let arguments =
-        (output.address()?, source.address()?, packed.address()?, bias, extents, u32::from(pass == Pass::InputGradient));
+    let arguments = (
+        output.address()?,
+        source.address()?,
+        packed.address()?,
+        bias,
+        extents,
+        u32::from(pass == Pass::InputGradient),
+    );
     GATHER.launch(gpu, &instance, grid(blocks(tile), tile.threads)?.with_shared(tile.shared), arguments)?;
+    Ok(output)
+}
+
+/// A product of matrices in `transposed` order, to `output`; the bias belongs to its columns.
+fn product(
+    gpu: &'static Gpu,
+    output: &Tensor,
+    operands: [&Tensor; 2],
+    transposed: Transposed,
+    extents: [usize; 3],
+    bias: Option<&Tensor>,
+) -> Result<()> {
+    let product = Product {
+        dtype: output.dtype(),
+        extents,
+        transposed,
+        batch: &[],
+        a: operands[0].address()?,
+        b: operands[1].address()?,
+        c: output.address()?,
+        epilogue: if bias.is_some() { Epilogue::Bias } else { Epilogue::None },
+        bias: bias.map_or(Ok(Address::NULL), Tensor::address)?,
+        auxiliary: Address::NULL,
+    };
+    if product.by_library(gpu)? { Ok(()) } else { product.by_kernel(gpu) }
+}
+
+/// Every position by itself: a product of all positions.
+fn pointwise_gather(
+    gpu: &'static Gpu,
+    g: &Convolution,
+    pass: Pass,
+    operands: [&Tensor; 2],
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    let rows = g.batch * g.input[0] * g.input[1];
+    let (shape, extents, right) = match pass {
+        Pass::Forward => (g.output_shape(), [rows, g.out_channels, g.in_channels], true),
+        Pass::InputGradient => (g.input_shape(), [rows, g.in_channels, g.out_channels], false),
+    };
+    let output = Tensor::empty_on(gpu, shape, operands[0].dtype())?;
+    product(gpu, &output, operands, Transposed { left: false, right }, extents, bias)?;
     Ok(output)
 }
 
@@ -235,14 +303,15 @@ pub(super) fn parts(positions: usize, most: usize, step: usize) -> (usize, usize
     (positions.div_ceil(part).max(1), part)
 }
 
-pub(super) fn weight_gradient(
-    gpu: &'static Gpu,
-    g: &Convolution,
-    input: &Tensor,
-    grad: &Tensor,
-) -> Result<Tensor> {
+pub(super) fn weight_gradient(gpu: &'static Gpu, g: &Convolution, input: &Tensor, grad: &Tensor) -> Result<Tensor> {
     if g.is_depthwise() {
         return depthwise_gpu::weight_gradient(gpu, g, input, grad);
+    }
+    if g.is_pointwise() {
+        let gradient = Tensor::empty_on(gpu, g.weight_shape(), input.dtype())?;
+        let extents = [g.out_channels, g.in_channels, g.batch * g.input[0] * g.input[1]];
+        product(gpu, &gradient, [grad, input], Transposed { left: true, right: false }, extents, None)?;
+        return Ok(gradient);
     }
     let (dtype, groups, taps) = (input.dtype(), g.options.groups, g.taps());
     let (inputs, outputs) = (g.group_inputs(), g.group_outputs());

@@ -112,8 +112,7 @@ pub(super) fn unary(gpu: &'static Gpu, function: Unary, input: &Tensor) -> Resul
 pub(super) fn unary_backward(gpu: &'static Gpu, function: Unary, saved: &Tensor, grad: &Tensor) -> Result<Tensor> {
     let gradient = Tensor::empty_on(gpu, grad.shape(), grad.dtype())?;
     let (elements, (code, p, q)) = (grad.elements(), code(function));
-    let arguments =
-        (gradient.address()?, saved.address()?, grad.address()?, elements as u64, code, p as f32, q as f32);
+    let arguments = (gradient.address()?, saved.address()?, grad.address()?, elements as u64, code, p as f32, q as f32);
     UNARY_BACKWARD.launch(gpu, grad.dtype().name(), geometry(elements, UNARY_WIDTH), arguments)?;
     Ok(gradient)
 }
@@ -162,8 +161,7 @@ fn binary_into(
 pub(super) fn select(gpu: &'static Gpu, mask: &Tensor, on_true: &Tensor, on_false: &Tensor) -> Result<Tensor> {
     let (elements, dtype) = (mask.elements(), mask.dtype());
     let output = Tensor::empty_on(gpu, mask.shape(), dtype)?;
-    let arguments =
-        (output.address()?, mask.address()?, on_true.address()?, on_false.address()?, elements as u64);
+    let arguments = (output.address()?, mask.address()?, on_true.address()?, on_false.address()?, elements as u64);
     SELECT.launch(gpu, dtype.name(), geometry(elements, widest(dtype)), arguments)?;
     Ok(output)
 }

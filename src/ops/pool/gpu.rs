@@ -1,14 +1,15 @@
-//! A thread for each position of the result and some neighbouring channels.
+//! A thread for each position of the result and some neighbouring channels. Averages are the room of `resample`.
 
-use super::Law;
+use super::{Choice, Pool2dOptions};
 use crate::driver::seam::Address;
 use crate::gpu::{FLOATS, Geometry, Gpu, Kernel, Signature};
 use crate::tensor::Shape;
 use crate::{DType, Error, Result, Tensor};
 
-/// Batch, channels, and for each axis: extent, windows, kernel (0 for even windows), stride, padding, whether averages
-/// count it. `Pool` of the kernel file.
-pub(super) type Extents = [u32; 14];
+const OP: &str = "max_pool2d";
+
+/// Batch, channels, and for each axis: extent, windows, kernel, stride, padding. `Pool` of the kernel file.
+type Extents = [u32; 12];
 
 /// For channels in whole vectors, and for any number of them.
 const INSTANCES: &[&str] = &["f32", "f32_scalar", "bf16", "bf16_scalar", "f16", "f16_scalar"];
@@ -18,32 +19,25 @@ const MAX: Kernel<(Address, Address, Address, Extents)> = Kernel::new("pool", "m
 const GATHER: Kernel<(Address, Address, Address, Extents)> = Kernel::new("pool", "max_pool_gather", FLOATS);
 /// output, input, places, extents
 const SCATTER: Kernel<(Address, Address, Address, Extents)> = Kernel::new("pool", "max_pool_scatter", INSTANCES);
-/// output, input, extents
-const AVERAGE: Kernel<(Address, Address, Extents)> = Kernel::new("pool", "average_pool", INSTANCES);
-/// output, input, extents
-const SPREAD: Kernel<(Address, Address, Extents)> = Kernel::new("pool", "average_pool_spread", INSTANCES);
 
-pub(crate) static KERNELS: &[Signature] =
-    &[MAX.signature(), GATHER.signature(), SCATTER.signature(), AVERAGE.signature(), SPREAD.signature()];
+pub(crate) static KERNELS: &[Signature] = &[MAX.signature(), GATHER.signature(), SCATTER.signature()];
 
 /// The kernels count positions in 31 bits, elements in 64.
-fn extents(op: &'static str, batch: usize, channels: usize, laws: [Law; 2]) -> Result<Extents> {
+fn extents(input: &Shape, output: &Shape, options: Pool2dOptions) -> Result<Extents> {
     const MOST: usize = 1 << 30;
-    let axis = |law: Law| match law {
-        Law::Sliding { extent, count, kernel, stride, padding, count_padding } => {
-            // A stride beyond the padded input has one window, as any other such stride.
-            let stride = stride.min(extent + 2 * padding + 1);
-            ([extent, count, kernel, stride, padding, usize::from(count_padding)], extent + 2 * padding)
-        }
-        Law::Even { extent, count } => ([extent, count, 0, 1, 0, 0], extent.saturating_mul(count)),
+    let axis = |axis: usize| {
+        let (extent, padding) = (input[axis + 1], options.padding[axis]);
+        // A stride beyond the padded input has one window, as any other such stride.
+        let stride = options.stride[axis].min(extent + 2 * padding + 1);
+        [extent, output[axis + 1], options.kernel[axis], stride, padding]
     };
-    let [(vertical, reach_y), (horizontal, reach_x)] = laws.map(axis);
+    let ([batch, channels], [vertical, horizontal]) = ([input[0], input[3]], [axis(0), axis(1)]);
     let positions = |at: usize| batch.saturating_mul(vertical[at]).saturating_mul(horizontal[at]);
-    if [positions(0), positions(1), reach_y, reach_x, channels].iter().any(|&count| count > MOST) {
-        let message = format!("{laws:?}, batch {batch}: more than 2^30 positions are not supported on a GPU");
-        return Err(Error::shape(op, message));
+    if [positions(0), positions(1), vertical[3], horizontal[3], channels].iter().any(|&count| count > MOST) {
+        let message = format!("input {input}, {options:?}: more than 2^30 positions are not supported on a GPU");
+        return Err(Error::shape(OP, message));
     }
-    let mut extents = [0; 14];
+    let mut extents = [0; 12];
     let values = [batch, channels].into_iter().chain(vertical).chain(horizontal);
     extents.iter_mut().zip(values).for_each(|(extent, value)| *extent = value as u32);
     Ok(extents)
@@ -53,20 +47,22 @@ fn extents(op: &'static str, batch: usize, channels: usize, laws: [Law; 2]) -> R
 fn launch_shape(result: &Tensor) -> (String, Geometry) {
     let (dtype, channels) = (result.dtype(), result.shape().last().copied().unwrap_or(1));
     let vector = 16 / dtype.size();
-    let (instance, run) =
-        if channels.is_multiple_of(vector) { (dtype.name().to_owned(), vector) } else { (format!("{dtype}_scalar"), 1) };
+    let (instance, run) = if channels.is_multiple_of(vector) {
+        (dtype.name().to_owned(), vector)
+    } else {
+        (format!("{dtype}_scalar"), 1)
+    };
     (instance, Geometry::for_items(result.elements() / run, 256))
 }
 
-/// The largest values (batch, windows, windows, channels), and the bytes of their places in `u32`.
+/// The largest values, of `shape`, and the bytes of their places in `u32`.
 pub(super) fn max_pool(
     gpu: &'static Gpu,
-    op: &'static str,
     input: &Tensor,
     shape: &Shape,
-    laws: [Law; 2],
+    options: Pool2dOptions,
 ) -> Result<(Tensor, Tensor)> {
-    let extents = extents(op, shape[0], shape[3], laws)?;
+    let extents = extents(input.shape(), shape, options)?;
     let output = Tensor::empty_on(gpu, shape, input.dtype())?;
     let places = Tensor::empty_on(gpu, [output.elements(), size_of::<u32>()], DType::U8)?;
     let (instance, geometry) = launch_shape(&output);
@@ -74,41 +70,16 @@ pub(super) fn max_pool(
     Ok((output, places))
 }
 
-/// From `source` to a tensor of `shape`: the chosen elements of a map, or with `scatter` elements added where they were
-/// chosen from.
-pub(super) fn choose(
-    gpu: &'static Gpu,
-    op: &'static str,
-    (source, places): (&Tensor, &Tensor),
-    shape: &Shape,
-    laws: [Law; 2],
-    scatter: bool,
-) -> Result<Tensor> {
-    let extents = extents(op, shape[0], shape[3], laws)?;
-    let output = Tensor::empty_on(gpu, shape, source.dtype())?;
-    let arguments = (output.address()?, source.address()?, places.address()?, extents);
+/// The chosen elements of `source`, or with `scatter` its elements added where they were chosen from.
+pub(super) fn choose(gpu: &'static Gpu, source: &Tensor, choice: &Choice, scatter: bool) -> Result<Tensor> {
+    let extents = extents(&choice.input, &choice.output, choice.options)?;
+    let output = Tensor::empty_on(gpu, if scatter { &choice.input } else { &choice.output }, source.dtype())?;
+    let arguments = (output.address()?, source.address()?, choice.positions.address()?, extents);
     if scatter {
         let (instance, geometry) = launch_shape(&output);
         SCATTER.launch(gpu, &instance, geometry, arguments)?;
     } else {
         GATHER.launch(gpu, source.dtype().name(), Geometry::for_items(output.elements(), 256), arguments)?;
     }
-    Ok(output)
-}
-
-/// The averages over windows, or with `spread` their transpose.
-pub(super) fn average(
-    gpu: &'static Gpu,
-    op: &'static str,
-    input: &Tensor,
-    shape: &Shape,
-    laws: [Law; 2],
-    spread: bool,
-) -> Result<Tensor> {
-    let extents = extents(op, shape[0], shape[3], laws)?;
-    let output = Tensor::empty_on(gpu, shape, input.dtype())?;
-    let (instance, geometry) = launch_shape(&output);
-    let kernel = if spread { SPREAD } else { AVERAGE };
-    kernel.launch(gpu, &instance, geometry, (output.address()?, input.address()?, extents))?;
     Ok(output)
 }

@@ -7,8 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::autograd::{Backward, Function, record};
-use crate::gpu::Gpu;
-use crate::ops::resample::{Axis, resample};
+use crate::ops::resample::{Axis, Rule, resample};
 use crate::tensor::{Place, Shape, place};
 use crate::{Error, Result, Tensor, dispatch_float};
 
@@ -42,8 +41,14 @@ impl Pool2dOptions {
         Pool2dOptions { kernel, stride: kernel, padding: [0; 2], ceil_mode: false, count_include_pad: true }
     }
 
+    /// The mean along one axis of a map.
+    fn rule(&self, axis: usize) -> Rule {
+        let Pool2dOptions { kernel, stride, padding, count_include_pad, .. } = *self;
+        Rule::Windows { kernel: kernel[axis], stride: stride[axis], padding: padding[axis], count_include_pad }
+    }
+
     /// The windows along one axis of a map.
-    fn law(&self, op: &'static str, input: &Tensor, axis: usize) -> Result<Law> {
+    fn windows(&self, op: &'static str, input: &Tensor, axis: usize) -> Result<Vec<Window>> {
         let (extent, kernel) = (input.shape()[axis + 1], self.kernel[axis]);
         let (stride, padding) = (self.stride[axis], self.padding[axis]);
         let refuse = |reason: &str| Err(Error::argument(op, format!("{reason}: input {}, {self:?}", input.shape())));
@@ -62,17 +67,13 @@ impl Pool2dOptions {
         if self.ceil_mode && free % stride > 0 && (count * stride) < extent + padding {
             count += 1;
         }
-        Ok(Law::Sliding { extent, count, kernel, stride, padding, count_padding: self.count_include_pad })
+        let window = |index: usize| {
+            let (start, end) = (index * stride, (index * stride + kernel).min(extent + 2 * padding));
+            let inside = start.max(padding) - padding..(end.max(padding) - padding).min(extent);
+            Window { counted: if self.count_include_pad { end - start } else { inside.len() }, inside }
+        };
+        Ok((0..count).map(window).collect())
     }
-}
-
-/// Which windows there are along one axis.
-#[derive(Clone, Copy, Debug)]
-enum Law {
-    /// `kernel` positions each, `stride` apart, over an extent with padding, which averages may count.
-    Sliding { extent: usize, count: usize, kernel: usize, stride: usize, padding: usize, count_padding: bool },
-    /// Window i of n reaches from ⌊i extent / n⌋ to ⌈(i + 1) extent / n⌉.
-    Even { extent: usize, count: usize },
 }
 
 /// A window along one axis.
@@ -83,81 +84,12 @@ struct Window {
     counted: usize,
 }
 
-impl Law {
-    fn extent(self) -> usize {
-        let (Law::Sliding { extent, .. } | Law::Even { extent, .. }) = self;
-        extent
-    }
-
-    fn count(self) -> usize {
-        let (Law::Sliding { count, .. } | Law::Even { count, .. }) = self;
-        count
-    }
-
-    fn window(self, index: usize) -> Window {
-        match self {
-            Law::Sliding { extent, kernel, stride, padding, count_padding, .. } => {
-                let (start, end) = (index * stride, (index * stride + kernel).min(extent + 2 * padding));
-                let inside = start.max(padding) - padding..(end.max(padding) - padding).min(extent);
-                Window { counted: if count_padding { end - start } else { inside.len() }, inside }
-            }
-            Law::Even { extent, count } => {
-                let bound = |index: usize| index as u128 * extent as u128;
-                let start = (bound(index) / count as u128) as usize;
-                let inside = start..bound(index + 1).div_ceil(count as u128) as usize;
-                Window { counted: inside.len(), inside }
-            }
-        }
-    }
-
-    fn windows(self) -> Vec<Window> {
-        (0..self.count()).map(|index| self.window(index)).collect()
-    }
-
-    /// What averaging over the windows makes of a line.
-    fn averages(self) -> Arc<Axis> {
-        let row = |window: Window| {
-            let weight = 1.0 / window.counted as f64;
-            window.inside.map(|position| (position, weight)).collect()
-        };
-        Axis::new(self.extent(), self.windows().into_iter().map(row))
-    }
-}
-
-/// The averages over windows of `input` by `laws` (vertical, horizontal).
-fn average(op: &'static str, input: &Tensor, laws: [Law; 2]) -> Result<Tensor> {
-    match place(op, &[input])? {
-        Place::Gpu(gpu) => average_on(gpu, op, input, laws, false),
-        Place::Host => resample(op, input, [&laws[0].averages(), &laws[1].averages()]),
-    }
-}
-
-/// On a GPU the averages, or with `spread` their transpose, each the gradient of the other.
-fn average_on(gpu: &'static Gpu, op: &'static str, input: &Tensor, laws: [Law; 2], spread: bool) -> Result<Tensor> {
-    let extent = |law: Law| if spread { law.extent() } else { law.count() };
-    let shape = Shape::from([input.shape()[0], extent(laws[0]), extent(laws[1]), input.shape()[3]]);
-    shape.checked_elements(op, size_of::<f64>())?;
-    let output = gpu::average(gpu, op, input, &shape, laws, spread)?;
-    Ok(record(output, &[input], |_| AverageRule { gpu, op, laws, spread }))
-}
-
-struct AverageRule {
-    gpu: &'static Gpu,
-    op: &'static str,
-    laws: [Law; 2],
-    /// Whether the recorded function is the transpose.
-    spread: bool,
-}
-
-impl Function for AverageRule {
-    fn name(&self) -> &'static str {
-        self.op
-    }
-
-    fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
-        let grad = backward.grad();
-        Ok(vec![Some(average_on(self.gpu, self.op, grad, self.laws, !self.spread)?)])
-    }
+fn averages(rule: Rule, input: usize, windows: Vec<Window>) -> Arc<Axis> {
+    let row = |window: Window| {
+        let weight = 1.0 / window.counted as f64;
+        window.inside.map(|position| (position, weight)).collect()
+    };
+    Axis::new(rule, input, windows.into_iter().map(row))
 }
 
 /// The mean over each window of `input` (batch, height, width, channels). Derivatives of every order.
@@ -167,9 +99,10 @@ impl Function for AverageRule {
 /// kernel exceeds the padded input.
 pub fn avg_pool2d(input: &Tensor, options: Pool2dOptions) -> Result<Tensor> {
     const OP: &str = "avg_pool2d";
-    input.dims::<4>(OP, "input (batch, height, width, channels)")?;
-    input.expect_float(OP)?;
-    average(OP, input, [options.law(OP, input, 0)?, options.law(OP, input, 1)?])
+    let [_, height, width, _] = input.dims(OP, "input (batch, height, width, channels)")?;
+    let (vertical, horizontal) = (options.windows(OP, input, 0)?, options.windows(OP, input, 1)?);
+    let [down, across] = [0, 1].map(|axis| options.rule(axis));
+    resample(OP, input, [&averages(down, height, vertical), &averages(across, width, horizontal)])
 }
 
 /// The mean over `size` (height, width) windows that cover `input` (batch, height, width, channels) evenly: window i
@@ -184,8 +117,16 @@ pub fn adaptive_avg_pool2d(input: &Tensor, size: [usize; 2]) -> Result<Tensor> {
         return Err(Error::shape(OP, format!("input {} to size {size:?}: extents must be positive", input.shape())));
     }
     Shape::from([size[0], size[1], channels.max(1)]).checked_elements(OP, size_of::<f64>())?;
-    input.expect_float(OP)?;
-    average(OP, input, [Law::Even { extent: height, count: size[0] }, Law::Even { extent: width, count: size[1] }])
+    let axis = |extent: usize, count: usize| {
+        let bound = |index: usize| index as u128 * extent as u128;
+        let window = |index: usize| {
+            let start = (bound(index) / count as u128) as usize;
+            let inside = start..bound(index + 1).div_ceil(count as u128) as usize;
+            Window { counted: inside.len(), inside }
+        };
+        averages(Rule::Adaptive, extent, (0..count).map(window).collect())
+    };
+    resample(OP, input, [&axis(height, size[0]), &axis(width, size[1])])
 }
 
 /// The mean over all positions of `input` (batch, height, width, channels), of shape (batch, channels). Derivatives of
@@ -210,25 +151,24 @@ pub fn global_avg_pool2d(input: &Tensor) -> Result<Tensor> {
 pub fn max_pool2d(input: &Tensor, options: Pool2dOptions) -> Result<Tensor> {
     const OP: &str = "max_pool2d";
     let [batch, height, width, channels] = input.dims(OP, "input (batch, height, width, channels)")?;
-    let laws = [options.law(OP, input, 0)?, options.law(OP, input, 1)?];
-    let shape = Shape::from([batch, laws[0].count(), laws[1].count(), channels]);
+    let windows = [options.windows(OP, input, 0)?, options.windows(OP, input, 1)?];
+    let shape = Shape::from([batch, windows[0].len(), windows[1].len(), channels]);
     shape.checked_elements(OP, size_of::<f64>())?;
     if u32::try_from(height * width).is_err() {
         return Err(Error::shape(OP, format!("input {} has more than 2^32 positions", input.shape())));
     }
     let dtype = input.dtype();
-    input.expect_float(OP)?;
+    let choice = |positions| Choice { positions, options, input: input.shape().clone(), output: shape.clone() };
     let (output, positions) = match place(OP, &[input])? {
-        Place::Gpu(gpu) => gpu::max_pool(gpu, OP, input, &shape, laws)?,
+        Place::Gpu(gpu) => gpu::max_pool(gpu, input, &shape, options)?,
         Place::Host => dispatch_float!(OP, dtype, T => {
-            let (input, windows) = (input.floats::<T>(OP)?, laws.map(Law::windows));
-            let (largest, positions) = cpu::max_pool(&input, [batch, height, width, channels], &windows);
-            let places = Tensor::from_buffer(positions, [shape.elements(), size_of::<u32>()])?;
-            Tensor::from_floats(largest, &shape, dtype).map(|largest| (largest, places))
+            let values = input.floats::<T>(OP)?;
+            let (largest, positions) = cpu::max_pool(&values, [batch, height, width, channels], &windows);
+            let positions = Tensor::from_buffer(positions, [shape.elements(), size_of::<u32>()])?;
+            Tensor::from_floats(largest, &shape, dtype).map(|largest| (largest, positions))
         })?,
     };
-    let choice = || Choice { positions, laws, input: input.shape().clone(), output: shape };
-    Ok(record(output, &[input], |_| ChoiceRule { choice: choice(), scatter: false }))
+    Ok(record(output, &[input], |_| ChoiceRule { choice: choice(positions), scatter: false }))
 }
 
 /// For each element of `output`, (batch, height', width', channels), the position of the input that it was taken from,
@@ -237,7 +177,7 @@ pub fn max_pool2d(input: &Tensor, options: Pool2dOptions) -> Result<Tensor> {
 struct Choice {
     /// The bytes of `u32` values.
     positions: Tensor,
-    laws: [Law; 2],
+    options: Pool2dOptions,
     input: Shape,
     output: Shape,
 }
@@ -257,16 +197,15 @@ impl Choice {
         const OP: &str = "max_pool2d";
         let (dtype, channels) = (source.dtype(), self.input[3]);
         let (inputs, outputs) = (self.input[1] * self.input[2], self.output[1] * self.output[2]);
-        let shape = if scatter { &self.input } else { &self.output };
         let output = match place(OP, &[source, &self.positions])? {
-            Place::Gpu(gpu) => gpu::choose(gpu, OP, (source, &self.positions), shape, self.laws, scatter)?,
+            Place::Gpu(gpu) => gpu::choose(gpu, source, self, scatter)?,
             Place::Host => dispatch_float!(OP, dtype, T => {
-                let (values, positions) =
-                    (source.floats::<T>(OP)?, bytemuck::cast_slice(self.positions.raw_bytes()?));
-                let values = if scatter {
-                    cpu::scatter(&values, positions, inputs, outputs, channels)
+                let values = source.floats::<T>(OP)?;
+                let positions = bytemuck::cast_slice(self.positions.raw_bytes()?);
+                let (values, shape) = if scatter {
+                    (cpu::scatter(&values, positions, inputs, outputs, channels), &self.input)
                 } else {
-                    cpu::gather(&values, positions, inputs, outputs, channels)
+                    (cpu::gather(&values, positions, inputs, outputs, channels), &self.output)
                 };
                 Tensor::from_floats(values, shape, dtype)
             })?,

@@ -17,13 +17,8 @@ const MAX_COLUMNS: Columns = Kernel::new("reduce", "max_columns", FLOATS);
 /// output, input, rows, elements of a row
 const ARGMAX: Kernel<(Address, Address, u64, u32)> = Kernel::new("reduce", "argmax", FLOATS);
 
-pub(crate) static KERNELS: &[Signature] = &[
-    SUM_ROWS.signature(),
-    MAX_ROWS.signature(),
-    SUM_COLUMNS.signature(),
-    MAX_COLUMNS.signature(),
-    ARGMAX.signature(),
-];
+pub(crate) static KERNELS: &[Signature] =
+    &[SUM_ROWS.signature(), MAX_ROWS.signature(), SUM_COLUMNS.signature(), MAX_COLUMNS.signature(), ARGMAX.signature()];
 
 const THREADS: usize = 256;
 
