@@ -60,8 +60,9 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        let rooms: [&[Signature]; 15] = [
+        let rooms: [&[Signature]; 17] = [
             batch_norm::gpu::KERNELS,
+            conv2d::gpu::KERNELS,
             cross_scale_embedding::gpu::KERNELS,
             dropout::gpu::KERNELS,
             elementwise::gpu::KERNELS,
@@ -72,6 +73,7 @@ pub(crate) mod gpu {
             loss::gpu::KERNELS,
             lsda::gpu::KERNELS,
             matmul::gpu::KERNELS,
+            pool::gpu::KERNELS,
             position_bias::gpu::KERNELS,
             reduce::gpu::KERNELS,
             resample::gpu::KERNELS,

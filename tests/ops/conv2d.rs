@@ -6,7 +6,7 @@ use gridgrad::autograd::{GradOptions, grad};
 use gridgrad::ops::{Conv2dOptions, conv_transpose2d, conv2d};
 use gridgrad::{DType, Result, Tensor};
 
-use crate::harness::{OpCase, ROUNDING, Tolerance, Work, check, randn};
+use crate::harness::{OpCase, ROUNDING, Tolerance, Work, check, check_on_device, check_on_host, randn, test_device};
 
 /// Sums of `terms` products of normal numbers: the error grows with the root of their number.
 fn sum_tolerance(terms: usize) -> Tolerance {
@@ -218,11 +218,9 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         conv([0, 5, 5, 3], 3, [3, 3], Conv2dOptions { groups: 3, ..PLAIN }),
         conv([3, 23, 19, 5], 7, [3, 3], Conv2dOptions { padding: [1, 1], ..PLAIN }),
         conv([3, 29, 31, 3], 8, [4, 4], Conv2dOptions { stride: [2, 2], padding: [1, 1], ..PLAIN }),
-        // More taps times channels than one panel holds, of many channels and of few, in pieces that cut images.
-        conv([3, 24, 5, 2], 5, [3, 400], Conv2dOptions { padding: [1, 199], stride: [2, 1], ..PLAIN }),
+        // Few channels, in pieces that cut images.
         conv([1, 37, 6, 2], 3, [2, 3], Conv2dOptions { padding: [1, 0], stride: [3, 1], ..PLAIN }),
         conv([17, 3, 4, 4], 12, [2, 2], Conv2dOptions { dilation: [1, 2], groups: 2, padding: [0, 2], ..PLAIN }),
-        conv([1, 4, 5, 400], 6, [3, 3], Conv2dOptions { padding: [1, 1], ..PLAIN }),
     ];
     cases.push(Box::new(Conv2d { input: [2, 4, 5, 3], out_channels: 2, kernel: [3, 3], bias: false, options: PLAIN }));
     let transposed = |input, out_channels, kernel, options, output_padding| {
@@ -269,6 +267,72 @@ pub fn benchmarks() -> Vec<Box<dyn OpCase>> {
 #[test]
 fn convolutions_agree_with_their_definition() {
     check(&cases());
+}
+
+/// More taps times channels than one panel of the processor holds, of few channels and of many.
+fn panels() -> Vec<Box<dyn OpCase>> {
+    vec![
+        conv([3, 24, 5, 2], 5, [3, 400], Conv2dOptions { padding: [1, 199], stride: [2, 1], ..PLAIN }),
+        conv([1, 4, 5, 400], 6, [3, 3], Conv2dOptions { padding: [1, 1], ..PLAIN }),
+    ]
+}
+
+#[test]
+fn convolutions_of_many_terms_agree_with_their_definition() {
+    panels().iter().for_each(|case| check_on_host(case.as_ref()));
+}
+
+/// Where tiles of the kernels (64 or 128 by 64 or 128 sums, 16 or 32 terms, 4 or 8 channels of a copy) begin and end.
+fn edges() -> Vec<Box<dyn OpCase>> {
+    let padded = Conv2dOptions { padding: [1; 2], ..PLAIN };
+    let depthwise = |groups| Conv2dOptions { groups, ..padded };
+    vec![
+        // One row below a tile, a tile, one row more; columns and terms likewise; channels in whole copies and not.
+        conv([1, 1, 125, 8], 63, [1, 1], Conv2dOptions { padding: [0, 1], ..PLAIN }),
+        conv([2, 8, 6, 16], 64, [1, 1], Conv2dOptions { padding: [0, 1], ..PLAIN }),
+        conv([1, 3, 41, 31], 65, [1, 1], Conv2dOptions { padding: [0, 1], ..PLAIN }),
+        conv([1, 1, 9, 33], 129, [1, 1], Conv2dOptions { padding: [0, 1], ..PLAIN }),
+        // Pointwise, without images.
+        conv([0, 3, 4, 8], 8, [1, 1], PLAIN),
+        conv([1, 5, 4, 8], 8, [3, 3], padded),
+        conv([1, 6, 5, 4], 12, [3, 3], padded),
+        // Enough blocks for wide tiles, forward and backward.
+        conv([1, 23, 39, 66], 66, [1, 1], Conv2dOptions { padding: [0, 1], ..PLAIN }),
+        // Every option with whole copies; phases of the input gradient of different sizes, and without taps.
+        conv(
+            [2, 10, 9, 16],
+            16,
+            [3, 3],
+            Conv2dOptions { stride: [3, 3], padding: [1, 1], dilation: [1, 2], groups: 2 },
+        ),
+        conv([1, 9, 7, 16], 24, [1, 1], Conv2dOptions { stride: [2, 3], ..PLAIN }),
+        conv(
+            [1, 12, 11, 16],
+            8,
+            [4, 3],
+            Conv2dOptions { stride: [4, 2], dilation: [2, 4], padding: [3, 4], groups: 1 },
+        ),
+        // The weight gradient in several parts, the last one short.
+        conv([2, 17, 19, 8], 16, [2, 1], PLAIN),
+        // Depthwise: whole vectors and single channels, more than a block's, lines of 5 taps, strides, several parts.
+        conv([2, 6, 7, 16], 16, [3, 3], Conv2dOptions { stride: [2, 2], dilation: [1, 2], ..depthwise(16) }),
+        conv([1, 3, 4, 264], 264, [2, 2], depthwise(264)),
+        conv([1, 4, 7, 7], 7, [1, 5], depthwise(7)),
+        conv([2, 18, 17, 8], 8, [2, 2], depthwise(8)),
+    ]
+}
+
+#[test]
+fn kernels_agree_at_the_edges_of_their_tiles() {
+    edges().iter().for_each(|case| check_on_device(case.as_ref()));
+}
+
+#[test]
+fn tensors_on_two_devices_are_an_error() {
+    let Some(device) = test_device() else { return };
+    let (x, w) = (randn(&[1, 4, 4, 2], 0).cast(DType::F32).unwrap(), randn(&[3, 2, 3, 3], 1).cast(DType::F32).unwrap());
+    let error = conv2d(&x.to_device(device).unwrap(), &w, None, PLAIN).unwrap_err().to_string();
+    assert!(error.contains("conv2d"), "{error}");
 }
 
 #[test]

@@ -7,10 +7,12 @@
 
 mod cpu;
 mod depthwise;
+pub(crate) mod depthwise_gpu;
+pub(crate) mod gpu;
 mod scatter;
 
 use crate::autograd::{Backward, Function, record};
-use crate::tensor::Shape;
+use crate::tensor::{Place, Shape, place};
 use crate::{Error, Result, Tensor, dispatch_float};
 
 /// How a kernel moves over a map. Pairs are (vertical, horizontal).
@@ -233,17 +235,24 @@ enum Map {
 impl Map {
     fn apply(self, first: &Tensor, second: &Tensor, bias: Option<&Tensor>, geometry: Geometry) -> Result<Tensor> {
         let (op, dtype) = (self.name(), first.dtype());
-        let output = dispatch_float!(op, dtype, T => {
-            let (a, b) = (first.floats::<T>(op)?, second.floats::<T>(op)?);
-            let bias = bias.map(|bias| bias.floats::<T>(op)).transpose()?;
-            let (values, shape) = match self {
-                Map::Output => (cpu::output(&geometry, &a, &b, bias.as_deref()), geometry.output_shape()),
-                Map::Input => (cpu::input_gradient(&geometry, &a, &b, bias.as_deref()), geometry.input_shape()),
-                Map::Weight => (cpu::weight_gradient(&geometry, &a, &b), geometry.weight_shape()),
-            };
-            Tensor::from_floats(values, shape, dtype)
-        })?;
         let inputs: Vec<&Tensor> = [Some(first), Some(second), bias].into_iter().flatten().collect();
+        let output = match place(op, &inputs)? {
+            Place::Gpu(gpu) => match self {
+                Map::Output => gpu::output(gpu, &geometry, first, second, bias)?,
+                Map::Input => gpu::input_gradient(gpu, &geometry, first, second, bias)?,
+                Map::Weight => gpu::weight_gradient(gpu, &geometry, first, second)?,
+            },
+            Place::Host => dispatch_float!(op, dtype, T => {
+                let (a, b) = (first.floats::<T>(op)?, second.floats::<T>(op)?);
+                let bias = bias.map(|bias| bias.floats::<T>(op)).transpose()?;
+                let (values, shape) = match self {
+                    Map::Output => (cpu::output(&geometry, &a, &b, bias.as_deref()), geometry.output_shape()),
+                    Map::Input => (cpu::input_gradient(&geometry, &a, &b, bias.as_deref()), geometry.input_shape()),
+                    Map::Weight => (cpu::weight_gradient(&geometry, &a, &b), geometry.weight_shape()),
+                };
+                Tensor::from_floats(values, shape, dtype)
+            })?,
+        };
         Ok(record(output, &inputs, |_| ConvRule { map: self, first: first.clone(), second: second.clone(), geometry }))
     }
 

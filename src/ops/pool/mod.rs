@@ -1,13 +1,14 @@
 //! Largest values and averages over windows of a map.
 
 mod cpu;
+pub(crate) mod gpu;
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use crate::autograd::{Backward, Function, record};
 use crate::ops::resample::{Axis, Rule, resample};
-use crate::tensor::{Buffer, Shape};
+use crate::tensor::{Place, Shape, place};
 use crate::{Error, Result, Tensor, dispatch_float};
 
 /// How a window moves over a map. Pairs are (vertical, horizontal).
@@ -157,20 +158,26 @@ pub fn max_pool2d(input: &Tensor, options: Pool2dOptions) -> Result<Tensor> {
         return Err(Error::shape(OP, format!("input {} has more than 2^32 positions", input.shape())));
     }
     let dtype = input.dtype();
-    let (output, positions) = dispatch_float!(OP, dtype, T => {
-        let (largest, positions) = cpu::max_pool(&input.floats::<T>(OP)?, [batch, height, width, channels], &windows);
-        Tensor::from_floats(largest, &shape, dtype).map(|largest| (largest, positions))
-    })?;
-    let choice = || Choice { positions: Arc::new(positions), input: input.shape().clone(), output: shape };
-    Ok(record(output, &[input], |_| ChoiceRule { choice: choice(), scatter: false }))
+    let choice = |positions| Choice { positions, options, input: input.shape().clone(), output: shape.clone() };
+    let (output, positions) = match place(OP, &[input])? {
+        Place::Gpu(gpu) => gpu::max_pool(gpu, input, &shape, options)?,
+        Place::Host => dispatch_float!(OP, dtype, T => {
+            let values = input.floats::<T>(OP)?;
+            let (largest, positions) = cpu::max_pool(&values, [batch, height, width, channels], &windows);
+            let positions = Tensor::from_buffer(positions, [shape.elements(), size_of::<u32>()])?;
+            Tensor::from_floats(largest, &shape, dtype).map(|largest| (largest, positions))
+        })?,
+    };
+    Ok(record(output, &[input], |_| ChoiceRule { choice: choice(positions), scatter: false }))
 }
 
 /// For each element of `output`, (batch, height', width', channels), the position of the input that it was taken from,
 /// in the same image and channel.
 #[derive(Clone)]
 struct Choice {
-    /// `u32` values in recycled bytes.
-    positions: Arc<Buffer<u8>>,
+    /// The bytes of `u32` values.
+    positions: Tensor,
+    options: Pool2dOptions,
     input: Shape,
     output: Shape,
 }
@@ -190,15 +197,19 @@ impl Choice {
         const OP: &str = "max_pool2d";
         let (dtype, channels) = (source.dtype(), self.input[3]);
         let (inputs, outputs) = (self.input[1] * self.input[2], self.output[1] * self.output[2]);
-        let output = dispatch_float!(OP, dtype, T => {
-            let (values, positions) = (source.floats::<T>(OP)?, bytemuck::cast_slice(&self.positions));
-            let (values, shape) = if scatter {
-                (cpu::scatter(&values, positions, inputs, outputs, channels), &self.input)
-            } else {
-                (cpu::gather(&values, positions, inputs, outputs, channels), &self.output)
-            };
-            Tensor::from_floats(values, shape, dtype)
-        })?;
+        let output = match place(OP, &[source, &self.positions])? {
+            Place::Gpu(gpu) => gpu::choose(gpu, source, self, scatter)?,
+            Place::Host => dispatch_float!(OP, dtype, T => {
+                let values = source.floats::<T>(OP)?;
+                let positions = bytemuck::cast_slice(self.positions.raw_bytes()?);
+                let (values, shape) = if scatter {
+                    (cpu::scatter(&values, positions, inputs, outputs, channels), &self.input)
+                } else {
+                    (cpu::gather(&values, positions, inputs, outputs, channels), &self.output)
+                };
+                Tensor::from_floats(values, shape, dtype)
+            })?,
+        };
         Ok(record(output, &[source], |_| ChoiceRule { choice: self.clone(), scatter }))
     }
 }
