@@ -116,6 +116,16 @@ pub fn release(version: &str) -> Option<(u32, u32)> {
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
+/// The PTX from which machine code is made: the first of its generation, so that the longer half of a compilation, from
+/// C++ to PTX, is done once for all of them. No kernel uses what only the later ones of a generation have.
+fn generation(number: &str) -> &str {
+    match number {
+        "86" | "87" | "88" | "89" => "80",
+        "103" | "110" | "120" | "121" => "100",
+        own => own,
+    }
+}
+
 /// nvcc's flags for a list of targets: `sm_…` is machine code, `compute_…` PTX.
 pub fn target_flags(targets: &str) -> Result<Vec<String>, String> {
     let flag = |target: &str| {
@@ -126,7 +136,12 @@ pub fn target_flags(targets: &str) -> Result<Vec<String>, String> {
             && digits.bytes().all(|byte| byte.is_ascii_digit())
             && number.len() - digits.len() <= 1;
         valid
-            .then(|| format!("-gencode=arch=compute_{number},code={target}"))
+            .then(|| {
+                format!(
+                    "-gencode=arch=compute_{},code={target}",
+                    if kind == "sm" { generation(number) } else { number }
+                )
+            })
             .ok_or_else(|| format!("GRIDGRAD_CUDA_TARGETS: '{target}' is no target like sm_80, sm_90a or compute_80"))
     };
     let flags: Vec<_> =
