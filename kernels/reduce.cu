@@ -63,7 +63,7 @@ template <class T, class Operation>
 __device__ __forceinline__ void reduce_rows(void* output, Kind kind, const T* input, u64 outer, u64 count, u64 splits,
                                             u64 chunk, u32 lanes, float factor, float identity, Operation operation) {
     constexpr int V = WIDEST<T>;
-    const u32 groups = THREADS / lanes, lane = threadIdx.x % lanes;
+    const u32 groups = blockDim.x / lanes, lane = threadIdx.x % lanes;
     const u64 items = outer * splits;
     for (u64 first = u64(blockIdx.x) * groups; first < items; first += u64(gridDim.x) * groups) {
         const u64 item = first + threadIdx.x / lanes;

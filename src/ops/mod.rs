@@ -60,7 +60,10 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        [elementwise::gpu::KERNELS, layout::gpu::KERNELS, reduce::gpu::KERNELS, softmax::gpu::KERNELS].into_iter().flatten().copied()
+        [elementwise::gpu::KERNELS, layout::gpu::KERNELS, reduce::gpu::KERNELS, softmax::gpu::KERNELS]
+            .into_iter()
+            .flatten()
+            .copied()
     }
 
     #[cfg(all(test, feature = "emulator"))]
