@@ -104,16 +104,17 @@ __device__ __forceinline__ void reduce_columns(void* output, Kind kind, const T*
                 for (int j = 0; j < V; ++j) results[j] = operation(results[j], values[j]);
             }
         }
-        for (u32 half = Y / 2; half > 0; half /= 2) {
-            // Those of the upper half hand over what they have.
-            if (y >= half && y < 2 * half) {
+        // Each level reads the upper half of what the last one left, and leaves its own in the lower half.
 #pragma unroll
-                for (int j = 0; j < V; ++j) scratch[j * THREADS + threadIdx.x - half * X] = results[j];
-            }
-            __syncthreads();
+        for (int j = 0; j < V; ++j) scratch[j * THREADS + threadIdx.x] = results[j];
+        __syncthreads();
+        for (u32 half = Y / 2; half > 0; half /= 2) {
             if (y < half) {
 #pragma unroll
-                for (int j = 0; j < V; ++j) results[j] = operation(results[j], scratch[j * THREADS + threadIdx.x]);
+                for (int j = 0; j < V; ++j) {
+                    float& own = scratch[j * THREADS + threadIdx.x];
+                    own = results[j] = operation(results[j], scratch[j * THREADS + threadIdx.x + half * X]);
+                }
             }
             __syncthreads();
         }

@@ -215,7 +215,8 @@ fn cases() -> Vec<Box<dyn OpCase>> {
     ];
     for kind in [Kind::Sum, Kind::Mean, Kind::Max, Kind::Min] {
         for (shape, axes) in axis_sets {
-            for keep in [false, true] {
+            let small = shape.iter().product::<usize>() < 1000;
+            for &keep in if small { &[false, true][..] } else { &[false] } {
                 cases.push(Box::new(Reduce { kind, shape: shape.to_vec(), axes: axes.to_vec(), keep }));
             }
         }
