@@ -26,8 +26,8 @@ const UNARY_BACKWARD: Kernel<(Address, Address, Address, u64, u32, f32, f32)> =
     Kernel::new("unary", "unary_backward", FLOATS);
 /// output, left, right, elements, function, whether rows are multiples of 16 bytes, number of axes, extents, left steps,
 /// right steps
-const BINARY: Kernel<(Address, Address, Address, u64, u32, u32, u32, Column, Column, Column)> =
-    Kernel::new("binary", "binary", FLOATS);
+type BinaryArguments = (Address, Address, Address, u64, u32, u32, u32, Column, Column, Column);
+const BINARY: Kernel<BinaryArguments> = Kernel::new("binary", "binary", FLOATS);
 /// output, mask, where it is not 0, where it is 0, elements
 const SELECT: Kernel<(Address, Address, Address, Address, u64)> = Kernel::new("binary", "select", FLOATS);
 

@@ -13,8 +13,8 @@ const UNITS: &[&str] = &["b1", "b2", "b4", "b8", "b16"];
 const COPY: Kernel<(Address, Address, u64, u32, Column, Column, Column)> = Kernel::new("layout", "copy", UNITS);
 /// output, input, rows, columns, row stride in the output, column stride in the input, tiles, then the axes around the
 /// matrices as above
-const TRANSPOSE: Kernel<(Address, Address, u64, u64, u64, u64, u64, u32, Column, Column, Column)> =
-    Kernel::new("layout", "transpose", UNITS);
+type TransposeArguments = (Address, Address, u64, u64, u64, u64, u64, u32, Column, Column, Column);
+const TRANSPOSE: Kernel<TransposeArguments> = Kernel::new("layout", "transpose", UNITS);
 /// output, input, units of the output, of its rows, before the content, of the content's rows
 const PAD: Kernel<(Address, Address, u64, u64, u64, u64)> = Kernel::new("layout", "pad", UNITS);
 
