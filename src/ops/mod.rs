@@ -41,7 +41,7 @@ pub use gather::embedding;
 pub use interpolate::{Interpolation, interpolate};
 pub use layer_norm::layer_norm;
 pub use layout::concat;
-pub use linear::linear;
+pub use linear::{linear, linear_gelu};
 pub use loss::{CrossEntropyOptions, Reduction, Targets, binary_cross_entropy_with_logits, cross_entropy, mse_loss};
 pub use lsda::lsda;
 pub use matmul::Transposed;
@@ -60,10 +60,24 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        [elementwise::gpu::KERNELS, layout::gpu::KERNELS, reduce::gpu::KERNELS, softmax::gpu::KERNELS]
-            .into_iter()
-            .flatten()
-            .copied()
+        let rooms: [&[Signature]; 15] = [
+            batch_norm::gpu::KERNELS,
+            cross_scale_embedding::gpu::KERNELS,
+            dropout::gpu::KERNELS,
+            elementwise::gpu::KERNELS,
+            gather::gpu::KERNELS,
+            layer_norm::gpu::KERNELS,
+            layout::gpu::KERNELS,
+            linear::gpu::KERNELS,
+            loss::gpu::KERNELS,
+            lsda::gpu::KERNELS,
+            matmul::gpu::KERNELS,
+            position_bias::gpu::KERNELS,
+            reduce::gpu::KERNELS,
+            resample::gpu::KERNELS,
+            softmax::gpu::KERNELS,
+        ];
+        rooms.into_iter().flatten().copied()
     }
 
     #[cfg(all(test, feature = "emulator"))]

@@ -309,7 +309,7 @@ fn fused_gradient(function: Unary, saved: &Tensor, grad: &Tensor) -> Result<Tens
 
 /// f′ made of recorded ops, at the saved input, or at the output where `derives_from_output`. The fused form of the
 /// same table is `cpu::unary_backward`.
-fn derivative(function: Unary, saved: &Tensor) -> Result<Tensor> {
+pub(super) fn derivative(function: Unary, saved: &Tensor) -> Result<Tensor> {
     let x = saved;
     match function {
         Unary::Neg | Unary::Scale(_) | Unary::Shift(_) => x.full_like(function.constant_derivative().unwrap_or(1.0)),
