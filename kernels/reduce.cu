@@ -63,7 +63,7 @@ template <class T, class Operation>
 __device__ __forceinline__ void reduce_rows(void* output, Kind kind, const T* input, u64 outer, u64 count, u64 splits,
                                             u64 chunk, u32 lanes, float factor, float identity, Operation operation) {
     constexpr int V = WIDEST<T>;
-    const u32 groups = THREADS / lanes, lane = threadIdx.x % lanes;
+    const u32 groups = blockDim.x / lanes, lane = threadIdx.x % lanes;
     const u64 items = outer * splits;
     for (u64 first = u64(blockIdx.x) * groups; first < items; first += u64(gridDim.x) * groups) {
         const u64 item = first + threadIdx.x / lanes;
@@ -104,16 +104,17 @@ __device__ __forceinline__ void reduce_columns(void* output, Kind kind, const T*
                 for (int j = 0; j < V; ++j) results[j] = operation(results[j], values[j]);
             }
         }
-        for (u32 half = Y / 2; half > 0; half /= 2) {
-            // Those of the upper half hand over what they have.
-            if (y >= half && y < 2 * half) {
+        // Each level reads the upper half of what the last one left, and leaves its own in the lower half.
 #pragma unroll
-                for (int j = 0; j < V; ++j) scratch[j * THREADS + threadIdx.x - half * X] = results[j];
-            }
-            __syncthreads();
+        for (int j = 0; j < V; ++j) scratch[j * THREADS + threadIdx.x] = results[j];
+        __syncthreads();
+        for (u32 half = Y / 2; half > 0; half /= 2) {
             if (y < half) {
 #pragma unroll
-                for (int j = 0; j < V; ++j) results[j] = operation(results[j], scratch[j * THREADS + threadIdx.x]);
+                for (int j = 0; j < V; ++j) {
+                    float& own = scratch[j * THREADS + threadIdx.x];
+                    own = results[j] = operation(results[j], scratch[j * THREADS + threadIdx.x + half * X]);
+                }
             }
             __syncthreads();
         }

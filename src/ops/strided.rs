@@ -1,5 +1,6 @@
-//! Loops over strided operands: what broadcasting, reordering and slicing have in common.
+//! Loops over elements and strided operands: what broadcasting, reordering and slicing have in common.
 
+use crate::gpu::Geometry;
 use crate::tensor::Shape;
 use crate::{Error, Result};
 
@@ -36,6 +37,11 @@ pub(crate) fn collapse<const N: usize>(shape: &[usize], strides: [&[usize]; N]) 
         }
     }
     axes
+}
+
+/// A thread for each item, for kernels that ask for the block's size: 256 in a block, or fewer if one block suffices.
+pub(crate) fn geometry(items: usize) -> Geometry {
+    Geometry::for_items(items, items.clamp(1, 256).next_multiple_of(32) as u32)
 }
 
 /// As `MOST_AXES` of `kernels/common/strided.cuh`.

@@ -4,9 +4,9 @@ use std::fmt;
 
 use gridgrad::autograd::{GradOptions, grad};
 use gridgrad::ops::{Binary, Unary, select};
-use gridgrad::{DType, Result, Tensor};
+use gridgrad::{DType, Device, Result, Tensor};
 
-use crate::harness::{Derivatives, OpCase, ROUNDING, Tolerance, Work, check, randn};
+use crate::harness::{Derivatives, OpCase, ROUNDING, Tolerance, Work, check, randn, test_device};
 
 struct UnaryCase {
     function: Unary,
@@ -254,8 +254,7 @@ impl OpCase for Select {
 
     /// The mask is made inside, as a comparison: a finite difference must not move it from 0.
     fn run(&self, inputs: &[Tensor]) -> Result<Tensor> {
-        let zero = Tensor::zeros([], inputs[0].dtype())?;
-        select(&inputs[0].greater(&zero)?, &inputs[1], &inputs[2])
+        select(&inputs[0].greater(&inputs[0].full_like(0.0)?)?, &inputs[1], &inputs[2])
     }
 
     fn reference(&self, inputs: &[Vec<f64>]) -> Vec<f64> {
@@ -287,6 +286,9 @@ fn patterns() -> Vec<[Vec<usize>; 2]> {
         [vec![3, 1], vec![2, 1, 4]],
         [vec![2, 1, 3, 1], vec![1, 5, 1, 4]],
         [vec![2, 3, 1, 4], vec![3, 6, 4]],
+        // Whole accesses of a GPU along rows, with either operand stretched there.
+        [vec![3, 1, 16], vec![2, 1]],
+        [vec![5, 24], vec![24]],
         [vec![8191], vec![8191]],
         [vec![3, 2750], vec![2750]],
         [vec![2, 9001], vec![2, 1]],
@@ -346,6 +348,13 @@ fn limit(function: Unary, x: f64) -> f64 {
     }
 }
 
+/// The processor's compute types, and `f32` where kernels are tested.
+fn places() -> Vec<(DType, Device)> {
+    let mut places = vec![(DType::F32, Device::Cpu), (DType::F64, Device::Cpu)];
+    places.extend(test_device().map(|device| (DType::F32, device)));
+    places
+}
+
 #[test]
 fn special_values_give_the_limits_of_the_formulas() {
     let tiny = f64::from(f32::from_bits(1));
@@ -356,9 +365,10 @@ fn special_values_give_the_limits_of_the_formulas() {
     specials.push(f64::NAN);
     // Trigonometric functions of infinity are NaN; a slope of 0 at an infinity, too.
     for function in FUNCTIONS {
-        for dtype in [DType::F32, DType::F64] {
+        for (dtype, device) in places() {
             // f32 has its own rounding of 1e30, which the formula must see.
             let input = Tensor::new(&specials, [specials.len()]).unwrap().cast(dtype).unwrap();
+            let input = input.to_device(device).unwrap();
             let output = input.unary(function).unwrap();
             for (x, got) in input.to_f64_vec().unwrap().into_iter().zip(output.to_f64_vec().unwrap()) {
                 let exact = limit(function, x);
@@ -367,7 +377,7 @@ fn special_values_give_the_limits_of_the_formulas() {
                 // Φ is computed to the rounding of ½, also where it is smaller.
                 let close = close || (function == Unary::Gelu && (got - want).abs() < 1e-6 * x.abs());
                 let same = got == want || (got.is_nan() && want.is_nan()) || close;
-                assert!(same, "{function:?}({x:e}) in {dtype} gives {got:e}, the limit is {want:e}");
+                assert!(same, "{function:?}({x:e}) in {dtype} on {device} gives {got:e}, the limit is {want:e}");
             }
         }
     }
@@ -389,25 +399,26 @@ fn gradients_at_special_values_are_finite_and_a_nan_stays() {
     ];
     let values = [0.0, -0.0, 1e4, -1e4, 65504.0, -65504.0, f64::INFINITY, f64::NEG_INFINITY, f64::NAN];
     for function in activations {
-        for dtype in [DType::F32, DType::F64] {
+        for (dtype, device) in places() {
             for create_graph in [false, true] {
-                let x = Tensor::new(&values, [values.len()]).unwrap().cast(dtype).unwrap().variable().unwrap();
+                let x = Tensor::new(&values, [values.len()]).unwrap().cast(dtype).unwrap();
+                let x = x.to_device(device).unwrap().variable().unwrap();
                 let options = GradOptions {
                     create_graph,
-                    grad_output: Some(Tensor::ones(x.shape(), dtype).unwrap()),
+                    grad_output: Some(x.full_like(1.0).unwrap()),
                     ..GradOptions::default()
                 };
                 let slopes =
                     grad(&x.unary(function).unwrap(), &[&x], options).unwrap().remove(0).unwrap().to_f64_vec().unwrap();
                 let (nan, finite) = slopes.split_last().unwrap();
-                assert!(nan.is_nan(), "{function:?} {dtype}: the slope at NaN is {nan}");
+                assert!(nan.is_nan(), "{function:?} {dtype} on {device}: the slope at NaN is {nan}");
                 // Every activation ends in straight lines.
                 for (pair, x) in finite.chunks(2).zip([0.0, 1e4, 65504.0, f64::INFINITY]) {
                     let far =
                         |sign: f64| (formula(function, sign * 1e5) - formula(function, sign * 0.9e5)) / (sign * 1e4);
                     let want = if x == 0.0 { continue } else { [far(1.0), far(-1.0)] };
                     let same = pair.iter().zip(want).all(|(got, want)| (got - want).abs() < 1e-6);
-                    assert!(same, "{function:?} {dtype} at ±{x}: {pair:?}, the limits are {want:?}");
+                    assert!(same, "{function:?} {dtype} on {device} at ±{x}: {pair:?}, the limits are {want:?}");
                 }
             }
         }
@@ -422,24 +433,28 @@ fn the_slope_of_a_constant_power_is_zero_even_at_zero() {
 
 #[test]
 fn softplus_keeps_its_precision_where_it_is_small() {
-    for x in [-5.0f32, -12.0, -20.0, -60.0] {
-        let got = Tensor::scalar(x).softplus().unwrap().item().unwrap();
-        let want = f64::from(x).exp().ln_1p();
-        assert!((got / want - 1.0).abs() < 1e-6, "softplus({x}) = {got:e}, not {want:e}");
+    for (dtype, device) in places() {
+        for x in [-5.0f64, -12.0, -20.0, -60.0] {
+            let input = Tensor::scalar(x).cast(dtype).unwrap().to_device(device).unwrap();
+            let (got, want) = (input.softplus().unwrap().item().unwrap(), x.exp().ln_1p());
+            assert!((got / want - 1.0).abs() < 1e-6, "softplus({x}) = {got:e} on {device}, not {want:e}");
+        }
     }
 }
 
 #[test]
 fn a_nan_on_either_side_stays() {
-    let (nan, one) = (Tensor::scalar(f32::NAN), Tensor::scalar(1.0f32));
-    for function in [Binary::Add, Binary::Sub, Binary::Mul, Binary::Div, Binary::Maximum, Binary::Minimum] {
-        for (a, b) in [(&nan, &one), (&one, &nan)] {
-            assert!(a.binary(b, function).unwrap().item().unwrap().is_nan(), "{function:?}");
+    for (dtype, device) in places() {
+        let [nan, one] = [f64::NAN, 1.0].map(|x| Tensor::scalar(x).cast(dtype).unwrap().to_device(device).unwrap());
+        for function in [Binary::Add, Binary::Sub, Binary::Mul, Binary::Div, Binary::Maximum, Binary::Minimum] {
+            for (a, b) in [(&nan, &one), (&one, &nan)] {
+                assert!(a.binary(b, function).unwrap().item().unwrap().is_nan(), "{function:?} on {device}");
+            }
         }
-    }
-    // Comparisons are answers, not numbers: NaN is neither greater than nor equal to anything.
-    for function in [Binary::Greater, Binary::Equal] {
-        assert_eq!(nan.binary(&nan, function).unwrap().item().unwrap(), 0.0);
+        // Comparisons are answers, not numbers: NaN is neither greater than nor equal to anything.
+        for function in [Binary::Greater, Binary::Equal] {
+            assert_eq!(nan.binary(&nan, function).unwrap().item().unwrap(), 0.0);
+        }
     }
 }
 
@@ -455,14 +470,28 @@ fn equal_operands_share_the_gradient_of_an_extremum() {
 
 #[test]
 fn select_ignores_what_it_does_not_take() {
-    let mask = Tensor::new(&[1.0f32, 0.0], [2]).unwrap();
-    let yes = Tensor::new(&[1.0f32, f32::INFINITY], [2]).unwrap().variable().unwrap();
-    let no = Tensor::new(&[f32::NAN, 2.0], [2]).unwrap().variable().unwrap();
-    let output = select(&mask, &yes, &no).unwrap();
-    assert_eq!(output.to_f64_vec().unwrap(), [1.0, 2.0]);
-    let gradients = output.sum_all().unwrap().backward().unwrap();
-    assert_eq!(gradients.get(&yes).unwrap().to_f64_vec().unwrap(), [1.0, 0.0]);
-    assert_eq!(gradients.get(&no).unwrap().to_f64_vec().unwrap(), [0.0, 1.0]);
+    for (dtype, device) in places() {
+        let tensor = |values: [f64; 2]| {
+            let tensor = Tensor::new(&values, [2]).unwrap().cast(dtype).unwrap();
+            tensor.to_device(device).unwrap().variable().unwrap()
+        };
+        let (mask, yes, no) = (tensor([1.0, 0.0]).detach(), tensor([1.0, f64::INFINITY]), tensor([f64::NAN, 2.0]));
+        let output = select(&mask, &yes, &no).unwrap();
+        assert_eq!(output.to_f64_vec().unwrap(), [1.0, 2.0]);
+        let gradients = output.sum_all().unwrap().backward().unwrap();
+        assert_eq!(gradients.get(&yes).unwrap().to_f64_vec().unwrap(), [1.0, 0.0]);
+        assert_eq!(gradients.get(&no).unwrap().to_f64_vec().unwrap(), [0.0, 1.0]);
+    }
+}
+
+#[test]
+fn operands_must_be_on_one_device() {
+    let Some(device) = test_device() else { return };
+    let here = Tensor::scalar(1.0f32);
+    let there = here.to_device(device).unwrap();
+    let message = |result: Result<Tensor>| result.unwrap_err().to_string();
+    assert!(message(here.add(&there)).contains("add: tensors are on cpu and"));
+    assert!(message(select(&there, &there, &here)).contains("select: tensors are on"));
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::fmt;
 use gridgrad::ops::concat;
 use gridgrad::{DType, Result, Tensor};
 
-use crate::harness::{OpCase, Work, check, randn};
+use crate::harness::{OpCase, Work, check, randn, test_device};
 
 #[derive(Clone, Debug)]
 enum Change {
@@ -18,7 +18,7 @@ enum Change {
     /// Axis, before, after.
     Pad(usize, usize, usize),
     Broadcast(Vec<usize>),
-    /// To `f64`, so that the gradient check keeps its precision.
+    /// From half precision to `f32`; nothing from others, of which a GPU knows no wider type.
     Cast,
     /// Axis, and the extents there of further tensors.
     Concat(usize, Vec<usize>),
@@ -94,7 +94,8 @@ impl OpCase for Layout {
             &Change::Narrow(axis, start, len) => x.narrow(axis as isize, start, len),
             &Change::Pad(axis, before, after) => x.pad(axis as isize - rank, before, after),
             Change::Broadcast(to) => x.broadcast_to(&to[..]),
-            Change::Cast => x.cast(DType::F64),
+            Change::Cast if x.dtype().size() == 2 => x.cast(DType::F32),
+            Change::Cast => x.cast(x.dtype()),
             Change::Concat(axis, _) => concat(&inputs.iter().collect::<Vec<_>>(), *axis as isize),
         }
     }
@@ -172,6 +173,12 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         // Several pieces, whole runs and single elements.
         case(&[33, 31, 17], Permute(vec![1, 0, 2])),
         case(&[33, 31, 17], Permute(vec![2, 1, 0])),
+        // Around tiles of 32, with axes on either side and between, in units of one and of four elements.
+        case(&[31, 33], Permute(vec![1, 0])),
+        case(&[2, 32, 65], Permute(vec![0, 2, 1])),
+        case(&[17, 3, 16], Permute(vec![2, 1, 0])),
+        case(&[18, 16, 4], Permute(vec![1, 0, 2])),
+        case(&[2, 19, 17, 8], Permute(vec![2, 0, 1, 3])),
         case(&[3, 4, 5], Transpose(0, 2)),
         case(&[3, 4, 5], Transpose(1, 1)),
         case(&[7], Narrow(0, 2, 3)),
@@ -180,11 +187,15 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         case(&[3, 5, 2], Narrow(0, 3, 0)),
         case(&[0, 5], Narrow(1, 1, 3)),
         case(&[70, 131, 3], Narrow(1, 17, 101)),
+        case(&[5, 6, 8], Narrow(1, 2, 3)),
+        case(&[5, 24], Narrow(1, 8, 16)),
         case(&[1], Pad(0, 0, 0)),
         case(&[3, 5], Pad(0, 2, 1)),
         case(&[2, 3, 4], Pad(1, 0, 3)),
         case(&[2, 3, 4], Pad(2, 1, 0)),
         case(&[2, 0, 4], Pad(1, 1, 1)),
+        case(&[3, 8], Pad(1, 16, 8)),
+        case(&[2, 3, 16], Pad(1, 1, 2)),
         case(&[0, 2], Pad(1, 1, 1)),
         case(&[], Broadcast(vec![2, 3])),
         case(&[1], Broadcast(vec![1])),
@@ -200,6 +211,7 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         case(&[2, 3], Concat(0, vec![1, 4])),
         case(&[2, 3], Concat(1, vec![0, 5])),
         case(&[2, 3, 5], Concat(1, vec![7])),
+        case(&[2, 8], Concat(1, vec![16, 4])),
         case(&[0, 3], Concat(1, vec![2])),
     ];
     cases.push(case(&[41, 13, 17], Concat(1, vec![11, 2])));
@@ -233,6 +245,52 @@ fn casts_round_and_send_gradients_back_in_their_own_dtype() {
     assert!(!integers.requires_grad());
 }
 
+/// Around the accesses of a GPU, with values that round, overflow or do not exist in the other type.
+#[test]
+fn casts_on_a_device_give_the_processors_bits() {
+    let Some(device) = test_device() else { return };
+    let special = [0.0, -0.0, 1.5, -2.75, 255.4, 300.0, 65519.0, 65520.0, -1e10, 1e30, f64::INFINITY, f64::NAN];
+    let dtypes = [DType::F32, DType::Bf16, DType::F16, DType::I64, DType::U8];
+    for elements in [0, 1, 7, 8, 9, 261] {
+        let value = |i: usize| if i < 12 { special[i] } else { (i as f64 - 130.0) * 1.37 };
+        for from in dtypes {
+            let x = Tensor::from_index([elements], from, value).unwrap();
+            for to in dtypes {
+                let want = x.cast(to).unwrap().to_f64_vec().unwrap();
+                let got = x.to_device(device).unwrap().cast(to).unwrap().to_f64_vec().unwrap();
+                let same = got.iter().zip(&want).all(|(a, b)| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan()));
+                assert!(same, "{from} to {to}: {got:?}, the processor gives {want:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn layouts_of_integers_are_the_same_on_a_device() {
+    let Some(device) = test_device() else { return };
+    let changes = |x: &Tensor| -> Vec<Tensor> {
+        let results: Result<Vec<Tensor>> = [
+            x.permute(&[2, 0, 1]),
+            x.permute(&[1, 0, 2]),
+            x.narrow(1, 3, 7),
+            x.narrow(2, 16, 16),
+            x.pad(1, 2, 1),
+            x.reshape([2, 1, 20, 48]).and_then(|x| x.broadcast_to([2, 3, 20, 48])),
+            concat(&[x, x], 2),
+        ]
+        .into_iter()
+        .collect();
+        results.unwrap()
+    };
+    for dtype in [DType::I64, DType::U8] {
+        let x = Tensor::from_index([2, 20, 48], dtype, |i| (i * 7 % 251) as f64).unwrap();
+        for (here, there) in changes(&x).iter().zip(changes(&x.to_device(device).unwrap())) {
+            let bytes = there.to_device(here.device()).unwrap().raw_bytes().unwrap().to_vec();
+            assert!(here.raw_bytes().unwrap() == bytes, "{dtype}, to {}", here.shape());
+        }
+    }
+}
+
 #[test]
 fn bad_arguments_are_errors() {
     let x = randn(&[2, 3], 0);
@@ -255,4 +313,11 @@ fn bad_arguments_are_errors() {
     assert!(message(concat(&[&x, &randn(&[2], 0)], 0)).contains("do not join"));
     assert!(message(concat(&[&x, &x.cast(DType::F32).unwrap()], 0)).contains("dtype f32"));
     assert!(message(concat(&[&x], 2)).contains("axis 2"));
+    if let Some(device) = test_device() {
+        let x = x.cast(DType::F32).unwrap();
+        assert!(message(concat(&[&x, &x.to_device(device).unwrap()], 0)).contains("concat: tensors are on cpu and"));
+        let many = Tensor::zeros([2; 18], DType::U8).unwrap().to_device(device).unwrap();
+        let order: Vec<usize> = (0..9).flat_map(|axis| [axis + 9, axis]).collect();
+        assert!(message(many.permute(&order)).contains("axes that cannot be merged"));
+    }
 }

@@ -3,9 +3,9 @@
 use std::fmt;
 
 use gridgrad::tensor::Shape;
-use gridgrad::{DType, Result, Tensor};
+use gridgrad::{DType, Device, Result, Tensor};
 
-use crate::harness::{Derivatives, OpCase, ROUNDING, Tolerance, Work, check, randn};
+use crate::harness::{Derivatives, OpCase, ROUNDING, Tolerance, Work, check, randn, test_device};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Kind {
@@ -188,7 +188,7 @@ impl OpCase for Argmax {
 
 fn cases() -> Vec<Box<dyn OpCase>> {
     let mut cases: Vec<Box<dyn OpCase>> = Vec::new();
-    let axis_sets: [(&[usize], &[isize]); 17] = [
+    let axis_sets: [(&[usize], &[isize]); 21] = [
         (&[], &[]),
         (&[5], &[0]),
         (&[3, 4], &[]),
@@ -207,10 +207,16 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         (&[9001, 3], &[0]),
         (&[700, 3, 5], &[1]),
         (&[700, 3, 5], &[2]),
+        // Columns in fours, and chunks of rows and of columns on a GPU.
+        (&[3, 33, 36], &[1]),
+        (&[1100, 8], &[0]),
+        (&[5, 8, 3, 4], &[0, 2]),
+        (&[2, 5000], &[1]),
     ];
     for kind in [Kind::Sum, Kind::Mean, Kind::Max, Kind::Min] {
         for (shape, axes) in axis_sets {
-            for keep in [false, true] {
+            let small = shape.iter().product::<usize>() < 1000;
+            for &keep in if small { &[false, true][..] } else { &[false] } {
                 cases.push(Box::new(Reduce { kind, shape: shape.to_vec(), axes: axes.to_vec(), keep }));
             }
         }
@@ -265,25 +271,41 @@ fn a_nan_is_never_hidden() {
             let place = |i: usize| if axis == 1 { i % 37 } else { i / shape[1] };
             let x =
                 Tensor::from_index(shape, DType::F32, |i| if place(i) == at { f64::NAN } else { i as f64 }).unwrap();
-            for result in [x.max(&[axis], false), x.min(&[axis], false), x.sum(&[axis], false)] {
-                assert!(result.unwrap().to_f64_vec().unwrap().iter().all(|v| v.is_nan()), "{shape:?}, NaN at {at}");
-            }
-            if axis == 1 {
-                assert!(x.argmax().unwrap().to_f64_vec().unwrap().iter().all(|&index| index == at as f64));
+            nan_is_found(&x, axis, at);
+            if let Some(device) = test_device() {
+                nan_is_found(&x.to_device(device).unwrap(), axis, at);
             }
         }
     }
     let several = Tensor::new(&[1.0f32, f32::NAN, f32::INFINITY, f32::NAN], [4]).unwrap();
-    assert_eq!(several.argmax().unwrap().item().unwrap(), 1.0);
-    assert!(several.max(&[0], false).unwrap().item().unwrap().is_nan());
+    for device in devices() {
+        let several = several.to_device(device).unwrap();
+        assert_eq!(several.argmax().unwrap().item().unwrap(), 1.0);
+        assert!(several.max(&[0], false).unwrap().item().unwrap().is_nan());
+    }
+}
+
+fn devices() -> Vec<Device> {
+    std::iter::once(Device::Cpu).chain(test_device()).collect()
+}
+
+fn nan_is_found(x: &Tensor, axis: isize, at: usize) {
+    for result in [x.max(&[axis], false), x.min(&[axis], false), x.sum(&[axis], false)] {
+        assert!(result.unwrap().to_f64_vec().unwrap().iter().all(|v| v.is_nan()), "{x:?}, NaN at {at}");
+    }
+    if axis == 1 {
+        assert!(x.argmax().unwrap().to_f64_vec().unwrap().iter().all(|&index| index == at as f64));
+    }
 }
 
 #[test]
 fn infinities_are_extrema_like_any_other() {
-    let x = Tensor::new(&[f32::NEG_INFINITY, f32::NEG_INFINITY], [2]).unwrap();
-    assert_eq!(x.max(&[0], false).unwrap().item().unwrap(), f64::NEG_INFINITY);
-    assert_eq!(x.argmax().unwrap().item().unwrap(), 0.0);
-    assert_eq!(x.neg().unwrap().min(&[0], false).unwrap().item().unwrap(), f64::INFINITY);
+    for device in devices() {
+        let x = Tensor::new(&[f32::NEG_INFINITY, f32::NEG_INFINITY], [2]).unwrap().to_device(device).unwrap();
+        assert_eq!(x.max(&[0], false).unwrap().item().unwrap(), f64::NEG_INFINITY);
+        assert_eq!(x.argmax().unwrap().item().unwrap(), 0.0);
+        assert_eq!(x.neg().unwrap().min(&[0], false).unwrap().item().unwrap(), f64::INFINITY);
+    }
 }
 
 #[test]
@@ -311,9 +333,11 @@ fn long_sums_lose_little() {
 #[test]
 fn the_mean_of_half_precision_does_not_overflow() {
     for dtype in [DType::F16, DType::Bf16] {
-        let x = Tensor::full([3, 1000], 1000.0, dtype).unwrap();
-        assert_eq!(x.mean_all().unwrap().item().unwrap(), 1000.0);
-        assert_eq!(x.mean(&[1], false).unwrap().to_f64_vec().unwrap(), [1000.0; 3]);
+        for device in devices() {
+            let x = Tensor::full([3, 1000], 1000.0, dtype).unwrap().to_device(device).unwrap();
+            assert_eq!(x.mean_all().unwrap().item().unwrap(), 1000.0);
+            assert_eq!(x.mean(&[1], false).unwrap().to_f64_vec().unwrap(), [1000.0; 3]);
+        }
     }
 }
 

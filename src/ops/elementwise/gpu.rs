@@ -3,7 +3,7 @@
 use super::{Binary, Unary};
 use crate::driver::seam::Address;
 use crate::gpu::{FLOATS, Geometry, Gpu, Kernel, Signature};
-use crate::ops::strided::{Column, broadcast_strides, collapse, columns};
+use crate::ops::strided::{self, Column, broadcast_strides, collapse, columns};
 use crate::tensor::Shape;
 use crate::{DType, Result, Tensor};
 
@@ -26,8 +26,8 @@ const UNARY_BACKWARD: Kernel<(Address, Address, Address, u64, u32, f32, f32)> =
     Kernel::new("unary", "unary_backward", FLOATS);
 /// output, left, right, elements, function, whether rows are multiples of 16 bytes, number of axes, extents, left steps,
 /// right steps
-const BINARY: Kernel<(Address, Address, Address, u64, u32, u32, u32, Column, Column, Column)> =
-    Kernel::new("binary", "binary", FLOATS);
+type BinaryArguments = (Address, Address, Address, u64, u32, u32, u32, Column, Column, Column);
+const BINARY: Kernel<BinaryArguments> = Kernel::new("binary", "binary", FLOATS);
 /// output, mask, where it is not 0, where it is 0, elements
 const SELECT: Kernel<(Address, Address, Address, Address, u64)> = Kernel::new("binary", "select", FLOATS);
 
@@ -40,7 +40,6 @@ pub(crate) static KERNELS: &[Signature] = &[
     SELECT.signature(),
 ];
 
-const THREADS: u32 = 256;
 /// Elements of a thread in `unary.cu`.
 const UNARY_WIDTH: usize = 4;
 /// Elements of a thread in a cast between floating-point types.
@@ -53,7 +52,7 @@ fn widest(dtype: DType) -> usize {
 
 /// A thread for `width` of `elements`.
 fn geometry(elements: usize, width: usize) -> Geometry {
-    Geometry::for_items(elements.div_ceil(width), THREADS)
+    strided::geometry(elements.div_ceil(width))
 }
 
 /// The values of `input` as `dtype`, which is another one.
@@ -164,4 +163,26 @@ pub(super) fn select(gpu: &'static Gpu, mask: &Tensor, on_true: &Tensor, on_fals
     let arguments = (output.address()?, mask.address()?, on_true.address()?, on_false.address()?, elements as u64);
     SELECT.launch(gpu, dtype.name(), geometry(elements, widest(dtype)), arguments)?;
     Ok(output)
+}
+
+#[cfg(all(test, feature = "emulator"))]
+mod tests {
+    use super::*;
+    use crate::Device;
+    use crate::ops::add_in_place;
+
+    #[test]
+    fn gradients_add_up_where_they_are_unless_somebody_else_sees_them() {
+        for dtype in [DType::F32, DType::Bf16, DType::F16] {
+            let tensor = |value: f64| Tensor::full([13], value, dtype)?.to_device(Device::Emulated);
+            let (sum, addend) = (tensor(1.5).unwrap(), tensor(0.25).unwrap());
+            let address = sum.address().unwrap();
+            let sum = add_in_place(sum, &addend).unwrap();
+            assert_eq!(sum.address().unwrap(), address);
+            let seen = sum.clone();
+            let next = add_in_place(sum, &addend).unwrap();
+            assert_ne!(next.address().unwrap(), address);
+            assert_eq!((seen.to_f64_vec().unwrap(), next.to_f64_vec().unwrap()), (vec![1.75; 13], vec![2.0; 13]));
+        }
+    }
 }

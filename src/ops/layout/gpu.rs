@@ -2,7 +2,7 @@
 
 use crate::driver::seam::Address;
 use crate::gpu::{Geometry, Gpu, Kernel, Signature};
-use crate::ops::strided::{Axis, Column, broadcast_strides, collapse, columns};
+use crate::ops::strided::{Axis, Column, broadcast_strides, collapse, columns, geometry};
 use crate::tensor::Shape;
 use crate::{Result, Tensor};
 
@@ -13,13 +13,14 @@ const UNITS: &[&str] = &["b1", "b2", "b4", "b8", "b16"];
 const COPY: Kernel<(Address, Address, u64, u32, Column, Column, Column)> = Kernel::new("layout", "copy", UNITS);
 /// output, input, rows, columns, row stride in the output, column stride in the input, tiles, then the axes around the
 /// matrices as above
-const TRANSPOSE: Kernel<(Address, Address, u64, u64, u64, u64, u64, u32, Column, Column, Column)> =
-    Kernel::new("layout", "transpose", UNITS);
+type TransposeArguments = (Address, Address, u64, u64, u64, u64, u64, u32, Column, Column, Column);
+const TRANSPOSE: Kernel<TransposeArguments> = Kernel::new("layout", "transpose", UNITS);
 /// output, input, units of the output, of its rows, before the content, of the content's rows
 const PAD: Kernel<(Address, Address, u64, u64, u64, u64)> = Kernel::new("layout", "pad", UNITS);
 
 pub(crate) static KERNELS: &[Signature] = &[COPY.signature(), TRANSPOSE.signature(), PAD.signature()];
 
+/// Of a block that moves tiles.
 const THREADS: u32 = 256;
 /// Units along each side of a tile.
 const TILE: usize = 32;
@@ -60,7 +61,7 @@ impl Copy<'_> {
         let units: usize = axes.iter().map(|axis| axis.extent).product();
         let (rank, extents, [to, from]) = columns(op, &axes)?;
         let arguments = (output, input, units as u64, rank, extents, to, from);
-        COPY.launch(gpu, instance(unit), Geometry::for_items(units, THREADS), arguments)
+        COPY.launch(gpu, instance(unit), geometry(units), arguments)
     }
 }
 
@@ -155,7 +156,7 @@ pub(super) fn pad(gpu: &'static Gpu, input: &Tensor, shape: Shape, axis: usize, 
     let [padded, before, width] = row.map(|elements| (elements / count) as u64);
     let units = output.elements() / count;
     let arguments = (output.address()?, input.address()?, units as u64, padded, before, width);
-    PAD.launch(gpu, instance(size * count), Geometry::for_items(units, THREADS), arguments)?;
+    PAD.launch(gpu, instance(size * count), geometry(units), arguments)?;
     Ok(output)
 }
 

@@ -3,6 +3,7 @@
 use super::Reduction;
 use crate::driver::seam::Address;
 use crate::gpu::{FLOATS, Geometry, Gpu, Kernel, Signature};
+use crate::ops::strided::geometry;
 use crate::{DType, Error, Result, Tensor};
 
 /// output, its dtype, input, outer, count, splits, elements of a chunk, lanes for each, factor
@@ -112,8 +113,12 @@ fn launch(
         let width = 16 / values.dtype().size();
         let loads = if count.is_multiple_of(width) { count.min(chunk) / width } else { count.min(chunk) };
         let lanes = loads.next_power_of_two().clamp(1, 32);
-        let geometry = Geometry::blocks((outer * splits).div_ceil(THREADS / lanes), THREADS as u32);
-        rows.launch(gpu, instance, geometry, (output, kind, input, o, c, s, length, lanes as u32, factor))
+        rows.launch(
+            gpu,
+            instance,
+            geometry(outer * splits * lanes),
+            (output, kind, input, o, c, s, length, lanes as u32, factor),
+        )
     } else {
         let blocks = outer * splits * inner.div_ceil(columns_block(inner).0);
         let geometry = Geometry::blocks(blocks, THREADS as u32);
