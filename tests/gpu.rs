@@ -194,7 +194,8 @@ fn many_indices_are_summed_in_their_order() {
     let Some((device, _guard)) = device() else { return };
     for (rows, count, width) in [(70_000, 3000, 1), (3, 2500, 4), (300, 1025, 8)] {
         let stream = Philox::new(rows as u64);
-        let index = |i: usize| if i % 7 == 0 { (rows - 1) as f64 } else { stream.below(i as u64, rows) as f64 };
+        let index =
+            |i: usize| if i.is_multiple_of(7) { (rows - 1) as f64 } else { stream.below(i as u64, rows) as f64 };
         let indices = Tensor::from_index([count], DType::I64, index).unwrap();
         let base = Tensor::randn([rows, width], DType::F32, stream.fork(1)).unwrap();
         let values = Tensor::randn([count, width], DType::F32, stream.fork(2)).unwrap();
