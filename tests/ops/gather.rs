@@ -113,6 +113,9 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         ([2, 0, 3], 0),
         // Several pieces.
         ([3, 50, 129], 171),
+        // A GPU's vectors, and rows with so many readers that their sums are split.
+        ([2, 3, 8], 200),
+        ([1, 2, 1], 130),
     ];
     let case = |kind, (shape, count)| Box::new(ByIndex { kind, shape, count }) as Box<dyn OpCase>;
     shapes.into_iter().flat_map(|shape| KINDS.map(|kind| case(kind, shape))).collect()

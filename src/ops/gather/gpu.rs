@@ -18,9 +18,9 @@ const KEYS: Kernel<(Address, Address, u64, Extents, u64, u32)> = Kernel::new("ga
 const SORT_COUNT: Kernel<(Address, Address, u64, u32)> = Kernel::new("gather", "gather_sort_count", &[]);
 /// counts, totals, tiles
 const SORT_SCAN: Kernel<(Address, Address, u64)> = Kernel::new("gather", "gather_sort_scan", &[]);
+type SortPlace = (Address, Address, Address, Address, Address, Address, u64, u32);
 /// sorted keys, sorted readers, keys, readers or null, counts, totals, count, shift
-const SORT_PLACE: Kernel<(Address, Address, Address, Address, Address, Address, u64, u32)> =
-    Kernel::new("gather", "gather_sort_place", &[]);
+const SORT_PLACE: Kernel<SortPlace> = Kernel::new("gather", "gather_sort_place", &[]);
 /// starts, sorted keys, count, rows
 const STARTS: Kernel<(Address, Address, u64, u64)> = Kernel::new("gather", "gather_starts", &[]);
 /// partial sums, values, sorted keys, readers, starts, extents
@@ -54,7 +54,7 @@ const BYTES_PER_THREAD: usize = 16;
 /// A thread for each group of values of `rows` rows.
 fn row_geometry(rows: usize, inner: usize, value_bytes: usize) -> Geometry {
     let per_thread = BYTES_PER_THREAD / value_bytes;
-    Geometry::for_items(rows * if inner % per_thread == 0 { inner / per_thread } else { inner }, THREADS)
+    Geometry::for_items(rows * if inner.is_multiple_of(per_thread) { inner / per_thread } else { inner }, THREADS)
 }
 
 pub(super) fn gather(gpu: &'static Gpu, layout: &Layout, source: &Tensor) -> Result<Tensor> {

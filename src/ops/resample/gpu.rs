@@ -53,7 +53,7 @@ pub(super) fn resample(
     let ([batch, channels], dtype) = ([shape[0], shape[3]], input.dtype());
     let output = Tensor::empty_on(gpu, shape, dtype)?;
     let per_thread = BYTES_PER_THREAD / dtype.size();
-    let threads = if channels % per_thread == 0 { output.elements() / per_thread } else { output.elements() };
+    let threads = if channels.is_multiple_of(per_thread) { output.elements() / per_thread } else { output.elements() };
     let axes = (vertical.argument(op)?, horizontal.argument(op)?);
     let arguments = (output.address()?, input.address()?, batch as u64, channels as u64, axes.0, axes.1);
     RESAMPLE.launch(gpu, dtype.name(), Geometry::for_items(threads, THREADS), arguments)?;
