@@ -3,12 +3,14 @@
 //   cast: y_i = x_i in another type; floating point rounds to nearest even, integers truncate and saturate, NaN is 0
 //   fill: y_i = value
 //
-// Tiling: a thread for each element, the grid strides over what is left.
+// Tiling: casts between floating-point types and from pixels have a thread for each 8 elements, fills for each 16 bytes,
+// other casts for each element; the grid strides over what is left.
 // Bytes: each value is read once and written once. Bound by memory.
 
 #include "common/kernel.cuh"
 
-#include "common/convert.cuh"
+#include "common/index.cuh"
+#include "common/vector.cuh"
 
 constexpr u32 THREADS = 256;
 
@@ -30,15 +32,31 @@ template <class S> __device__ double widen(S value) { return double(to_float(val
 template <> __device__ inline double widen(i64 value) { return double(value); }
 template <> __device__ inline double widen(u8 value) { return double(value); }
 
-template <class D, class S> __device__ void cast(D* output, const S* input, u64 elements) {
-    for (u64 i = u64(blockIdx.x) * THREADS + threadIdx.x; i < elements; i += u64(gridDim.x) * THREADS) {
-        output[i] = cast_to(widen(input[i]), Tag<D>());
+template <class T> inline constexpr bool IS_FLOAT = std::is_same_v<T, float> || sizeof(T) == 2;
+
+template <class D, class S> __device__ __forceinline__ void cast(D* output, const S* input, u64 elements) {
+    // f32 holds every value of these inputs.
+    if constexpr (IS_FLOAT<D> && sizeof(S) < 8) {
+        constexpr int V = 8;
+        for (u64 i = grid_thread() * V; i < elements; i += grid_threads() * V) {
+            float values[V];
+            load_as_float_tail(values, input + i, i64(elements - i), 0.0f);
+            store_from_float_tail(output + i, values, i64(elements - i));
+        }
+    } else {
+        for (u64 i = grid_thread(); i < elements; i += grid_threads()) {
+            output[i] = cast_to(widen(input[i]), Tag<D>());
+        }
     }
 }
 
-template <class T> __device__ void fill(T* output, double value, u64 elements) {
-    for (u64 i = u64(blockIdx.x) * THREADS + threadIdx.x; i < elements; i += u64(gridDim.x) * THREADS) {
-        output[i] = cast_to(value, Tag<T>());
+template <class T> __device__ __forceinline__ void fill(T* output, double value, u64 elements) {
+    constexpr int V = WIDEST<T>;
+    Vector<T, V> values;
+#pragma unroll
+    for (int j = 0; j < V; ++j) values[j] = cast_to(value, Tag<T>());
+    for (u64 i = grid_thread() * V; i < elements; i += grid_threads() * V) {
+        store_tail(output + i, values, i64(elements - i));
     }
 }
 

@@ -196,7 +196,8 @@ extern "C" __global__ void __launch_bounds__(32) loss_gradient(float* gradient, 
     if (threadIdx.x == 0) *gradient = float(state->loss_scale);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+// Six blocks of a multiprocessor suffice to saturate memory, and leave registers for the table's rows.
+extern "C" __global__ void __launch_bounds__(THREADS, 6)
     adamw(const StepState* state, float beta1, float beta1_rest, float beta2, float beta2_rest, float eps, u32 count,
           const __grid_constant__ Blocks first_block, const __grid_constant__ Addresses value,
           const __grid_constant__ Addresses gradient, const __grid_constant__ Addresses mean,

@@ -17,6 +17,7 @@ template <class To, class From> __device__ __forceinline__ To bits_as(const From
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(bf16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float to_float(f16 value) { return __half2float(value); }
+__device__ __forceinline__ float to_float(u8 value) { return float(value); }
 
 template <class T> __device__ __forceinline__ T from_float(float value);
 template <> __device__ __forceinline__ float from_float<float>(float value) { return value; }

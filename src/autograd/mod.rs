@@ -24,4 +24,4 @@ pub use check::{GradientCheck, check_gradients};
 pub use node::{Backward, Function, SavedOutput, no_grad, record};
 pub use walk::{GradOptions, Gradients, grad};
 
-pub(crate) use node::Node;
+pub(crate) use node::{Node, records};

@@ -135,7 +135,7 @@ pub struct SavedOutput(Tensor);
 ///
 /// `function` is called only then; it receives the output in a form that the rule may keep.
 pub fn record<F: Function>(output: Tensor, inputs: &[&Tensor], function: impl FnOnce(SavedOutput) -> F) -> Tensor {
-    if !RECORDING.get() || !inputs.iter().any(|input| input.requires_grad()) {
+    if !records(inputs) {
         return output;
     }
     // A fresh identity, newer than every input: the walk goes by age.
@@ -147,6 +147,11 @@ pub fn record<F: Function>(output: Tensor, inputs: &[&Tensor], function: impl Fn
         function: Mutex::new(Some(Arc::new(function(SavedOutput(saved))))),
     };
     output.attach(id, Arc::new(node))
+}
+
+/// Whether [`record`] would put a function of `inputs` on the tape.
+pub(crate) fn records(inputs: &[&Tensor]) -> bool {
+    RECORDING.get() && inputs.iter().any(|input| input.requires_grad())
 }
 
 /// What a backward rule is given.

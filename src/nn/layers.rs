@@ -60,6 +60,15 @@ impl Linear {
         let (weight, bias) = affine(&self.weight, self.bias.as_ref(), input.dtype())?;
         ops::linear(input, &weight, bias.as_ref())
     }
+
+    /// [`Linear::forward`] and the exact GELU behind it, in one op.
+    ///
+    /// # Errors
+    /// As [`Linear::forward`].
+    pub fn forward_gelu(&self, input: &Tensor) -> Result<Tensor> {
+        let (weight, bias) = affine(&self.weight, self.bias.as_ref(), input.dtype())?;
+        ops::linear_gelu(input, &weight, bias.as_ref())
+    }
 }
 /// Normalises the last axis to mean 0 and variance 1, then scales and shifts.
 ///

@@ -30,6 +30,7 @@ pub mod position_bias;
 mod reduce;
 mod resample;
 mod softmax;
+mod strided;
 
 pub use batch_norm::{BatchNorm, BatchNormMode, BatchStatistics, batch_norm};
 pub use conv2d::{Conv2dOptions, conv_transpose2d, conv2d};
@@ -40,7 +41,7 @@ pub use gather::embedding;
 pub use interpolate::{Interpolation, interpolate};
 pub use layer_norm::layer_norm;
 pub use layout::concat;
-pub use linear::linear;
+pub use linear::{linear, linear_gelu};
 pub use loss::{CrossEntropyOptions, Reduction, Targets, binary_cross_entropy_with_logits, cross_entropy, mse_loss};
 pub use lsda::lsda;
 pub use matmul::Transposed;
@@ -59,16 +60,22 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        [
+        let rooms: [&[Signature]; 13] = [
             batch_norm::gpu::KERNELS,
+            dropout::gpu::KERNELS,
             elementwise::gpu::KERNELS,
+            gather::gpu::KERNELS,
+            layout::gpu::KERNELS,
             layer_norm::gpu::KERNELS,
+            linear::gpu::KERNELS,
             loss::gpu::KERNELS,
+            lsda::gpu::KERNELS,
+            matmul::gpu::KERNELS,
+            reduce::gpu::KERNELS,
+            resample::gpu::KERNELS,
             softmax::gpu::KERNELS,
-        ]
-        .into_iter()
-        .flatten()
-        .copied()
+        ];
+        rooms.into_iter().flatten().copied()
     }
 
     #[cfg(all(test, feature = "emulator"))]

@@ -214,13 +214,15 @@ impl<'a> Trainer<'a> {
         let epoch = self.progress.epoch;
         while self.progress.epoch == epoch {
             self.step(&mut *batches)?;
-            let stopped = stop.load(Ordering::Relaxed);
             // At the end of an epoch the checkpoint comes after the evaluation.
             let is_due = self.progress.batch > 0 && self.progress.step.is_multiple_of(self.checkpoint_every);
-            if stopped || is_due || self.progress.epoch != epoch || self.pending.len() == self.engine.patience() {
+            let is_over = self.progress.epoch != epoch || stop.load(Ordering::Relaxed);
+            if is_over || is_due || self.pending.len() == self.engine.patience() {
                 self.report(observer)?;
             }
-            if stopped {
+            // The observer may have asked for it.
+            if stop.load(Ordering::Relaxed) {
+                self.report(observer)?;
                 return Ok(false);
             }
             if is_due {

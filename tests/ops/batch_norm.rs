@@ -151,7 +151,8 @@ fn statistics_are_the_batchs_and_update_the_running_ones() {
     assert!(batch_norm(&x, None, None, BatchNormMode::Eval(&running), EPS).unwrap().batch.is_none());
 
     let Some(device) = test_device() else { return };
-    let batch = batch_norm(&x.to_device(device).unwrap(), None, None, BatchNormMode::Train, EPS).unwrap().batch.unwrap();
+    let batch =
+        batch_norm(&x.to_device(device).unwrap(), None, None, BatchNormMode::Train, EPS).unwrap().batch.unwrap();
     assert_eq!(batch.mean.to_vec::<f32>().unwrap(), [3.0, 10.0]);
     assert_eq!(batch.variance.to_vec::<f32>().unwrap(), [7.0, 0.0]);
     let there = |value: f32| vector(value).to_device(device).unwrap();
@@ -159,7 +160,10 @@ fn statistics_are_the_batchs_and_update_the_running_ones() {
     assert_eq!((running.mean.device(), running.variance.device()), (device, device));
     assert_eq!(running.mean.to_vec::<f32>().unwrap(), [2.0, 5.5]);
     assert_eq!(running.variance.to_vec::<f32>().unwrap(), [4.5, 1.0]);
-    let short = BatchStatistics { mean: there(1.0), variance: Tensor::zeros([3], DType::F32).unwrap().to_device(device).unwrap() };
+    let short = BatchStatistics {
+        mean: there(1.0),
+        variance: Tensor::zeros([3], DType::F32).unwrap().to_device(device).unwrap(),
+    };
     assert!(short.updated(&batch, 0.5).unwrap_err().to_string().contains("got (3), expected (2)"));
     let mixed = batch_norm(&x.to_device(device).unwrap(), Some(&vector(1.0)), None, BatchNormMode::Train, EPS);
     assert!(matches!(mixed.unwrap_err(), Error::DeviceMismatch { .. }));

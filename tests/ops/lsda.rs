@@ -2,10 +2,11 @@
 
 use std::fmt;
 
-use gridgrad::ops::lsda::{Grouping, lsda};
-use gridgrad::{Result, Tensor};
+use gridgrad::ops::lsda::{Group, Grouping, lsda};
+use gridgrad::ops::{concat, embedding, softmax};
+use gridgrad::{DType, Result, Tensor};
 
-use crate::harness::{Derivatives, OpCase, ROUNDING, Tolerance, Work, check, randn};
+use crate::harness::{Derivatives, OpCase, ROUNDING, Tolerance, Work, check, randn, test_device};
 
 #[derive(Debug)]
 struct Lsda {
@@ -84,6 +85,11 @@ impl OpCase for Lsda {
         output
     }
 
+    /// Groups of one shape at a time: their tokens gathered, then products and a softmax over (groups, heads, N, N).
+    fn composed(&self, inputs: &[Tensor]) -> Option<Result<Tensor>> {
+        Some(self.composed(inputs))
+    }
+
     fn work(&self) -> Work {
         let [batch, height, width] = self.map;
         let channels = self.heads * self.head_width;
@@ -100,6 +106,65 @@ impl OpCase for Lsda {
 
     fn derivatives(&self) -> Derivatives {
         Derivatives::First
+    }
+}
+
+impl Lsda {
+    fn composed(&self, inputs: &[Tensor]) -> Result<Tensor> {
+        let [batch, height, width] = self.map;
+        let (heads, d, channels) = (self.heads, self.head_width, self.heads * self.head_width);
+        let groups = self.grouping.groups(height, width);
+        let tokens = inputs[0].reshape([batch * height * width, 3 * channels])?;
+        let shape_of = |group: &Group| [group.rows.count, group.columns.count];
+        let mut shapes: Vec<[usize; 2]> = groups.iter().map(shape_of).collect();
+        shapes.sort_unstable();
+        shapes.dedup();
+        // The rows of `outputs` one after the other belong to the tokens of `order`.
+        let (mut outputs, mut order) = (Vec::new(), Vec::new());
+        for shape in shapes {
+            let n = shape[0] * shape[1];
+            let members: Vec<i64> = (0..batch)
+                .flat_map(|image| groups.iter().map(move |group| (image, group)))
+                .filter(|(_, group)| shape_of(group) == shape)
+                .flat_map(|(image, group)| {
+                    group.tokens(width).map(move |token| (image * height * width + token) as i64)
+                })
+                .collect();
+            let count = members.len() / n;
+            let part = |number: usize| {
+                let rows = embedding(&tokens, &Tensor::new(&members, [count * n])?)?;
+                let part = rows.narrow(1, number * channels, channels)?;
+                part.reshape([count, n, heads, d])?.transpose(1, 2)
+            };
+            let mut scores = part(0)?.scale(1.0 / (d as f64).sqrt())?.matmul(&part(1)?.transpose(2, 3)?)?;
+            if self.bias {
+                let expanded = embedding(&inputs[1], &Tensor::new(&self.table_rows(shape), [n * n])?)?;
+                scores = scores.add(&expanded.transpose(0, 1)?.reshape([1, heads, n, n])?)?;
+            }
+            let mixed = softmax(&scores, -1)?.matmul(&part(2)?)?;
+            outputs.push(mixed.transpose(1, 2)?.reshape([count * n, channels])?);
+            order.extend(members);
+        }
+        if outputs.is_empty() {
+            return inputs[0].narrow(3, 0, channels);
+        }
+        let mut places = vec![0i64; order.len()];
+        order.iter().enumerate().for_each(|(place, &token)| places[token as usize] = place as i64);
+        let rows = concat(&outputs.iter().collect::<Vec<_>>(), 0)?;
+        embedding(&rows, &Tensor::new(&places, [places.len()])?)?.reshape([batch, height, width, channels])
+    }
+
+    /// The table row of each pair of tokens in a group of `rows` × `columns`.
+    fn table_rows(&self, [rows, columns]: [usize; 2]) -> Vec<i64> {
+        let [gh, gw] = self.grouping.group;
+        let n = rows * columns;
+        let row = |pair: usize| {
+            let (query, key) = (pair / n, pair % n);
+            let dy = query / columns + gh - 1 - key / columns;
+            let dx = query % columns + gw - 1 - key % columns;
+            (dy * (2 * gw - 1) + dx) as i64
+        };
+        (0..n * n).map(row).collect()
     }
 }
 
@@ -120,6 +185,22 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         ([1, 9, 8], 1, 17, short(9), true, 1.0),
         ([1, 4, 4], 1, 4, short(4), true, 6.0),
         ([0, 4, 4], 1, 4, short(2), true, 1.0),
+        // A GPU's tiles are 64 tokens, 32 in heads of 256 bytes and more, of which groups of 16 and 32 share one. Head
+        // widths are rounded up to 16, 32, 64 and 128.
+        ([1, 1, 1], 1, 16, short(7), true, 1.0),
+        ([2, 4, 5], 3, 16, short(2), false, 1.0),
+        ([2, 5, 5], 3, 8, Grouping::long(3, 2), true, 1.0),
+        ([1, 7, 6], 1, 32, short(5), true, 1.0),
+        ([1, 13, 14], 1, 32, Grouping::long(7, 2), true, 1.0),
+        ([1, 7, 7], 1, 64, short(7), true, 1.0),
+        ([1, 8, 8], 1, 24, short(8), false, 1.0),
+        ([1, 13, 5], 1, 16, rectangle([13, 5], [1, 1]), true, 1.0),
+        ([1, 10, 7], 1, 64, short(10), true, 1.0),
+        ([1, 16, 9], 1, 16, short(16), true, 1.0),
+        ([1, 6, 4], 1, 128, short(4), true, 1.0),
+        ([1, 6, 6], 1, 104, short(6), true, 1.0),
+        // More groups, of several shapes, than a head has blocks.
+        ([1, 9, 9], 16, 2, short(2), true, 1.0),
     ];
     let case = |(map, heads, head_width, grouping, bias, sharpness)| {
         Box::new(Lsda { map, heads, head_width, grouping, bias, sharpness }) as Box<dyn OpCase>
@@ -145,6 +226,18 @@ pub fn benchmarks() -> Vec<Box<dyn OpCase>> {
 #[test]
 fn attention_agrees_with_its_definition() {
     check(&cases());
+}
+
+#[test]
+fn what_a_gpu_cannot_do_is_an_error() {
+    let Some(device) = test_device() else { return };
+    let on_device = |shape: &[usize]| randn(shape, 0).cast(DType::F32).unwrap().to_device(device).unwrap();
+    let message = |result: Result<Tensor>| result.unwrap_err().to_string();
+    let (qkv, bias) = (on_device(&[1, 4, 4, 12]), randn(&[9, 1], 0).cast(DType::F32).unwrap());
+    assert!(message(lsda(&qkv, Some(&bias), 1, Grouping::short(2))).contains("to_device"));
+    assert!(message(lsda(&on_device(&[1, 1, 1, 3 * 129]), None, 1, Grouping::short(2))).contains("at most 128"));
+    let bias = on_device(&[399 * 399, 1]);
+    assert!(message(lsda(&qkv, Some(&bias), 1, Grouping::short(200))).contains("shared memory"));
 }
 
 #[test]

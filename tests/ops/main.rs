@@ -12,6 +12,7 @@ mod gather;
 mod interpolate;
 mod layer_norm;
 mod layout;
+mod linear;
 mod loss;
 mod lsda;
 mod matmul;
@@ -33,6 +34,7 @@ pub fn benchmarks() -> Vec<(&'static str, Vec<Box<dyn harness::OpCase>>)> {
         ("interpolate", interpolate::benchmarks()),
         ("layer_norm", layer_norm::benchmarks()),
         ("layout", layout::benchmarks()),
+        ("linear", linear::benchmarks()),
         ("loss", loss::benchmarks()),
         ("lsda", lsda::benchmarks()),
         ("matmul", matmul::benchmarks()),

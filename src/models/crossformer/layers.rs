@@ -247,7 +247,7 @@ impl Block {
     pub fn forward(&self, input: &Tensor, grouping: Grouping, context: &Context) -> Result<Tensor> {
         let attended = self.attention.forward(&self.norm1.forward(input)?, grouping)?;
         let x = input.add(&self.drop_path(attended, context)?)?;
-        let hidden = self.fc1.forward(&self.norm2.forward(&x)?)?.gelu()?;
+        let hidden = self.fc1.forward_gelu(&self.norm2.forward(&x)?)?;
         let x = x.add(&self.drop_path(self.fc2.forward(&hidden)?, context)?)?;
         match &self.cooling {
             None => Ok(x),

@@ -27,8 +27,7 @@ const FINISH_SUMS: Kernel<(Address, Address, Address, Address, u32, u32)> =
 /// rows, channels, rows per part
 type InputGradientArguments =
     (Address, Address, Address, Address, Address, Address, u32, Address, Address, u64, u32, u64);
-const INPUT_GRADIENT: Kernel<InputGradientArguments> =
-    Kernel::new("batch_norm", "batch_norm_input_gradient", FLOATS);
+const INPUT_GRADIENT: Kernel<InputGradientArguments> = Kernel::new("batch_norm", "batch_norm_input_gradient", FLOATS);
 /// mean, variance, old mean, old variance, the batch's mean, the batch's variance, momentum, channels
 const UPDATE: Kernel<(Address, Address, Address, Address, Address, Address, f32, u32)> =
     Kernel::new("batch_norm", "batch_norm_update", FLOATS);
@@ -122,14 +121,12 @@ pub(super) fn statistics(gpu: &'static Gpu, input: &Tensor, channels: usize, eps
     let rows = Rows::of(input, channels);
     let Tiles { geometry, parts, rows_per_part } = rows.reducing();
     let partials = Tensor::empty_on(gpu, [parts, channels, MOMENTS], DType::F32)?;
-    let arguments =
-        (partials.address()?, input.address()?, rows.count as u64, channels as u32, rows_per_part as u64);
+    let arguments = (partials.address()?, input.address()?, rows.count as u64, channels as u32, rows_per_part as u64);
     PARTIAL_STATISTICS.launch(gpu, input.dtype().name(), geometry, arguments)?;
     let vector = || Tensor::empty_on(gpu, [channels], DType::F32);
     let (mean, scale, unbiased) = (vector()?, vector()?, vector()?);
     let addresses = (mean.address()?, scale.address()?, unbiased.address()?, partials.address()?);
-    let arguments =
-        (addresses.0, addresses.1, addresses.2, addresses.3, parts as u32, channels as u32, eps as f32);
+    let arguments = (addresses.0, addresses.1, addresses.2, addresses.3, parts as u32, channels as u32, eps as f32);
     FINISH_STATISTICS.launch(gpu, "", rows.finishing(), arguments)?;
     Ok([mean, scale, unbiased])
 }

@@ -5,9 +5,13 @@
 //! and any device makes the same one. A NaN or an infinity that is dropped becomes NaN, not 0.
 
 mod cpu;
+pub(crate) mod gpu;
+#[cfg(all(test, feature = "emulator"))]
+mod tests;
 
 use crate::autograd::{Backward, Function, record};
 use crate::random::Philox;
+use crate::tensor::{Place, place};
 use crate::{Error, Result, Tensor, dispatch_float};
 
 /// Sets elements to 0 with probability `p` and divides the others by 1 − p (Srivastava et al. 2014). Element i in
@@ -81,17 +85,21 @@ fn apply(input: &Tensor, granularity: Granularity, p: f64, stream: Philox) -> Re
     if p == 0.0 {
         return Ok(input.clone());
     }
-    let output = dispatch_float!(op, dtype, T => {
-        let (values, mask) = (input.floats::<T>(op)?, Mask::new(p));
-        let output = match granularity {
-            Granularity::Element => cpu::elements(&values, mask, stream),
-            Granularity::Sample => {
-                let sample_len = input.shape()[1..].iter().product();
-                cpu::samples(&values, sample_len, mask, stream)
-            }
-        };
-        Tensor::from_floats(output, input.shape(), dtype)
-    })?;
+    let mask = Mask::new(p);
+    let output = match place(op, &[input])? {
+        Place::Gpu(gpu) => gpu::apply(gpu, input, granularity, mask, stream)?,
+        Place::Host => dispatch_float!(op, dtype, T => {
+            let values = input.floats::<T>(op)?;
+            let output = match granularity {
+                Granularity::Element => cpu::elements(&values, mask, stream),
+                Granularity::Sample => {
+                    let sample_len = input.shape()[1..].iter().product();
+                    cpu::samples(&values, sample_len, mask, stream)
+                }
+            };
+            Tensor::from_floats(output, input.shape(), dtype)
+        })?,
+    };
     Ok(record(output, &[input], |_| DropoutRule { granularity, p, stream }))
 }
 

@@ -2,6 +2,7 @@
 
 use super::{Binary, Unary};
 use crate::cpu::{Float, parallel, simd};
+use crate::ops::strided::{Axis, broadcast_strides, collapse};
 use crate::tensor::{Buffer, Shape};
 
 /// Beyond ±LIMIT the logistic function and Φ are 0 or 1 in every compute type. Products with them are taken inside, so
@@ -206,9 +207,9 @@ fn broadcast<T: Float>(
             move |b| f(a, b),
         );
     }
-    let axes = collapse(shape, &broadcast_strides(left_shape, shape), &broadcast_strides(right_shape, shape));
+    let axes = collapse(shape, [&broadcast_strides(left_shape, shape), &broadcast_strides(right_shape, shape)]);
     // There is at least one axis here: both operands being single elements was handled above.
-    let Some((&Axis { extent: inner, left: left_step, right: right_step }, outer)) = axes.split_last() else { return };
+    let Some((&Axis { extent: inner, steps }, outer)) = axes.split_last() else { return };
     let rows_per_piece = (parallel::PIECE / inner).max(1);
     parallel::pieces_mut(output, rows_per_piece * inner, |index, piece| {
         for (row, out) in piece.chunks_mut(inner).enumerate() {
@@ -216,19 +217,19 @@ fn broadcast<T: Float>(
             for axis in outer.iter().rev() {
                 let position = rest % axis.extent;
                 rest /= axis.extent;
-                at_left += position * axis.left;
-                at_right += position * axis.right;
+                at_left += position * axis.steps[0];
+                at_right += position * axis.steps[1];
             }
             simd::dispatch(
                 #[inline(always)]
-                || match (left_step, right_step) {
-                    (1, 1) => {
+                || match steps {
+                    [1, 1] => {
                         let (left, right) = (&left[at_left..][..inner], &right[at_right..][..inner]);
                         for (out, (&a, &b)) in out.iter_mut().zip(left.iter().zip(right)) {
                             *out = f(a, b);
                         }
                     }
-                    (1, _) => {
+                    [1, _] => {
                         let b = right[at_right];
                         for (out, &a) in out.iter_mut().zip(&left[at_left..][..inner]) {
                             *out = f(a, b);
@@ -244,36 +245,6 @@ fn broadcast<T: Float>(
             );
         }
     });
-}
-
-/// One axis of a broadcast loop, with the operands' strides in elements (0 where an operand is stretched).
-struct Axis {
-    extent: usize,
-    left: usize,
-    right: usize,
-}
-
-fn broadcast_strides(operand: &Shape, shape: &Shape) -> Vec<usize> {
-    let missing = shape.len() - operand.len();
-    let strides = operand.strides();
-    let stride = |axis: usize| if axis < missing || operand[axis - missing] == 1 { 0 } else { strides[axis - missing] };
-    (0..shape.len()).map(stride).collect()
-}
-
-/// Merges neighbouring axes over which both operands advance evenly, and drops those of extent 1.
-fn collapse(shape: &Shape, left: &[usize], right: &[usize]) -> Vec<Axis> {
-    let mut axes: Vec<Axis> = Vec::new();
-    for axis in 0..shape.len() {
-        let (extent, l, r) = (shape[axis], left[axis], right[axis]);
-        match axes.last_mut() {
-            _ if extent == 1 => {}
-            Some(outer) if outer.left == l * extent && outer.right == r * extent => {
-                *outer = Axis { extent: outer.extent * extent, left: l, right: r };
-            }
-            _ => axes.push(Axis { extent, left: l, right: r }),
-        }
-    }
-    axes
 }
 
 pub(super) fn select<T: Float>(mask: &[T], on_true: &[T], on_false: &[T]) -> Buffer<T> {

@@ -4,6 +4,7 @@ mod cpu;
 pub(crate) mod gpu;
 
 use crate::autograd::{Backward, Function, SavedOutput, record};
+use crate::tensor::{Place, place};
 use crate::{Error, Result, Tensor, dispatch_float};
 
 /// A function of one element. Parameters are part of it.
@@ -231,9 +232,13 @@ impl Tensor {
     /// Where the dtype is not floating point.
     pub fn unary(&self, function: Unary) -> Result<Tensor> {
         let (op, dtype) = (function.name(), self.dtype());
-        let output = dispatch_float!(op, dtype, T => {
-            Tensor::from_floats(cpu::unary::<T>(function, &self.floats(op)?), self.shape(), dtype)
-        })?;
+        self.expect_float(op)?;
+        let output = match place(op, &[self])? {
+            Place::Gpu(gpu) => gpu::unary(gpu, function, self)?,
+            Place::Host => dispatch_float!(op, dtype, T => {
+                Tensor::from_floats(cpu::unary::<T>(function, &self.floats(op)?), self.shape(), dtype)
+            })?,
+        };
         Ok(record(output, &[self], |output| UnaryRule {
             function,
             input: (!function.derives_from_output() && function.constant_derivative().is_none()).then(|| self.clone()),
@@ -250,11 +255,15 @@ impl Tensor {
         if rhs.dtype() != dtype {
             return Err(Error::DType { op, got: rhs.dtype(), expected: dtype.to_string() });
         }
+        self.expect_float(op)?;
         let shape = self.shape().broadcast(rhs.shape(), op)?;
-        let output = dispatch_float!(op, dtype, T => {
-            let (a, b) = (self.floats::<T>(op)?, rhs.floats::<T>(op)?);
-            Tensor::from_floats(cpu::binary(function, (&a, self.shape()), (&b, rhs.shape()), &shape), shape, dtype)
-        })?;
+        let output = match place(op, &[self, rhs])? {
+            Place::Gpu(gpu) => gpu::binary(gpu, function, self, rhs, &shape)?,
+            Place::Host => dispatch_float!(op, dtype, T => {
+                let (a, b) = (self.floats::<T>(op)?, rhs.floats::<T>(op)?);
+                Tensor::from_floats(cpu::binary(function, (&a, self.shape()), (&b, rhs.shape()), &shape), shape, dtype)
+            })?,
+        };
         if matches!(function, Binary::Greater | Binary::Equal) {
             return Ok(output);
         }
@@ -289,6 +298,9 @@ impl Function for UnaryRule {
 /// grad · f′ in one loop, off the tape.
 fn fused_gradient(function: Unary, saved: &Tensor, grad: &Tensor) -> Result<Tensor> {
     let (op, dtype) = (function.name(), grad.dtype());
+    if let Place::Gpu(gpu) = place(op, &[saved, grad])? {
+        return gpu::unary_backward(gpu, function, saved, grad);
+    }
     dispatch_float!(op, dtype, T => {
         let gradient = cpu::unary_backward::<T>(function, &saved.floats(op)?, &grad.floats(op)?);
         Tensor::from_floats(gradient, grad.shape(), dtype)
@@ -297,7 +309,7 @@ fn fused_gradient(function: Unary, saved: &Tensor, grad: &Tensor) -> Result<Tens
 
 /// f′ made of recorded ops, at the saved input, or at the output where `derives_from_output`. The fused form of the
 /// same table is `cpu::unary_backward`.
-fn derivative(function: Unary, saved: &Tensor) -> Result<Tensor> {
+pub(super) fn derivative(function: Unary, saved: &Tensor) -> Result<Tensor> {
     let x = saved;
     match function {
         Unary::Neg | Unary::Scale(_) | Unary::Shift(_) => x.full_like(function.constant_derivative().unwrap_or(1.0)),
@@ -379,16 +391,21 @@ impl Function for BinaryRule {
 pub fn select(mask: &Tensor, on_true: &Tensor, on_false: &Tensor) -> Result<Tensor> {
     // By selection and not by arithmetic with the mask, which would turn an unselected infinity into NaN.
     let (dtype, op) = (on_true.dtype(), "select");
+    on_true.expect_float(op)?;
     for tensor in [mask, on_false] {
         tensor.expect_dtype(op, dtype)?;
     }
+    let place = place(op, &[mask, on_true, on_false])?;
     let shape = mask.shape().broadcast(on_true.shape(), op)?.broadcast(on_false.shape(), op)?;
     let (mask, yes, no) =
         (mask.detach().broadcast_to(&shape)?, on_true.broadcast_to(&shape)?, on_false.broadcast_to(&shape)?);
-    let output = dispatch_float!(op, dtype, T => {
-        let selected = cpu::select::<T>(&mask.floats(op)?, &yes.floats(op)?, &no.floats(op)?);
-        Tensor::from_floats(selected, shape, dtype)
-    })?;
+    let output = match place {
+        Place::Gpu(gpu) => gpu::select(gpu, &mask, &yes, &no)?,
+        Place::Host => dispatch_float!(op, dtype, T => {
+            let selected = cpu::select::<T>(&mask.floats(op)?, &yes.floats(op)?, &no.floats(op)?);
+            Tensor::from_floats(selected, shape, dtype)
+        })?,
+    };
     Ok(record(output, &[&yes, &no], |_| SelectRule { mask: mask.clone() }))
 }
 
@@ -402,7 +419,7 @@ impl Function for SelectRule {
     }
 
     fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
-        let zero = Tensor::scalar(0.0f32).cast_values(self.mask.dtype())?.to_device(self.mask.device())?;
+        let zero = backward.grad().full_like(0.0)?;
         let yes = if backward.needs(0) { Some(select(&self.mask, backward.grad(), &zero)?) } else { None };
         let no = if backward.needs(1) { Some(select(&self.mask, &zero, backward.grad())?) } else { None };
         Ok(vec![yes, no])
@@ -411,13 +428,17 @@ impl Function for SelectRule {
 
 /// `sum + addend` off the tape, in `sum`'s memory where nobody else holds it.
 pub(crate) fn add_in_place(mut sum: Tensor, addend: &Tensor) -> Result<Tensor> {
-    let half = sum.dtype().size() == 2;
-    if half || sum.gpu().is_some() || !sum.is_unique() || sum.shape() != addend.shape() || sum.dtype() != addend.dtype()
-    {
-        return crate::autograd::no_grad(|| sum.add(addend));
+    let same = sum.is_unique() && sum.shape() == addend.shape() && sum.dtype() == addend.dtype();
+    match place("add", &[&sum, addend])? {
+        Place::Gpu(gpu) if same => {
+            gpu::accumulate(gpu, &mut sum, addend)?;
+            Ok(sum)
+        }
+        // Half precision has no loop of its own in place: it is widened first.
+        Place::Host if same && sum.dtype().size() > 2 => dispatch_float!("add", sum.dtype(), T => {
+            cpu::accumulate::<T>(sum.data_mut()?, addend.data()?);
+            Ok(sum)
+        }),
+        _ => crate::autograd::no_grad(|| sum.add(addend)),
     }
-    dispatch_float!("add", sum.dtype(), T => {
-        cpu::accumulate::<T>(sum.data_mut()?, addend.data()?);
-        Ok(sum)
-    })
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::ops::resample::{Axis, resample};
+use crate::ops::resample::{Axis, Rule, resample};
 use crate::{Error, Result, Tensor};
 
 /// How values between the positions of a map are found. With `align_corners` the centres of the corner pixels keep
@@ -63,7 +63,12 @@ fn axis(input: usize, output: usize, interpolation: Interpolation) -> Arc<Axis> 
             taps(input, [-1, 0, 1, 2].map(|offset| (first + offset, cubic(t - offset as f64))))
         }
     };
-    Axis::new(input, (0..output).map(row))
+    let rule = match interpolation {
+        Interpolation::Nearest => Rule::Nearest,
+        Interpolation::Bilinear { align_corners } => Rule::Linear { align_corners },
+        Interpolation::Bicubic { align_corners } => Rule::Cubic { align_corners },
+    };
+    Axis::new(rule, input, (0..output).map(row))
 }
 
 /// The place among the input's pixels, which lie at the integers, of output pixel `position`.

@@ -122,8 +122,7 @@ pub(super) fn backward(
         let tiles = rows.width.div_ceil(COLUMNS) as u32;
         let tiles = Geometry { grid: [tiles, parts as u32, 1], block: [COLUMNS as u32, SLICES as u32, 1], shared: 0 };
         let rows_per_part = rows.count.div_ceil(parts.max(1));
-        let arguments =
-            (partials.address()?, x, dy, saved, rows.count as u64, rows.width as u32, rows_per_part as u64);
+        let arguments = (partials.address()?, x, dy, saved, rows.count as u64, rows.width as u32, rows_per_part as u64);
         PARAMETER_GRADIENTS.launch(gpu, dtype.name(), tiles, arguments)?;
     }
     let dw = Tensor::empty_on(gpu, weight.shape(), dtype)?;

@@ -1,9 +1,11 @@
 //! Changes of shape, order and type: reshape, permute, narrow, pad, concat, broadcast and cast.
 
 mod cpu;
+pub(crate) mod gpu;
 
 use crate::autograd::{Backward, Function, record};
-use crate::tensor::{Buffer, Shape};
+use crate::ops::strided::broadcast_strides;
+use crate::tensor::{Buffer, Place, Shape, place};
 use crate::{DType, Error, Result, Tensor, dispatch_dtype};
 
 impl Tensor {
@@ -32,9 +34,12 @@ impl Tensor {
         let shape: Vec<usize> = order.iter().map(|&axis| self.shape()[axis]).collect();
         let strides = self.shape().strides();
         let strides: Vec<usize> = order.iter().map(|&axis| strides[axis]).collect();
-        let output = dispatch_dtype!(self.dtype(), T => {
-            Tensor::from_buffer(cpu::gather_strided(self.data::<T>()?, &shape, &strides), shape)?
-        });
+        let output = match place("permute", &[self])? {
+            Place::Gpu(gpu) => gpu::permute(gpu, self, shape.into(), &strides)?,
+            Place::Host => dispatch_dtype!(self.dtype(), T => {
+                Tensor::from_buffer(cpu::gather_strided(self.data::<T>()?, &shape, &strides), shape)?
+            }),
+        };
         Ok(record(output, &[self], |_| PermuteRule { order: order.to_vec() }))
     }
 
@@ -63,11 +68,14 @@ impl Tensor {
         let mut shape = self.shape().to_vec();
         shape[axis] = len;
         let inner: usize = shape[axis + 1..].iter().product();
-        let output = dispatch_dtype!(self.dtype(), T => {
-            let mut output = Buffer::<T>::recycled(shape.iter().product());
-            cpu::copy_rows(self.data::<T>()?, extent * inner, start * inner, &mut output, len * inner, 0, len * inner);
-            Tensor::from_buffer(output, shape)?
-        });
+        let output = match place("narrow", &[self])? {
+            Place::Gpu(gpu) => gpu::narrow(gpu, self, shape.into(), axis, start)?,
+            Place::Host => dispatch_dtype!(self.dtype(), T => {
+                let (mut output, row) = (Buffer::<T>::recycled(shape.iter().product()), len * inner);
+                cpu::copy_rows(self.data::<T>()?, extent * inner, start * inner, &mut output, row, 0, row);
+                Tensor::from_buffer(output, shape)?
+            }),
+        };
         Ok(record(output, &[self], |_| NarrowRule { axis, before: start, after: extent - start - len }))
     }
 
@@ -84,13 +92,14 @@ impl Tensor {
         shape = Shape::from([&shape[..axis], &[padded], &shape[axis + 1..]].concat());
         let elements = shape.checked_elements("pad", self.dtype().size())?;
         let inner: usize = shape[axis + 1..].iter().product();
-        let output = dispatch_dtype!(self.dtype(), T => {
-            let mut output = Buffer::<T>::zeroed(elements);
-            cpu::copy_rows(
-                self.data::<T>()?, extent * inner, 0, &mut output, padded * inner, before * inner, extent * inner,
-            );
-            Tensor::from_buffer(output, shape)?
-        });
+        let output = match place("pad", &[self])? {
+            Place::Gpu(gpu) => gpu::pad(gpu, self, shape, axis, before)?,
+            Place::Host => dispatch_dtype!(self.dtype(), T => {
+                let (mut output, row) = (Buffer::<T>::zeroed(elements), extent * inner);
+                cpu::copy_rows(self.data::<T>()?, row, 0, &mut output, padded * inner, before * inner, row);
+                Tensor::from_buffer(output, shape)?
+            }),
+        };
         Ok(record(output, &[self], |_| PadRule { axis, before, extent }))
     }
 
@@ -107,16 +116,13 @@ impl Tensor {
             return Err(Error::shape("broadcast_to", format!("{} does not broadcast to {shape}", self.shape())));
         }
         shape.checked_elements("broadcast_to", self.dtype().size())?;
-        let missing = shape.len() - self.rank();
-        let own = self.shape().strides();
-        let stride = |axis: usize| match axis.checked_sub(missing) {
-            Some(axis) if self.shape()[axis] != 1 => own[axis],
-            _ => 0,
+        let output = match place("broadcast_to", &[self])? {
+            Place::Gpu(gpu) => gpu::broadcast(gpu, self, shape)?,
+            Place::Host => dispatch_dtype!(self.dtype(), T => {
+                let strides = broadcast_strides(self.shape(), &shape);
+                Tensor::from_buffer(cpu::gather_strided(self.data::<T>()?, &shape, &strides), shape)?
+            }),
         };
-        let strides: Vec<usize> = (0..shape.len()).map(stride).collect();
-        let output = dispatch_dtype!(self.dtype(), T => {
-            Tensor::from_buffer(cpu::gather_strided(self.data::<T>()?, &shape, &strides), shape)?
-        });
         Ok(record(output, &[self], |_| BroadcastRule { shape: self.shape().clone() }))
     }
 
@@ -156,18 +162,20 @@ pub fn concat(tensors: &[&Tensor], axis: isize) -> Result<Tensor> {
     let extents: Vec<usize> = tensors.iter().map(|tensor| tensor.shape()[axis]).collect();
     let mut shape = first.shape().to_vec();
     shape[axis] = extents.iter().sum();
-    let inner: usize = shape[axis + 1..].iter().product();
-    let output = dispatch_dtype!(first.dtype(), T => {
-        let mut output = Buffer::<T>::recycled(shape.iter().product());
-        let mut at = 0;
-        for (tensor, extent) in tensors.iter().zip(&extents) {
-            cpu::copy_rows(
-                tensor.data::<T>()?, extent * inner, 0, &mut output, shape[axis] * inner, at, extent * inner,
-            );
-            at += extent * inner;
-        }
-        Tensor::from_buffer(output, shape)?
-    });
+    let output = match place("concat", tensors)? {
+        Place::Gpu(gpu) => gpu::concat(gpu, tensors, shape.into(), axis)?,
+        Place::Host => dispatch_dtype!(first.dtype(), T => {
+            let inner: usize = shape[axis + 1..].iter().product();
+            let mut output = Buffer::<T>::recycled(shape.iter().product());
+            let mut at = 0;
+            for (tensor, extent) in tensors.iter().zip(&extents) {
+                let row = extent * inner;
+                cpu::copy_rows(tensor.data::<T>()?, row, 0, &mut output, shape[axis] * inner, at, row);
+                at += row;
+            }
+            Tensor::from_buffer(output, shape)?
+        }),
+    };
     Ok(record(output, tensors, |_| ConcatRule { axis, extents }))
 }
 

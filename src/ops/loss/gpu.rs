@@ -7,32 +7,15 @@ use crate::{DType, Result, Tensor};
 
 /// losses or null, block totals or null, statistics, logits, labels or null, soft targets or null, rows, classes, lanes,
 /// keep, spread, whether a label is ignored, that label
-type ForwardArguments =
-    (Address, Address, Address, Address, Address, Address, u64, u32, u32, f32, f32, u32, u64);
+type ForwardArguments = (Address, Address, Address, Address, Address, Address, u64, u32, u32, f32, f32, u32, u64);
 const FORWARD: Kernel<ForwardArguments> = Kernel::new("loss", "cross_entropy_forward", FLOATS);
 /// loss, share, block totals, blocks, whether the mean is wanted
 const FINISH: Kernel<(Address, Address, Address, u32, u32)> = Kernel::new("loss", "cross_entropy_finish", FLOATS);
 /// gradient of the logits or null, of the soft targets or null, logits, labels or null, soft targets or null,
 /// statistics, gradient of the loss, whether it has rows, share or null, rows, classes, lanes, keep, spread, whether a
 /// label is ignored, that label
-type BackwardArguments = (
-    Address,
-    Address,
-    Address,
-    Address,
-    Address,
-    Address,
-    Address,
-    u32,
-    Address,
-    u64,
-    u32,
-    u32,
-    f32,
-    f32,
-    u32,
-    u64,
-);
+type BackwardArguments =
+    (Address, Address, Address, Address, Address, Address, Address, u32, Address, u64, u32, u32, f32, f32, u32, u64);
 const BACKWARD: Kernel<BackwardArguments> = Kernel::new("loss", "cross_entropy_backward", FLOATS);
 /// output, labels, rows, classes, keep, spread, whether a label is ignored, that label
 const WEIGHTS: Kernel<(Address, Address, u64, u32, f32, f32, u32, u64)> =
@@ -125,8 +108,7 @@ pub(super) fn forward(
     let geometry = shape.geometry(if reduced { MOST_BLOCKS } else { usize::MAX });
     let blocks = geometry.grid[0];
     let loss = Tensor::empty_on(gpu, if reduced { &[] } else { outer }, dtype)?;
-    let totals =
-        reduced.then(|| Tensor::empty_on(gpu, [blocks as usize * TOTAL_WORDS], DType::I64)).transpose()?;
+    let totals = reduced.then(|| Tensor::empty_on(gpu, [blocks as usize * TOTAL_WORDS], DType::I64)).transpose()?;
     let to = totals.as_ref().map_or(Ok(Address::NULL), Tensor::address)?;
     let (labels, soft) = targets.addresses()?;
     let arguments = (

@@ -5,9 +5,11 @@
 //! matrix in memory. The backward pass recomputes the scores.
 
 mod cpu;
+pub(crate) mod gpu;
 mod grouping;
 
 use crate::autograd::{Backward, Function, record};
+use crate::tensor::{Place, place};
 use crate::{Error, Result, Tensor, dispatch_float};
 
 pub use grouping::{Group, Grouping, Line};
@@ -57,12 +59,15 @@ pub fn lsda(qkv: &Tensor, bias: Option<&Tensor>, heads: usize, grouping: Groupin
         }
     }
     let problem = cpu::Problem { extents: [batch, height, width], heads, head_width: channels / 3 / heads, grouping };
-    let output = dispatch_float!(OP, dtype, T => {
-        let table = bias.map(|bias| bias.floats::<T>(OP)).transpose()?;
-        let output = cpu::forward::<T>(&problem, &qkv.floats(OP)?, table.as_deref());
-        Tensor::from_floats(output, [batch, height, width, channels / 3], dtype)
-    })?;
     let inputs: Vec<&Tensor> = [Some(qkv), bias].into_iter().flatten().collect();
+    let output = match place(OP, &inputs)? {
+        Place::Gpu(gpu) => gpu::forward(gpu, &problem, qkv, bias)?,
+        Place::Host => dispatch_float!(OP, dtype, T => {
+            let table = bias.map(|bias| bias.floats::<T>(OP)).transpose()?;
+            let output = cpu::forward::<T>(&problem, &qkv.floats(OP)?, table.as_deref());
+            Tensor::from_floats(output, [batch, height, width, channels / 3], dtype)
+        })?,
+    };
     Ok(record(output, &inputs, |_| LsdaRule { qkv: qkv.clone(), bias: bias.cloned(), problem }))
 }
 
@@ -127,16 +132,17 @@ impl Function for LsdaRule {
     fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
         const OP: &str = "lsda";
         backward.first_order_only(OP)?;
-        let dtype = self.qkv.dtype();
-        dispatch_float!(OP, dtype, T => {
-            let table = self.bias.as_ref().map(|bias| bias.floats::<T>(OP)).transpose()?;
-            let (qkv, grad) = (self.qkv.floats::<T>(OP)?, backward.grad().floats::<T>(OP)?);
-            let (dqkv, dtable) = cpu::backward(&self.problem, &qkv, table.as_deref(), &grad);
-            let mut gradients = vec![Some(Tensor::from_floats(dqkv, self.qkv.shape(), dtype)?)];
-            if let Some(bias) = &self.bias {
-                gradients.push(Some(Tensor::from_floats(dtable, bias.shape(), dtype)?));
-            }
-            Ok(gradients)
-        })
+        let (dtype, bias, grad) = (self.qkv.dtype(), self.bias.as_ref(), backward.grad());
+        let (dqkv, dtable) = match place(OP, &[&self.qkv, grad])? {
+            Place::Gpu(gpu) => gpu::backward(gpu, &self.problem, &self.qkv, bias, grad)?,
+            Place::Host => dispatch_float!(OP, dtype, T => {
+                let table = bias.map(|bias| bias.floats::<T>(OP)).transpose()?;
+                let (dqkv, dtable) =
+                    cpu::backward(&self.problem, &self.qkv.floats::<T>(OP)?, table.as_deref(), &grad.floats::<T>(OP)?);
+                let dtable = bias.map(|bias| Tensor::from_floats(dtable, bias.shape(), dtype)).transpose()?;
+                Ok((Tensor::from_floats(dqkv, self.qkv.shape(), dtype)?, dtable))
+            })?,
+        };
+        Ok([Some(Some(dqkv)), bias.map(|_| dtable)].into_iter().flatten().collect())
     }
 }

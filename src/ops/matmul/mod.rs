@@ -1,9 +1,10 @@
 //! Batched matrix products.
 
 mod cpu;
+pub(crate) mod gpu;
 
 use crate::autograd::{Backward, Function, record};
-use crate::tensor::Shape;
+use crate::tensor::{Place, Shape, place};
 use crate::{Error, Result, Tensor, dispatch_float};
 
 /// Which operands of a product are read as their transposes (of the last two axes).
@@ -39,6 +40,7 @@ impl Tensor {
     /// As [`Tensor::matmul`].
     pub fn matmul_transposed(&self, rhs: &Tensor, transposed: Transposed) -> Result<Tensor> {
         let dtype = self.dtype();
+        self.expect_float("matmul")?;
         rhs.expect_dtype("matmul", dtype)?;
         let refuse = || Error::shape("matmul", format!("{} by {} ({transposed:?})", self.shape(), rhs.shape()));
         let (Some((left_batch, left)), Some((right_batch, right))) =
@@ -52,17 +54,18 @@ impl Tensor {
             return Err(refuse());
         }
         let batch = Shape::from(left_batch).broadcast(&Shape::from(right_batch), "matmul")?;
-        let offsets = |operand: &[usize]| batch_offsets(operand, &batch);
-        let problem = cpu::Problem {
-            extents: [m, n, k],
-            transposed,
-            left_batches: offsets(left_batch),
-            right_batches: offsets(right_batch),
+        let output = match place("matmul", &[self, rhs])? {
+            Place::Gpu(gpu) => gpu::matmul(gpu, [self, rhs], transposed, [m, n, k], &batch)?,
+            Place::Host => {
+                let offsets = |operand: &[usize]| batch_offsets(operand, &batch);
+                let (left_batches, right_batches) = (offsets(left_batch), offsets(right_batch));
+                let problem = cpu::Problem { extents: [m, n, k], transposed, left_batches, right_batches };
+                dispatch_float!("matmul", dtype, T => {
+                    let product = cpu::matmul::<T>(&problem, &self.floats("matmul")?, &rhs.floats("matmul")?);
+                    Tensor::from_floats(product, [&batch[..], &[m, n]].concat(), dtype)
+                })?
+            }
         };
-        let output = dispatch_float!("matmul", dtype, T => {
-            let product = cpu::matmul::<T>(&problem, &self.floats("matmul")?, &rhs.floats("matmul")?);
-            Tensor::from_floats(product, [&batch[..], &[m, n]].concat(), dtype)
-        })?;
         Ok(record(output, &[self, rhs], |_| MatmulRule { left: self.clone(), right: rhs.clone(), transposed }))
     }
 }
@@ -85,6 +88,18 @@ fn batch_offsets(operand: &[usize], batch: &Shape) -> Vec<usize> {
     (0..batch.elements()).map(number).collect()
 }
 
+/// The axes in front of the last two.
+fn batch_of(operand: &Tensor) -> &[usize] {
+    &operand.shape()[..operand.rank() - 2]
+}
+
+/// The rows of all matrices as one.
+fn all_rows(operand: &Tensor) -> Result<Tensor> {
+    let columns = operand.shape()[operand.rank() - 1];
+    let rows = operand.shape()[..operand.rank() - 1].iter().product();
+    operand.reshape([rows, columns])
+}
+
 struct MatmulRule {
     left: Tensor,
     right: Tensor,
@@ -101,6 +116,12 @@ impl Function for MatmulRule {
         let (a, b, grad) = (&self.left, &self.right, backward.grad());
         let Transposed { left: at, right: bt } = self.transposed;
         let product = |x: &Tensor, left: bool, y: &Tensor, right: bool, like: &Tensor| {
+            // One matrix for a whole batch: its gradient is one product of all rows.
+            if left && !right && batch_of(like).iter().all(|&extent| extent == 1) && batch_of(x) == batch_of(y) {
+                return all_rows(x)?
+                    .matmul_transposed(&all_rows(y)?, Transposed { left, right })?
+                    .reshape(like.shape());
+            }
             x.matmul_transposed(y, Transposed { left, right })?.sum_to(like.shape())
         };
         let da = match (backward.needs(0), at) {

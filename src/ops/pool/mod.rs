@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::autograd::{Backward, Function, record};
-use crate::ops::resample::{Axis, resample};
+use crate::ops::resample::{Axis, Rule, resample};
 use crate::tensor::{Buffer, Shape};
 use crate::{Error, Result, Tensor, dispatch_float};
 
@@ -38,6 +38,12 @@ impl Pool2dOptions {
     /// Windows that tile the map: stride `kernel`, no padding.
     pub fn tiling(kernel: [usize; 2]) -> Self {
         Pool2dOptions { kernel, stride: kernel, padding: [0; 2], ceil_mode: false, count_include_pad: true }
+    }
+
+    /// The mean along one axis of a map.
+    fn rule(&self, axis: usize) -> Rule {
+        let Pool2dOptions { kernel, stride, padding, count_include_pad, .. } = *self;
+        Rule::Windows { kernel: kernel[axis], stride: stride[axis], padding: padding[axis], count_include_pad }
     }
 
     /// The windows along one axis of a map.
@@ -77,12 +83,12 @@ struct Window {
     counted: usize,
 }
 
-fn averages(input: usize, windows: Vec<Window>) -> Arc<Axis> {
+fn averages(rule: Rule, input: usize, windows: Vec<Window>) -> Arc<Axis> {
     let row = |window: Window| {
         let weight = 1.0 / window.counted as f64;
         window.inside.map(|position| (position, weight)).collect()
     };
-    Axis::new(input, windows.into_iter().map(row))
+    Axis::new(rule, input, windows.into_iter().map(row))
 }
 
 /// The mean over each window of `input` (batch, height, width, channels). Derivatives of every order.
@@ -94,7 +100,8 @@ pub fn avg_pool2d(input: &Tensor, options: Pool2dOptions) -> Result<Tensor> {
     const OP: &str = "avg_pool2d";
     let [_, height, width, _] = input.dims(OP, "input (batch, height, width, channels)")?;
     let (vertical, horizontal) = (options.windows(OP, input, 0)?, options.windows(OP, input, 1)?);
-    resample(OP, input, [&averages(height, vertical), &averages(width, horizontal)])
+    let [down, across] = [0, 1].map(|axis| options.rule(axis));
+    resample(OP, input, [&averages(down, height, vertical), &averages(across, width, horizontal)])
 }
 
 /// The mean over `size` (height, width) windows that cover `input` (batch, height, width, channels) evenly: window i
@@ -116,7 +123,7 @@ pub fn adaptive_avg_pool2d(input: &Tensor, size: [usize; 2]) -> Result<Tensor> {
             let inside = start..bound(index + 1).div_ceil(count as u128) as usize;
             Window { counted: inside.len(), inside }
         };
-        averages(extent, (0..count).map(window).collect())
+        averages(Rule::Adaptive, extent, (0..count).map(window).collect())
     };
     resample(OP, input, [&axis(height, size[0]), &axis(width, size[1])])
 }

@@ -1,9 +1,10 @@
 //! Sums, means, extrema and arg-extrema over axes. Each sum has a fixed order, so results do not depend on threads.
 
 mod cpu;
+pub(crate) mod gpu;
 
 use crate::autograd::{Backward, Function, record};
-use crate::tensor::Shape;
+use crate::tensor::{Place, Shape, place};
 use crate::{Error, Result, Tensor, dispatch_float};
 
 /// How elements along the reduced axes are combined.
@@ -89,6 +90,10 @@ impl Tensor {
         let Some((&last, outer)) = self.shape().split_last().filter(|&(&last, _)| last > 0) else {
             return Err(Error::shape("argmax", format!("shape {} has no values on its last axis", self.shape())));
         };
+        self.expect_float("argmax")?;
+        if let Place::Gpu(gpu) = place("argmax", &[self])? {
+            return gpu::argmax(gpu, self, outer, last);
+        }
         dispatch_float!("argmax", self.dtype(), T => {
             Tensor::from_buffer(cpu::argmax(&self.floats::<T>("argmax")?, last), outer)
         })
@@ -123,14 +128,19 @@ impl Tensor {
 
     /// Reduces off the tape. Axes that are neighbours are one loop; others are brought together first.
     fn reduce(&self, reduction: Reduction, axes: &[usize]) -> Result<Tensor> {
+        if axes.is_empty() {
+            return Ok(self.share(self.shape().clone()));
+        }
+        if let Place::Gpu(gpu) = place("reduce", &[self])? {
+            return gpu::reduce(gpu, reduction, self, axes);
+        }
         let kept: Vec<usize> = (0..self.rank()).filter(|axis| !axes.contains(axis)).collect();
         let shape: Vec<usize> = kept.iter().map(|&axis| self.shape()[axis]).collect();
         let dtype = self.dtype();
         let neighbours = axes.windows(2).all(|pair| pair[1] == pair[0] + 1);
         let (source, first) = match (neighbours, axes.first()) {
             (true, Some(&first)) => (self.detach(), first),
-            (true, None) => return Ok(self.share(self.shape().clone())),
-            (false, _) => (self.detach().permute(&[&kept[..], axes].concat())?, kept.len()),
+            _ => (self.detach().permute(&[&kept[..], axes].concat())?, kept.len()),
         };
         let outer: usize = source.shape()[..first].iter().product();
         let count: usize = source.shape()[first..first + axes.len()].iter().product();

@@ -4,14 +4,34 @@
 //! and its transpose is another one of its kind, so it has derivatives of every order.
 
 mod cpu;
+pub(crate) mod gpu;
 
 use std::sync::Arc;
 
 use crate::autograd::{Backward, Function, record};
+use crate::tensor::{Place, place};
 use crate::{Result, Tensor, dispatch_float};
+
+/// From which an axis's entries follow. `kernels/resample.cu` has the formulas.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Rule {
+    /// The pixel in which the position lies.
+    Nearest,
+    /// Between two pixels.
+    Linear { align_corners: bool },
+    /// Among four pixels.
+    Cubic { align_corners: bool },
+    /// The mean of a window that moves.
+    Windows { kernel: usize, stride: usize, padding: usize, count_include_pad: bool },
+    /// The mean of windows that cover the axis evenly.
+    Adaptive,
+}
 
 /// A sparse matrix along one axis: for each output position, the input positions that it reads and their weights.
 pub(crate) struct Axis {
+    rule: Rule,
+    /// Whether this is the transpose of the rule's axis.
+    transposed: bool,
     /// Number of input positions.
     input: usize,
     /// Row `i` is `entries[starts[i]..starts[i + 1]]`.
@@ -20,14 +40,24 @@ pub(crate) struct Axis {
 }
 
 impl Axis {
-    /// An axis from `input` positions to those of `rows`: (position, weight) pairs for each. Zero weights are dropped.
-    pub fn new(input: usize, rows: impl IntoIterator<Item = Vec<(usize, f64)>>) -> Arc<Self> {
+    /// An axis from `input` positions to those of `rows`: (position, weight) pairs for each, as `rule` has them. Zero
+    /// weights are dropped.
+    pub fn new(rule: Rule, input: usize, rows: impl IntoIterator<Item = Vec<(usize, f64)>>) -> Arc<Self> {
+        Self::collected(rule, false, input, rows)
+    }
+
+    fn collected(
+        rule: Rule,
+        transposed: bool,
+        input: usize,
+        rows: impl IntoIterator<Item = Vec<(usize, f64)>>,
+    ) -> Arc<Self> {
         let (mut starts, mut entries) = (vec![0], Vec::new());
         for row in rows {
             entries.extend(row.into_iter().filter(|&(_, weight)| weight != 0.0));
             starts.push(entries.len());
         }
-        Arc::new(Axis { input, starts, entries })
+        Arc::new(Axis { rule, transposed, input, starts, entries })
     }
 
     fn output(&self) -> usize {
@@ -43,7 +73,7 @@ impl Axis {
         for output in 0..self.output() {
             self.row(output).iter().for_each(|&(input, weight)| rows[input].push((output, weight)));
         }
-        Axis::new(self.output(), rows)
+        Self::collected(self.rule, !self.transposed, self.output(), rows)
     }
 }
 
@@ -55,9 +85,13 @@ pub(crate) fn resample(op: &'static str, input: &Tensor, axes: [&Arc<Axis>; 2]) 
     let shape = crate::Shape::from([batch, axes[0].output(), axes[1].output(), channels]);
     shape.checked_elements(op, size_of::<f64>())?;
     let dtype = input.dtype();
-    let output = dispatch_float!(op, dtype, T => {
-        Tensor::from_floats(cpu::resample(&input.floats::<T>(op)?, batch, channels, axes), shape, dtype)
-    })?;
+    input.expect_float(op)?;
+    let output = match place(op, &[input])? {
+        Place::Gpu(gpu) => gpu::resample(gpu, op, input, shape, axes)?,
+        Place::Host => dispatch_float!(op, dtype, T => {
+            Tensor::from_floats(cpu::resample(&input.floats::<T>(op)?, batch, channels, axes), shape, dtype)
+        })?,
+    };
     Ok(record(output, &[input], |_| ResampleRule { op, axes: axes.map(Arc::clone) }))
 }
 

@@ -1,0 +1,163 @@
+//! Affine maps of the last axis, alone and with a GELU behind them.
+
+use std::fmt;
+
+use gridgrad::autograd::{self, GradOptions};
+use gridgrad::ops::{linear, linear_gelu};
+use gridgrad::{DType, Device, Result, Tensor};
+
+use crate::harness::{OpCase, Tolerance, Work, check, check_on_device, randn, test_device};
+use crate::matmul::sum_tolerance;
+
+struct Linear {
+    outer: Vec<usize>,
+    in_features: usize,
+    out_features: usize,
+    bias: bool,
+    gelu: bool,
+}
+
+impl fmt::Display for Linear {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Linear { outer, in_features, out_features, bias, gelu } = self;
+        write!(f, "linear {outer:?}×{in_features} → {out_features}, bias {bias}, gelu {gelu}")
+    }
+}
+
+impl OpCase for Linear {
+    fn inputs(&self) -> Vec<Tensor> {
+        let mut inputs = vec![
+            randn(&[&self.outer[..], &[self.in_features]].concat(), 0),
+            randn(&[self.out_features, self.in_features], 1),
+        ];
+        if self.bias {
+            inputs.push(randn(&[self.out_features], 2));
+        }
+        inputs
+    }
+
+    fn run(&self, inputs: &[Tensor]) -> Result<Tensor> {
+        let op = if self.gelu { linear_gelu } else { linear };
+        op(&inputs[0], &inputs[1], inputs.get(2))
+    }
+
+    fn reference(&self, inputs: &[Vec<f64>]) -> Vec<f64> {
+        let rows: usize = self.outer.iter().product();
+        let value = |row: usize, out: usize| {
+            let bias = if self.bias { inputs[2][out] } else { 0.0 };
+            let product = |i: usize| inputs[0][row * self.in_features + i] * inputs[1][out * self.in_features + i];
+            let sum = bias + (0..self.in_features).map(product).sum::<f64>();
+            if self.gelu { 0.5 * sum * libm::erfc(-sum / 2f64.sqrt()) } else { sum }
+        };
+        (0..rows * self.out_features).map(|i| value(i / self.out_features, i % self.out_features)).collect()
+    }
+
+    fn work(&self) -> Work {
+        let rows = self.outer.iter().product::<usize>() as u64;
+        let (k, n) = (self.in_features as u64, self.out_features as u64);
+        Work { bytes: 4 * (rows * k + k * n + rows * n), flops: 2 * rows * k * n }
+    }
+
+    fn composed(&self, inputs: &[Tensor]) -> Option<Result<Tensor>> {
+        self.gelu.then(|| linear(&inputs[0], &inputs[1], inputs.get(2))?.gelu())
+    }
+
+    fn tolerance(&self) -> Tolerance {
+        sum_tolerance(self.in_features)
+    }
+}
+
+fn cases() -> Vec<Box<dyn OpCase>> {
+    let mut cases: Vec<Box<dyn OpCase>> = Vec::new();
+    for gelu in [false, true] {
+        for (outer, in_features, out_features, bias) in [
+            (vec![], 3, 2, true),
+            (vec![5], 1, 1, false),
+            (vec![3], 0, 2, true),
+            (vec![0], 4, 3, true),
+            (vec![2, 3, 7], 13, 11, true),
+        ] {
+            cases.push(Box::new(Linear { outer, in_features, out_features, bias, gelu }));
+        }
+    }
+    cases
+}
+
+/// Around the edges of the kernels' tiles.
+fn tile_cases() -> Vec<Linear> {
+    let mut cases = Vec::new();
+    for gelu in [false, true] {
+        for (outer, in_features, out_features, bias) in [
+            (vec![100], 96, 31, true),
+            (vec![4, 33], 16, 72, false),
+            // The large tile on the emulator, with remainders; sums over rows in several blocks.
+            (vec![136], 40, 136, true),
+            // A split product.
+            (vec![7], 520, 16, true),
+        ] {
+            cases.push(Linear { outer, in_features, out_features, bias, gelu });
+        }
+    }
+    cases
+}
+
+/// The linear maps of CrossFormer-S at batch 8, first and last stage.
+pub fn benchmarks() -> Vec<Box<dyn OpCase>> {
+    let linear = |rows, in_features, out_features, gelu| {
+        Box::new(Linear { outer: vec![rows], in_features, out_features, bias: true, gelu }) as Box<dyn OpCase>
+    };
+    vec![
+        linear(8 * 3136, 96, 384, false),
+        linear(8 * 3136, 96, 384, true),
+        linear(8 * 3136, 384, 96, false),
+        linear(8 * 49, 768, 3072, false),
+        linear(8 * 49, 768, 3072, true),
+        linear(8 * 49, 3072, 768, false),
+    ]
+}
+
+#[test]
+fn linear_maps_agree_with_their_definition() {
+    check(&cases());
+}
+
+#[test]
+fn tiles_agree_with_the_processor() {
+    tile_cases().iter().for_each(|case| check_on_device(case));
+}
+
+#[test]
+fn bad_shapes_are_errors() {
+    let message = |result: Result<Tensor>| result.unwrap_err().to_string();
+    let x = randn(&[2, 3], 0);
+    for op in [linear, linear_gelu] {
+        assert!(message(op(&x, &randn(&[4, 2], 0), None)).contains("the last axis must be 2"));
+        assert!(message(op(&x, &randn(&[4, 3], 0), Some(&randn(&[3], 0)))).contains("bias (3)"));
+        assert!(message(op(&x, &randn(&[3], 0), None)).contains("expected weight (out, in)"));
+    }
+}
+
+/// On the processor `linear_gelu` is two ops, so the harness does not see its rule for second derivatives.
+#[test]
+fn second_derivatives_of_the_fused_op_are_those_of_its_parts() {
+    let Some(device) = test_device() else { return };
+    let gradients = |op: fn(&Tensor, &Tensor, Option<&Tensor>) -> Result<Tensor>, device: Device| -> Result<Vec<f64>> {
+        let input = |shape: &[usize], number| randn(shape, number).cast(DType::F32)?.to_device(device)?.variable();
+        let (x, w, b) = (input(&[5, 4], 0)?, input(&[3, 4], 1)?, input(&[3], 2)?);
+        let y = op(&x, &w, Some(&b))?.sum_all()?;
+        let first = autograd::grad(&y, &[&x, &w, &b], GradOptions { create_graph: true, ..GradOptions::default() })?;
+        let mut total = Tensor::scalar(0.0f32).to_device(device)?;
+        for gradient in first.iter().flatten() {
+            total = total.add(&gradient.square()?.sum_all()?)?;
+        }
+        let second = autograd::grad(&total, &[&x, &w, &b], GradOptions::default())?;
+        Ok(second.iter().flatten().flat_map(|gradient| gradient.to_f64_vec().unwrap()).collect())
+    };
+    let parts = gradients(|x, w, b| linear(x, w, b)?.gelu(), Device::Cpu).unwrap();
+    let fused = gradients(linear_gelu, device).unwrap();
+    let scale = parts.iter().fold(1.0f64, |scale, value| scale.max(value.abs()));
+    assert_eq!((parts.len(), fused.len()), (35, 35));
+    for (part, fused) in parts.iter().zip(&fused) {
+        assert!((part - fused).abs() < 1e-5 * scale, "{part} and {fused}");
+    }
+}
