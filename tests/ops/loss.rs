@@ -2,11 +2,12 @@
 
 use std::fmt;
 
+use gridgrad::autograd::{GradOptions, grad};
 use gridgrad::ops::{
     CrossEntropyOptions, Reduction, Targets, binary_cross_entropy_with_logits, cross_entropy, mse_loss,
 };
 use gridgrad::random::Philox;
-use gridgrad::{DType, Error, Result, Tensor};
+use gridgrad::{DType, Device, Error, Result, Tensor};
 
 use crate::harness::{OpCase, ROUNDING, Tolerance, Work, check, randn, test_device};
 
@@ -256,6 +257,31 @@ fn ignored_rows_do_not_count_even_if_they_are_nan() {
     assert_eq!(loss.backward().unwrap().get(&logits).unwrap().to_f64_vec().unwrap(), [-0.5, 0.5, 0.0, 0.0]);
     let none = Tensor::new(&[-100i64, -100], [2]).unwrap();
     assert!(cross_entropy(&logits, Targets::Labels(&none), options).unwrap().item().unwrap().is_nan());
+}
+
+/// Gradients of gradients are made of other ops, and of labels written out by a kernel.
+#[test]
+fn second_derivatives_on_a_device_are_those_of_the_processor() {
+    let Some(device) = test_device() else { return };
+    let labels = Tensor::new(&[3i64, 1, 7, 0, 2], [5]).unwrap();
+    let input = randn(&[5, 8], 0).cast(DType::F32).unwrap();
+    let weights = randn(&[5, 8], 1).cast(DType::F32).unwrap();
+    for reduction in REDUCTIONS {
+        let options = CrossEntropyOptions { label_smoothing: 0.1, reduction, ignore_index: Some(1) };
+        let second = |device: Device| {
+            let there = |tensor: &Tensor| tensor.to_device(device).unwrap();
+            let logits = there(&input).variable().unwrap();
+            let loss = cross_entropy(&logits, Targets::Labels(&there(&labels)), options).unwrap().sum_all().unwrap();
+            let graph = GradOptions { create_graph: true, ..GradOptions::default() };
+            let first = grad(&loss, &[&logits], graph).unwrap().remove(0).unwrap();
+            let along = first.mul(&there(&weights)).unwrap().sum_all().unwrap();
+            let second = grad(&along, &[&logits], GradOptions::default()).unwrap().remove(0).unwrap();
+            [first, second].map(|tensor| tensor.to_f64_vec().unwrap()).concat()
+        };
+        for (got, want) in second(device).into_iter().zip(second(Device::Cpu)) {
+            assert!((got - want).abs() < 1e-6, "{reduction:?}: {got} and {want}");
+        }
+    }
 }
 
 #[test]
