@@ -2,13 +2,14 @@
 
 use std::fmt;
 
+use gridgrad::autograd::{GradOptions, grad};
 use gridgrad::ops::{
     CrossEntropyOptions, Reduction, Targets, binary_cross_entropy_with_logits, cross_entropy, mse_loss,
 };
 use gridgrad::random::Philox;
-use gridgrad::{DType, Result, Tensor};
+use gridgrad::{DType, Device, Error, Result, Tensor};
 
-use crate::harness::{OpCase, ROUNDING, Tolerance, Work, check, randn};
+use crate::harness::{OpCase, ROUNDING, Tolerance, Work, check, randn, test_device};
 
 fn reduce(losses: Vec<f64>, counted: usize, reduction: Reduction) -> Vec<f64> {
     match reduction {
@@ -147,6 +148,18 @@ fn cases() -> Vec<Box<dyn OpCase>> {
                 cases.push(Box::new(CrossEntropy { outer, classes, soft, spread, options }));
             }
         }
+    }
+    // A block for each row.
+    for (soft, label_smoothing) in [(false, 0.1), (true, 0.0)] {
+        let options = CrossEntropyOptions { label_smoothing, ..Default::default() };
+        cases.push(Box::new(CrossEntropy { outer: vec![3], classes: 4099, soft, spread: 1.0, options }));
+    }
+    cases
+}
+
+fn pointwise_cases() -> Vec<Box<dyn OpCase>> {
+    let mut cases: Vec<Box<dyn OpCase>> = Vec::new();
+    for reduction in REDUCTIONS {
         for name in ["mse_loss", "binary_cross_entropy_with_logits"] {
             for shapes in [[vec![], vec![]], [vec![3, 5], vec![3, 5]], [vec![4, 3], vec![3]]] {
                 cases.push(Box::new(Pointwise { name, shapes, reduction }));
@@ -166,8 +179,49 @@ pub fn benchmarks() -> Vec<Box<dyn OpCase>> {
 }
 
 #[test]
-fn losses_agree_with_their_formulas() {
+fn cross_entropy_agrees_with_its_formula() {
     check(&cases());
+}
+
+#[test]
+fn pointwise_losses_agree_with_their_formulas() {
+    check(&pointwise_cases());
+}
+
+/// The host checks labels that it has; where the device has them, rows of bad ones are NaN and the host has not waited.
+#[test]
+fn labels_on_a_device_are_not_copied_to_the_host() {
+    let Some(device) = test_device() else { return };
+    let logits = Tensor::new(&[0.0f32, 0.0, f32::NAN, 1.0, 0.0, 0.0], [3, 2]).unwrap();
+    let logits = logits.to_device(device).unwrap().variable().unwrap();
+    let options = CrossEntropyOptions { ignore_index: Some(-100), ..Default::default() };
+    let host = |labels: [i64; 3]| Tensor::new(&labels, [3]).unwrap();
+    let there = |labels: [i64; 3]| host(labels).to_device(device).unwrap();
+    for labels in [host([0, -100, -100]), there([0, -100, -100])] {
+        let loss = cross_entropy(&logits, Targets::Labels(&labels), options).unwrap();
+        assert_eq!((loss.device(), loss.item().unwrap() as f32), (device, std::f32::consts::LN_2));
+        let gradient = loss.backward().unwrap().get(&logits).unwrap().to_f64_vec().unwrap();
+        assert_eq!(gradient, [-0.5, 0.5, 0.0, 0.0, 0.0, 0.0]);
+    }
+    let none = cross_entropy(&logits, Targets::Labels(&there([-100; 3])), options).unwrap();
+    assert!(none.item().unwrap().is_nan());
+
+    for bad in [2, -1, i64::MAX, i64::MIN] {
+        let refused = cross_entropy(&logits, Targets::Labels(&host([0, -100, bad])), options).unwrap_err();
+        assert!(refused.to_string().contains(&format!("label {bad} of row 2, expected 0 to 1")), "{refused}");
+        let labels = there([0, -100, bad]);
+        let loss = cross_entropy(&logits, Targets::Labels(&labels), options).unwrap();
+        assert!(loss.item().unwrap().is_nan());
+        let gradient = loss.backward().unwrap().get(&logits).unwrap().to_f64_vec().unwrap();
+        assert_eq!(gradient[..4], [-0.25, 0.25, 0.0, 0.0]);
+        assert!(gradient[4..].iter().all(|value| value.is_nan()));
+    }
+
+    let soft = Tensor::ones([3, 2], DType::F32).unwrap();
+    let mixed = cross_entropy(&logits, Targets::Soft(&soft), options).unwrap_err();
+    assert!(matches!(mixed, Error::DeviceMismatch { .. }));
+    let mixed = cross_entropy(&soft, Targets::Labels(&there([0; 3])), options).unwrap_err();
+    assert!(matches!(mixed, Error::DeviceMismatch { .. }));
 }
 
 #[test]
@@ -203,6 +257,31 @@ fn ignored_rows_do_not_count_even_if_they_are_nan() {
     assert_eq!(loss.backward().unwrap().get(&logits).unwrap().to_f64_vec().unwrap(), [-0.5, 0.5, 0.0, 0.0]);
     let none = Tensor::new(&[-100i64, -100], [2]).unwrap();
     assert!(cross_entropy(&logits, Targets::Labels(&none), options).unwrap().item().unwrap().is_nan());
+}
+
+/// Gradients of gradients are made of other ops, and of labels written out by a kernel.
+#[test]
+fn second_derivatives_on_a_device_are_those_of_the_processor() {
+    let Some(device) = test_device() else { return };
+    let labels = Tensor::new(&[3i64, 1, 7, 0, 2], [5]).unwrap();
+    let input = randn(&[5, 8], 0).cast(DType::F32).unwrap();
+    let weights = randn(&[5, 8], 1).cast(DType::F32).unwrap();
+    for reduction in REDUCTIONS {
+        let options = CrossEntropyOptions { label_smoothing: 0.1, reduction, ignore_index: Some(1) };
+        let second = |device: Device| {
+            let there = |tensor: &Tensor| tensor.to_device(device).unwrap();
+            let logits = there(&input).variable().unwrap();
+            let loss = cross_entropy(&logits, Targets::Labels(&there(&labels)), options).unwrap().sum_all().unwrap();
+            let graph = GradOptions { create_graph: true, ..GradOptions::default() };
+            let first = grad(&loss, &[&logits], graph).unwrap().remove(0).unwrap();
+            let along = first.mul(&there(&weights)).unwrap().sum_all().unwrap();
+            let second = grad(&along, &[&logits], GradOptions::default()).unwrap().remove(0).unwrap();
+            [first, second].map(|tensor| tensor.to_f64_vec().unwrap()).concat()
+        };
+        for (got, want) in second(device).into_iter().zip(second(Device::Cpu)) {
+            assert!((got - want).abs() < 1e-6, "{reduction:?}: {got} and {want}");
+        }
+    }
 }
 
 #[test]

@@ -29,8 +29,8 @@ type InputGradientArguments =
     (Address, Address, Address, Address, Address, Address, u32, Address, Address, u64, u32, u64);
 const INPUT_GRADIENT: Kernel<InputGradientArguments> = Kernel::new("batch_norm", "batch_norm_input_gradient", FLOATS);
 /// mean, variance, old mean, old variance, the batch's mean, the batch's variance, momentum, channels
-const UPDATE: Kernel<(Address, Address, Address, Address, Address, Address, f32, u32)> =
-    Kernel::new("batch_norm", "batch_norm_update", FLOATS);
+type UpdateArguments = (Address, Address, Address, Address, Address, Address, f32, u32);
+const UPDATE: Kernel<UpdateArguments> = Kernel::new("batch_norm", "batch_norm_update", FLOATS);
 
 pub(crate) static KERNELS: &[Signature] = &[
     PARTIAL_STATISTICS.signature(),

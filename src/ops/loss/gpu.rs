@@ -18,8 +18,8 @@ type BackwardArguments =
     (Address, Address, Address, Address, Address, Address, Address, u32, Address, u64, u32, u32, f32, f32, u32, u64);
 const BACKWARD: Kernel<BackwardArguments> = Kernel::new("loss", "cross_entropy_backward", FLOATS);
 /// output, labels, rows, classes, keep, spread, whether a label is ignored, that label
-const WEIGHTS: Kernel<(Address, Address, u64, u32, f32, f32, u32, u64)> =
-    Kernel::new("loss", "cross_entropy_weights", FLOATS);
+type WeightsArguments = (Address, Address, u64, u32, f32, f32, u32, u64);
+const WEIGHTS: Kernel<WeightsArguments> = Kernel::new("loss", "cross_entropy_weights", FLOATS);
 
 pub(crate) static KERNELS: &[Signature] =
     &[FORWARD.signature(), FINISH.signature(), BACKWARD.signature(), WEIGHTS.signature()];
