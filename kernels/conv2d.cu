@@ -170,7 +170,7 @@ __device__ __forceinline__ void gather(
         static_assert(Tile::THREADS == threads);                                                                       \
         gather<Tile, T, RUN>(output, source, weight, bias, convolution, gradient != 0);                                \
     }
-GATHER(f32, float, 1, 128, 3, SimtTile<128, 64, 16, 8, 8, 3>)
+GATHER(f32, float, 1, 128, 2, SimtTile<128, 64, 16, 8, 8, 3>)
 GATHER(bf16, bf16, 8, 256, 2, TensorTile<bf16, 128, 128, 32, 2, 4, 3>)
 GATHER(bf16_narrow, bf16, 8, 128, 4, TensorTile<bf16, 128, 64, 32, 2, 2, 3>)
 GATHER(f16, f16, 8, 256, 2, TensorTile<f16, 128, 128, 32, 2, 4, 3>)
