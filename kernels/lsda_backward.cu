@@ -135,7 +135,7 @@ template <class T, u32 D>
 __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, const T* qkv, const T* bias, const T* grad,
                               const Problem& problem) {
     constexpr u32 TILE = Tiling<T, D>::TOKENS, WARPS = Tiling<T, D>::WARPS, THREADS = Tiling<T, D>::THREADS;
-    constexpr u32 COLUMNS = D < 32 ? D : 32;  // of dQ at once
+    constexpr u32 COLUMNS = D == 16 || D * sizeof(T) == 512 ? 16 : 32;  // of dQ at once, as registers allow
     constexpr bool KEEP = D < 128;            // dS of group after group in registers, of which wide heads leave too few
     DYNAMIC_SHARED(memory);
     const Slot<T, D> slot(problem);

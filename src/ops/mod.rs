@@ -60,17 +60,21 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        let rooms: [&[Signature]; 13] = [
-            conv2d::depthwise_gpu::KERNELS,
+        let rooms: [&[Signature]; 17] = [
+            batch_norm::gpu::KERNELS,
             conv2d::gpu::KERNELS,
+            cross_scale_embedding::gpu::KERNELS,
             dropout::gpu::KERNELS,
             elementwise::gpu::KERNELS,
             gather::gpu::KERNELS,
+            layer_norm::gpu::KERNELS,
             layout::gpu::KERNELS,
             linear::gpu::KERNELS,
+            loss::gpu::KERNELS,
             lsda::gpu::KERNELS,
             matmul::gpu::KERNELS,
             pool::gpu::KERNELS,
+            position_bias::gpu::KERNELS,
             reduce::gpu::KERNELS,
             resample::gpu::KERNELS,
             softmax::gpu::KERNELS,

@@ -2,10 +2,11 @@
 
 use std::fmt;
 
+use gridgrad::autograd::{GradOptions, grad};
 use gridgrad::ops::{BatchNormMode, BatchStatistics, batch_norm};
-use gridgrad::{DType, Result, Tensor};
+use gridgrad::{DType, Device, Error, Result, Tensor};
 
-use crate::harness::{OpCase, Tolerance, Work, check, randn};
+use crate::harness::{OpCase, Tolerance, Work, check, randn, test_device};
 
 struct BatchNorm {
     shape: Vec<usize>,
@@ -34,6 +35,11 @@ impl BatchNorm {
         let vector = |shift: f64| Tensor::from_index([self.channels()], DType::F64, |c| value(c) + shift).unwrap();
         BatchStatistics { mean: vector(-1.0), variance: vector(0.0) }
     }
+
+    /// Half-precision inputs are normalised by statistics in `f32`.
+    fn running_dtype(inputs: &[Tensor]) -> DType {
+        if inputs[0].dtype() == DType::F64 { DType::F64 } else { DType::F32 }
+    }
 }
 
 impl OpCase for BatchNorm {
@@ -46,7 +52,9 @@ impl OpCase for BatchNorm {
     }
 
     fn run(&self, inputs: &[Tensor]) -> Result<Tensor> {
-        let running = self.running();
+        let there = |vector: Tensor| vector.cast(Self::running_dtype(inputs))?.to_device(inputs[0].device());
+        let BatchStatistics { mean, variance } = self.running();
+        let running = BatchStatistics { mean: there(mean)?, variance: there(variance)? };
         let mode = if self.train { BatchNormMode::Train } else { BatchNormMode::Eval(&running) };
         Ok(batch_norm(&inputs[0], inputs.get(1), inputs.get(2), mode, EPS)?.output)
     }
@@ -99,6 +107,8 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         }
         cases.push(case(&[3, 1, 1, 4], true, train, 0.0));
     }
+    // Tiles of columns: one below, at and above the width of one, with vectors and without.
+    cases.extend([31, 33, 124, 128, 132].map(|channels| case(&[70, channels], true, true, 0.0)));
     // Several blocks and parts of uneven length.
     cases.push(case(&[3, 31, 29, 5], true, true, 0.0));
     cases.push(case(&[0, 4, 4, 3], true, false, 0.0));
@@ -120,9 +130,11 @@ fn normalisation_agrees_with_its_definition() {
 fn a_far_mean_costs_no_precision() {
     let case = BatchNorm { shape: vec![5000, 3], affine: false, train: true, offset: 1000.0 };
     let input = case.inputs()[0].cast(DType::F32).unwrap();
-    let got = case.run(std::slice::from_ref(&input)).unwrap().to_f64_vec().unwrap();
-    for (got, want) in got.into_iter().zip(case.reference(&[input.to_f64_vec().unwrap()])) {
-        assert!((got - want).abs() < case.tolerance().f32, "{got} and {want}");
+    for device in std::iter::once(Device::Cpu).chain(test_device()) {
+        let got = case.run(&[input.to_device(device).unwrap()]).unwrap().to_f64_vec().unwrap();
+        for (got, want) in got.into_iter().zip(case.reference(&[input.to_f64_vec().unwrap()])) {
+            assert!((got - want).abs() < case.tolerance().f32, "{got} and {want} on {device}");
+        }
     }
 }
 
@@ -137,6 +149,24 @@ fn statistics_are_the_batchs_and_update_the_running_ones() {
     assert_eq!(running.mean.to_vec::<f32>().unwrap(), [2.0, 5.5]);
     assert_eq!(running.variance.to_vec::<f32>().unwrap(), [4.5, 1.0]);
     assert!(batch_norm(&x, None, None, BatchNormMode::Eval(&running), EPS).unwrap().batch.is_none());
+
+    let Some(device) = test_device() else { return };
+    let batch =
+        batch_norm(&x.to_device(device).unwrap(), None, None, BatchNormMode::Train, EPS).unwrap().batch.unwrap();
+    assert_eq!(batch.mean.to_vec::<f32>().unwrap(), [3.0, 10.0]);
+    assert_eq!(batch.variance.to_vec::<f32>().unwrap(), [7.0, 0.0]);
+    let there = |value: f32| vector(value).to_device(device).unwrap();
+    let running = BatchStatistics { mean: there(1.0), variance: there(2.0) }.updated(&batch, 0.5).unwrap();
+    assert_eq!((running.mean.device(), running.variance.device()), (device, device));
+    assert_eq!(running.mean.to_vec::<f32>().unwrap(), [2.0, 5.5]);
+    assert_eq!(running.variance.to_vec::<f32>().unwrap(), [4.5, 1.0]);
+    let short = BatchStatistics {
+        mean: there(1.0),
+        variance: Tensor::zeros([3], DType::F32).unwrap().to_device(device).unwrap(),
+    };
+    assert!(short.updated(&batch, 0.5).unwrap_err().to_string().contains("got (3), expected (2)"));
+    let mixed = batch_norm(&x.to_device(device).unwrap(), Some(&vector(1.0)), None, BatchNormMode::Train, EPS);
+    assert!(matches!(mixed.unwrap_err(), Error::DeviceMismatch { .. }));
 }
 
 #[test]
@@ -147,6 +177,14 @@ fn half_precision_maps_take_single_precision_parameters() {
     assert_eq!(output.dtype(), DType::Bf16);
     let gradients = output.square().unwrap().sum_all().unwrap().backward().unwrap();
     assert_eq!(gradients.get(&weight).unwrap().dtype(), DType::F32);
+
+    let Some(device) = test_device() else { return };
+    let there = |tensor: &Tensor| tensor.detach().to_device(device).unwrap();
+    let weight = there(&weight).variable().unwrap();
+    let on_device = batch_norm(&there(&x), Some(&weight), None, BatchNormMode::Train, EPS).unwrap().output;
+    assert_eq!(on_device.to_f64_vec().unwrap(), output.to_f64_vec().unwrap());
+    let options = GradOptions { grad_output: Some(there(&x)), ..GradOptions::default() };
+    assert_eq!(grad(&on_device, &[&weight], options).unwrap()[0].as_ref().unwrap().dtype(), DType::F32);
 }
 
 #[test]

@@ -2,10 +2,10 @@
 
 use std::fmt;
 
-use gridgrad::ops::cross_scale_embedding;
-use gridgrad::{Result, Tensor};
+use gridgrad::ops::{Conv2dOptions, concat, conv2d, cross_scale_embedding};
+use gridgrad::{DType, Result, Tensor};
 
-use crate::harness::{Derivatives, OpCase, ROUNDING, Tolerance, Work, check, randn};
+use crate::harness::{Derivatives, OpCase, ROUNDING, Tolerance, Work, check, randn, test_device};
 
 #[derive(Debug)]
 struct Embedding {
@@ -85,6 +85,17 @@ impl OpCase for Embedding {
         Tolerance { f64: growth * ROUNDING.f64, f32: growth * ROUNDING.f32, gradient: growth * ROUNDING.gradient }
     }
 
+    fn composed(&self, inputs: &[Tensor]) -> Option<Result<Tensor>> {
+        let (weights, biases) = inputs[1..].split_at(self.kernels.len());
+        let convolve = |((weight, bias), &[side, _]): ((&Tensor, &Tensor), &[usize; 2])| {
+            let padding = [(side - self.stride) / 2; 2];
+            let options = Conv2dOptions { stride: [self.stride; 2], padding, ..Conv2dOptions::default() };
+            conv2d(&inputs[0], weight, Some(bias), options)
+        };
+        let parts: Result<Vec<Tensor>> = weights.iter().zip(biases).zip(&self.kernels).map(convolve).collect();
+        Some(parts.and_then(|parts| concat(&parts.iter().collect::<Vec<_>>(), -1)))
+    }
+
     fn derivatives(&self) -> Derivatives {
         Derivatives::First
     }
@@ -103,6 +114,18 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         case([3, 3, 2, 20], &[[4, 3], [2, 4], [6, 1]], 2),
         case([1, 5, 5, 18], &[[1, 2]], 1),
         case([0, 8, 8, 3], &[[4, 2], [8, 2]], 4),
+        // Two channels at once, and more of the result than a tile has columns.
+        case([1, 9, 10, 3], &[[2, 34], [4, 2]], 2),
+        // Two channels at once in the result, but not in the windows.
+        case([1, 9, 9, 5], &[[3, 4], [5, 2]], 3),
+        // Eight at once, one tile and a bit, sums of more terms than a tile takes.
+        case([1, 24, 22, 8], &[[2, 72], [4, 8]], 2),
+        // Eight at once in the windows, but not in the result.
+        case([2, 5, 6, 16], &[[4, 7], [2, 1]], 2),
+        // One channel; the position after a full tile.
+        case([1, 43, 3, 1], &[[1, 3], [3, 1]], 1),
+        // More positions than a part of the weight gradient has.
+        case([1, 24, 23, 1], &[[1, 2]], 1),
     ]
 }
 
@@ -137,4 +160,20 @@ fn bad_arguments_are_errors() {
     assert!(run(&[1, 8, 8, 3], &[2, 4, 4, 4], 2, 4).contains("for 3 channels"));
     assert!(run(&[1, 8, 8, 3], &[2, 3, 4, 4], 3, 4).contains("bias (3)"));
     assert!(cross_scale_embedding(&randn(&[1, 8, 8, 3], 0), &[], &[], 4).is_err());
+}
+
+#[test]
+fn what_a_device_cannot_do_is_an_error() {
+    let Some(device) = test_device() else { return };
+    let on_device = |shape: &[usize]| randn(shape, 0).cast(DType::F32).unwrap().to_device(device).unwrap();
+    let input = on_device(&[1, 2, 2, 1]);
+    let run = |count: usize| {
+        let (weights, biases) = (vec![on_device(&[1, 1, 2, 2]); count], vec![on_device(&[1]); count]);
+        cross_scale_embedding(&input, &weights, &biases, 2)
+    };
+    assert_eq!(run(16).unwrap().shape().to_vec(), [1, 1, 1, 16]);
+    assert!(run(17).unwrap_err().to_string().contains("17 kernels; expected at most 16 on a GPU"));
+    let host = randn(&[1], 0).cast(DType::F32).unwrap();
+    let mixed = cross_scale_embedding(&input, &[on_device(&[1, 1, 2, 2])], &[host], 2);
+    assert!(mixed.unwrap_err().to_string().contains("to_device"));
 }

@@ -74,6 +74,11 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         case(&[9], 64, 2048.0, 1e-5),
     ];
     // Around the width of the vector loops and up to the widest rows that models use.
+    // Groups of a warp's threads, of a block's, and more rows than one walk of the grid has parts.
+    cases.extend(
+        [(67, 40), (3, 1032), (3, 2044), (2, 8192), (2, 8200), (1100, 8)]
+            .map(|(rows, channels)| case(&[rows], channels, 0.5, 1e-1)),
+    );
     cases.extend([1, 2, 15, 16, 17, 31, 49, 768, 1024].map(|channels| case(&[5], channels, 0.5, 1e-1)));
     cases
 }

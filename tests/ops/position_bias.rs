@@ -3,9 +3,10 @@
 use std::fmt;
 
 use gridgrad::ops::position_bias::{Affine, BiasLayer, PositionBiasNetwork, dynamic_position_bias};
-use gridgrad::{Result, Tensor};
+use gridgrad::ops::{layer_norm, linear};
+use gridgrad::{DType, Device, Result, Tensor, autograd};
 
-use crate::harness::{Derivatives, OpCase, ROUNDING, Tolerance, Work, check, randn};
+use crate::harness::{Derivatives, OpCase, ROUNDING, Tolerance, Work, check, inputs_as, randn, test_device};
 
 #[derive(Debug)]
 struct PositionBias {
@@ -25,6 +26,24 @@ fn network(tensors: &[Tensor], residual: bool) -> PositionBiasNetwork {
     let affine = |at: usize| Affine { weight: tensors[at].clone(), bias: tensors[at + 1].clone() };
     let layer = |number: usize| BiasLayer { norm: affine(2 + 4 * number), linear: affine(4 + 4 * number) };
     PositionBiasNetwork { projection: affine(0), layers: [layer(0), layer(1), layer(2)], residual, eps: 1e-5 }
+}
+
+/// The network, op by op.
+fn composed(inputs: &[Tensor], [height, width]: [usize; 2], residual: bool) -> Result<Tensor> {
+    let columns = 2 * width - 1;
+    let rows = (2 * height - 1) * columns;
+    let offset = |i: usize| match i % 2 {
+        0 => (i / 2 / columns) as f64 - (height - 1) as f64,
+        _ => (i / 2 % columns) as f64 - (width - 1) as f64,
+    };
+    let offsets = Tensor::from_index([rows, 2], inputs[0].dtype(), offset)?;
+    let mut hidden = linear(&offsets, &inputs[0], Some(&inputs[1]))?;
+    for (number, layer) in inputs[2..].chunks(4).enumerate() {
+        let rectified = layer_norm(&hidden, &layer[0], &layer[1], 1e-5)?.relu()?;
+        let output = linear(&rectified, &layer[2], Some(&layer[3]))?;
+        hidden = if residual && number < 2 { output.add(&hidden)? } else { output };
+    }
+    Ok(hidden)
 }
 
 impl OpCase for PositionBias {
@@ -86,6 +105,10 @@ impl OpCase for PositionBias {
         Tolerance { f64: 1e-10, f32: if self.width < 3 { 1e-3 } else { 2e-5 }, gradient: 10.0 * ROUNDING.gradient }
     }
 
+    fn composed(&self, inputs: &[Tensor]) -> Option<Result<Tensor>> {
+        Some(composed(inputs, self.group, self.residual))
+    }
+
     fn derivatives(&self) -> Derivatives {
         Derivatives::First
     }
@@ -101,6 +124,10 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         (3, 7, [2, 5], true),
         (1, 2, [2, 2], false),
         (48, 24, [2, 2], false),
+        // More units than a warp has lanes, and an odd number of them; the whole range of groups.
+        (33, 1, [2, 3], true),
+        (3, 3, [16, 9], false),
+        (2, 1, [1, 1], true),
     ]
     .into_iter()
     .map(case)
@@ -152,4 +179,41 @@ fn parameters_that_do_not_fit_are_errors() {
     inputs[4] = randn(&[5, 4], 0);
     let message = dynamic_position_bias(&network(&inputs, false), [3, 3]).unwrap_err().to_string();
     assert!(message.contains("parameter 4 is (5, 4), expected [5, 5]"), "{message}");
+}
+
+/// Table and gradients of its sum, weighted.
+fn table_and_gradients(case: &PositionBias, device: Device) -> Vec<Vec<f64>> {
+    let inputs: Vec<Tensor> =
+        inputs_as(case, DType::F32).iter().map(|input| input.to_device(device).unwrap().variable().unwrap()).collect();
+    let table = case.run(&inputs).unwrap();
+    let weights = randn(table.shape(), 99).cast(DType::F32).unwrap().to_device(device).unwrap();
+    let options = autograd::GradOptions { grad_output: Some(weights), ..autograd::GradOptions::default() };
+    let gradients = autograd::grad(&table, &inputs.iter().collect::<Vec<_>>(), options).unwrap();
+    std::iter::once(table).chain(gradients.into_iter().flatten()).map(|tensor| tensor.to_f64_vec().unwrap()).collect()
+}
+
+#[test]
+fn weights_too_large_for_shared_memory_are_read_where_they_are() {
+    let Some(device) = test_device() else { return };
+    let case = PositionBias { width: 165, heads: 2, group: [1, 2], residual: true };
+    let (host, device) = (table_and_gradients(&case, Device::Cpu), table_and_gradients(&case, device));
+    assert_eq!((host.len(), device.len()), (15, 15));
+    for (number, (host, device)) in host.iter().zip(&device).enumerate() {
+        let scale = host.iter().fold(1.0f64, |scale, value| scale.max(value.abs()));
+        let error = host.iter().zip(device).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert!(error < 1e-5 * scale, "result {number}: error {error:e} of {scale:e}");
+    }
+}
+
+#[test]
+fn activations_too_large_for_shared_memory_are_an_error() {
+    let Some(device) = test_device() else { return };
+    let case = PositionBias { width: 1, heads: 60_000, group: [1, 1], residual: false };
+    let inputs: Vec<Tensor> =
+        inputs_as(&case, DType::F32).iter().map(|input| input.to_device(device).unwrap().variable().unwrap()).collect();
+    let table = case.run(&inputs).unwrap();
+    let weights = randn(table.shape(), 99).cast(DType::F32).unwrap().to_device(device).unwrap();
+    let options = autograd::GradOptions { grad_output: Some(weights), ..autograd::GradOptions::default() };
+    let error = autograd::grad(&table, &[&inputs[0]], options).unwrap_err().to_string();
+    assert!(error.contains("width 1 with 60000 heads needs 240052 bytes of shared memory"), "{error}");
 }

@@ -1,5 +1,6 @@
 //! Training from the outside: it learns, resumes to the bit, and stops when it must.
 
+mod devices;
 mod failures;
 mod resuming;
 mod support;

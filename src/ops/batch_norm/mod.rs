@@ -1,10 +1,12 @@
 //! Batch normalisation (Ioffe and Szegedy 2015).
 
 mod cpu;
+pub(crate) mod gpu;
 
 use crate::autograd::{Backward, Function, record};
-use crate::tensor::{Element, Shape};
-use crate::{Error, Result, Tensor, dispatch_float};
+use crate::gpu::Gpu;
+use crate::tensor::{Element, Place, Shape, place};
+use crate::{DType, Error, Result, Tensor, dispatch_float};
 
 const OP: &str = "batch_norm";
 
@@ -21,12 +23,28 @@ impl BatchStatistics {
     /// Running statistics after a step: (1 − momentum) of these and momentum of the batch's, off the tape.
     ///
     /// # Errors
-    /// Where shapes or dtypes differ.
+    /// Where shapes, dtypes or devices differ.
     pub fn updated(&self, batch: &BatchStatistics, momentum: f64) -> Result<BatchStatistics> {
+        let all = [&self.mean, &self.variance, &batch.mean, &batch.variance];
+        if let Place::Gpu(gpu) = place("BatchStatistics::updated", &all)? {
+            self.expect_alike(batch)?;
+            return gpu::updated(gpu, self, batch, momentum);
+        }
         let blend = |old: &Tensor, new: &Tensor| {
             old.detach().scale(1.0 - momentum)?.add(&new.detach().cast(old.dtype())?.scale(momentum)?)
         };
         Ok(BatchStatistics { mean: blend(&self.mean, &batch.mean)?, variance: blend(&self.variance, &batch.variance)? })
+    }
+
+    fn expect_alike(&self, batch: &BatchStatistics) -> Result<()> {
+        let op = "BatchStatistics::updated";
+        let shape = self.mean.shape();
+        let others = [&self.variance, &batch.mean, &batch.variance];
+        if let Some(other) = others.into_iter().find(|other| other.shape() != shape) {
+            return Err(Error::shape(op, format!("got {}, expected {shape} as the running mean", other.shape())));
+        }
+        self.mean.expect_float(op)?;
+        self.variance.expect_dtype(op, self.mean.dtype())
     }
 }
 
@@ -94,8 +112,42 @@ pub fn batch_norm(
     if let Some(vector) = vectors.into_iter().flatten().find(|vector| **vector.shape() != [channels]) {
         return Err(Error::shape(OP, format!("{} for input {}", vector.shape(), input.shape())));
     }
-    let dtype = input.dtype();
-    let (output, batch, [mean, scale]) = dispatch_float!(OP, dtype, T => {
+    input.expect_float(OP)?;
+    let all: Vec<&Tensor> = std::iter::once(input).chain(vectors.into_iter().flatten()).collect();
+    let Normalised { output, batch, mean, scale } = match place(OP, &all)? {
+        Place::Gpu(gpu) => normalise_on(gpu, input, weight, bias, given, eps)?,
+        Place::Host => normalise(input, weight, bias, given, eps)?,
+    };
+    let inputs: Vec<&Tensor> = [Some(input), weight, bias].into_iter().flatten().collect();
+    let output = record(output, &inputs, |_| BatchNormRule {
+        input: input.clone(),
+        weight: weight.cloned(),
+        bias: bias.cloned(),
+        mean,
+        scale,
+        eps,
+        train: batch.is_some(),
+    });
+    Ok(BatchNorm { output, batch })
+}
+
+/// The output and what the backward needs.
+struct Normalised {
+    output: Tensor,
+    batch: Option<BatchStatistics>,
+    mean: Tensor,
+    scale: Tensor,
+}
+
+fn normalise(
+    input: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    given: Option<&BatchStatistics>,
+    eps: f64,
+) -> Result<Normalised> {
+    let (dtype, channels) = (input.dtype(), input.shape().last().copied().unwrap_or(1));
+    dispatch_float!(OP, dtype, T => {
         let x = input.floats::<T>(OP)?;
         let (mean, variance, batch) = match given {
             Some(given) => (given.mean.cast_values(T::DTYPE)?, given.variance.cast_values(T::DTYPE)?, None),
@@ -109,19 +161,31 @@ pub fn batch_norm(
         let weight = weight.map(|weight| weight.floats::<T>(OP)).transpose()?;
         let bias = bias.map(|bias| bias.floats::<T>(OP)).transpose()?;
         let y = cpu::apply(&x, mean.data()?, scale.data()?, weight.as_deref(), bias.as_deref());
-        Ok((Tensor::from_floats(y, input.shape(), dtype)?, batch, [mean, scale]))
-    })?;
-    let inputs: Vec<&Tensor> = [Some(input), weight, bias].into_iter().flatten().collect();
-    let output = record(output, &inputs, |_| BatchNormRule {
-        input: input.clone(),
-        weight: weight.cloned(),
-        bias: bias.cloned(),
-        mean,
-        scale,
-        eps,
-        train: batch.is_some(),
-    });
-    Ok(BatchNorm { output, batch })
+        Ok(Normalised { output: Tensor::from_floats(y, input.shape(), dtype)?, batch, mean, scale })
+    })
+}
+
+fn normalise_on(
+    gpu: &'static Gpu,
+    input: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    given: Option<&BatchStatistics>,
+    eps: f64,
+) -> Result<Normalised> {
+    let (mean, scale, batch) = match given {
+        Some(given) => {
+            let variance = given.variance.cast_values(DType::F32)?;
+            (given.mean.cast_values(DType::F32)?, gpu::inverse_deviation(gpu, &variance, eps)?, None)
+        }
+        None => {
+            let channels = input.shape().last().copied().unwrap_or(1);
+            let [mean, scale, variance] = gpu::statistics(gpu, input, channels, eps)?;
+            (mean.clone(), scale, Some(BatchStatistics { mean, variance }))
+        }
+    };
+    let output = gpu::apply(gpu, input, [&mean, &scale], weight, bias)?;
+    Ok(Normalised { output, batch, mean, scale })
 }
 
 struct BatchNormRule {
@@ -165,6 +229,9 @@ impl BatchNormRule {
     fn fused(&self, backward: &Backward<'_>) -> Result<InputGradients> {
         let (dtype, shape) = (self.input.dtype(), self.input.shape());
         let channels = self.mean.elements();
+        if let Place::Gpu(gpu) = place(OP, &[&self.input, backward.grad()])? {
+            return self.fused_on(gpu, backward);
+        }
         dispatch_float!(OP, dtype, T => {
             let (x, dy) = (self.input.floats::<T>(OP)?, backward.grad().floats::<T>(OP)?);
             let weight = self.weight.as_ref().map(|weight| weight.floats::<T>(OP)).transpose()?;
@@ -183,6 +250,15 @@ impl BatchNormRule {
                 bias: Tensor::from_buffer(db, [channels])?,
             })
         })
+    }
+
+    fn fused_on(&self, gpu: &'static Gpu, backward: &Backward<'_>) -> Result<InputGradients> {
+        let (x, dy, statistics) = (&self.input, backward.grad(), [&self.mean, &self.scale]);
+        let [weight, bias] = gpu::parameter_gradients(gpu, x, dy, statistics)?;
+        let sums = self.train.then_some([&weight, &bias]);
+        let gradient = || gpu::input_gradient(gpu, x, dy, statistics, self.weight.as_ref(), sums);
+        let input = backward.needs(0).then(gradient).transpose()?;
+        Ok(InputGradients { input, weight, bias })
     }
 
     fn composed(&self, backward: &Backward<'_>) -> Result<InputGradients> {

@@ -2,10 +2,13 @@
 //! (CrossFormer, section 3.1).
 
 mod cpu;
+pub(crate) mod gpu;
 mod patches;
 mod rows;
 
 use crate::autograd::{Backward, Function, record};
+use crate::gpu::Gpu;
+use crate::tensor::{Place, place};
 use crate::{Error, Result, Tensor, dispatch_float};
 
 /// Convolves `input` with every kernel and joins the results.
@@ -15,7 +18,7 @@ use crate::{Error, Result, Tensor, dispatch_float};
 /// - Kernel i is padded by (k_i − stride) / 2 on all sides, so that all windows have one centre.
 /// - Result: (B, ⌊H / stride⌋, ⌊W / stride⌋, Σ O_i), the kernels' channels in the order given.
 ///
-/// First derivatives only. The same bits for any number of threads.
+/// First derivatives only. The same bits for any number of threads. On a GPU at most 16 kernels.
 ///
 /// # Errors
 /// Where shapes or dtypes do not match, a kernel is smaller than the stride or differs from it by an odd number, or the
@@ -56,13 +59,16 @@ pub fn cross_scale_embedding(input: &Tensor, weights: &[Tensor], biases: &[Tenso
         kernels.push(cpu::Kernel { side, out });
     }
     let problem = cpu::Problem { extents: [batch, height, width, channels], stride, kernels };
-    let output = dispatch_float!(OP, dtype, T => {
-        let weights = floats::<T>(weights)?;
-        let biases = floats::<T>(biases)?;
-        let output = cpu::forward(&problem, &input.floats::<T>(OP)?, &slices(&weights), &slices(&biases));
-        Tensor::from_floats(output, problem.output_shape(), dtype)
-    })?;
     let inputs: Vec<&Tensor> = std::iter::once(input).chain(weights).chain(biases).collect();
+    let output = match place(OP, &inputs)? {
+        Place::Gpu(gpu) => gpu::forward(gpu, &problem, input, weights, biases)?,
+        Place::Host => dispatch_float!(OP, dtype, T => {
+            let weights = floats::<T>(weights)?;
+            let biases = floats::<T>(biases)?;
+            let output = cpu::forward(&problem, &input.floats::<T>(OP)?, &slices(&weights), &slices(&biases));
+            Tensor::from_floats(output, problem.output_shape(), dtype)
+        })?,
+    };
     Ok(record(output, &inputs, |_| EmbeddingRule { input: input.clone(), weights: weights.to_vec(), problem }))
 }
 
@@ -89,16 +95,35 @@ impl Function for EmbeddingRule {
         const OP: &str = "cross_scale_embedding";
         backward.first_order_only(OP)?;
         let grad = backward.grad();
+        match place(OP, &[&self.input, grad])? {
+            Place::Gpu(gpu) => self.backward_on_gpu(gpu, backward),
+            Place::Host => self.backward_on_host(grad, backward.needs(0)),
+        }
+    }
+}
+
+impl EmbeddingRule {
+    fn backward_on_gpu(&self, gpu: &'static Gpu, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        let (problem, grad) = (&self.problem, backward.grad());
+        let input = backward.needs(0).then(|| gpu::input_gradient(gpu, problem, &self.weights, grad)).transpose()?;
+        let parameters = 2 * self.weights.len();
+        let mut results = vec![input];
+        if (1..=parameters).any(|number| backward.needs(number)) {
+            let gradients = gpu::parameter_gradients(gpu, problem, &self.input, &self.weights, grad)?;
+            results.extend(gradients.into_iter().map(Some));
+        } else {
+            results.resize(1 + parameters, None);
+        }
+        Ok(results)
+    }
+
+    fn backward_on_host(&self, grad: &Tensor, needs_input: bool) -> Result<Vec<Option<Tensor>>> {
+        const OP: &str = "cross_scale_embedding";
         let dtype = grad.dtype();
         dispatch_float!(OP, dtype, T => {
             let weights = floats::<T>(&self.weights)?;
-            let gradients = cpu::backward(
-                &self.problem,
-                &self.input.floats::<T>(OP)?,
-                &slices(&weights),
-                &grad.floats::<T>(OP)?,
-                backward.needs(0),
-            );
+            let (input, grads) = (self.input.floats::<T>(OP)?, grad.floats::<T>(OP)?);
+            let gradients = cpu::backward(&self.problem, &input, &slices(&weights), &grads, needs_input);
             let tensor = |gradient, like: &Tensor| Tensor::from_floats(gradient, like.shape(), dtype);
             let mut results = vec![gradients.input.map(|gradient| tensor(gradient, &self.input)).transpose()?];
             for (gradient, weight) in gradients.weights.into_iter().zip(&self.weights) {

@@ -15,7 +15,7 @@ struct Statistics<T> {
 }
 
 /// Numbers per row in the saved statistics.
-const SAVED: usize = 3;
+pub(super) const SAVED: usize = 3;
 
 impl<T: Float> Statistics<T> {
     #[inline(always)]

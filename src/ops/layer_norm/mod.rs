@@ -1,9 +1,10 @@
 //! Normalisation of the last axis.
 
 mod cpu;
+pub(crate) mod gpu;
 
 use crate::autograd::{Backward, Function, record};
-use crate::tensor::Buffer;
+use crate::tensor::{Buffer, Place, place};
 use crate::{Error, Result, Tensor, dispatch_float};
 
 /// Layer normalisation (Ba, Kiros and Hinton 2016): y = (x − E\[x\]) / √(Var\[x\] + `eps`) · w + b, with mean and biased
@@ -31,12 +32,16 @@ pub fn layer_norm(input: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> R
     if !(eps.is_finite() && eps >= 0.0) {
         return Err(Error::argument("layer_norm", format!("eps {eps}, expected a finite number of at least 0")));
     }
-    let (output, statistics) = dispatch_float!("layer_norm", dtype, T => {
-        let (x, w, b) = (input.floats("layer_norm")?, weight.floats("layer_norm")?, bias.floats("layer_norm")?);
-        let (output, statistics) = cpu::forward::<T>(&x, &w, &b, eps);
-        let rows = statistics.len();
-        Ok((Tensor::from_floats(output, input.shape(), dtype)?, Tensor::from_buffer(statistics, [rows])?))
-    })?;
+    input.expect_float("layer_norm")?;
+    let (output, statistics) = match place("layer_norm", &[input, weight, bias])? {
+        Place::Gpu(gpu) => gpu::forward(gpu, input, weight, bias, eps)?,
+        Place::Host => dispatch_float!("layer_norm", dtype, T => {
+            let (x, w, b) = (input.floats("layer_norm")?, weight.floats("layer_norm")?, bias.floats("layer_norm")?);
+            let (output, statistics) = cpu::forward::<T>(&x, &w, &b, eps);
+            let rows = statistics.len();
+            Ok((Tensor::from_floats(output, input.shape(), dtype)?, Tensor::from_buffer(statistics, [rows])?))
+        })?,
+    };
     Ok(record(output, &[input, weight, bias], |_| LayerNormRule {
         input: input.clone(),
         weight: weight.clone(),
@@ -67,6 +72,10 @@ impl Function for LayerNormRule {
 impl LayerNormRule {
     fn fused(&self, backward: &Backward<'_>) -> Result<[Option<Tensor>; 3]> {
         let (op, grad, dtype) = ("layer_norm", backward.grad(), self.input.dtype());
+        if let Place::Gpu(gpu) = place(op, &[&self.input, grad])? {
+            let wanted = (backward.needs(0), backward.needs(1) || backward.needs(2));
+            return gpu::backward(gpu, &self.input, &self.weight, &self.statistics, grad, wanted);
+        }
         dispatch_float!(op, dtype, T => {
             let (x, w, dy) = (self.input.floats(op)?, self.weight.floats(op)?, grad.floats(op)?);
             let (dx, sums) = cpu::backward::<T>(&x, &w, self.statistics.data()?, &dy, backward.needs(0));

@@ -2,6 +2,7 @@
 
 mod cpu;
 mod cross_entropy;
+pub(crate) mod gpu;
 
 use crate::{DType, Result, Tensor};
 

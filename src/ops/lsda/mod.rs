@@ -30,7 +30,8 @@ pub use grouping::{Group, Grouping, Line};
 /// groups of N tokens.
 ///
 /// # Errors
-/// Where the shapes do not match, `heads` does not divide C, or the grouping has a zero.
+/// Where the shapes do not match, `heads` does not divide C, or the grouping has a zero. On a GPU also where a head has
+/// more than 128 channels, or a group is too large for its shared memory; the error names the sizes.
 ///
 /// ```
 /// use gridgrad::ops::lsda::{Grouping, lsda};

@@ -2,8 +2,10 @@
 //! 3.3), evaluated once on the grid of all offsets.
 
 mod cpu;
+pub(crate) mod gpu;
 
 use crate::autograd::{Backward, Function, record};
+use crate::tensor::{Place, place};
 use crate::{Error, Result, Tensor, dispatch_float};
 
 /// Weight and bias of a linear layer, (out, in) and (out), or scale and shift of a layer norm, (width) each.
@@ -70,7 +72,8 @@ impl PositionBiasNetwork {
 /// First derivatives only, with respect to all parameters. Cost: rows · (2 p² + 2 p + p · heads) multiply-adds.
 ///
 /// # Errors
-/// Where parameters do not fit together or the group has a zero.
+/// Where parameters do not fit together or the group has a zero; on a GPU also where the activations of one row, 13 p +
+/// heads numbers, exceed a block's shared memory.
 pub fn dynamic_position_bias(network: &PositionBiasNetwork, group: [usize; 2]) -> Result<Tensor> {
     const OP: &str = "dynamic_position_bias";
     let (width, heads) = network.check()?;
@@ -79,12 +82,16 @@ pub fn dynamic_position_bias(network: &PositionBiasNetwork, group: [usize; 2]) -
     }
     let dtype = network.projection.weight.dtype();
     let problem = cpu::Problem { width, heads, group, residual: network.residual, eps: network.eps };
-    let output = dispatch_float!(OP, dtype, T => {
-        let parameters = network.tensors().into_iter().map(|t| t.floats::<T>(OP)).collect::<Result<Vec<_>>>()?;
-        let parameters: Vec<&[T]> = parameters.iter().map(|p| &**p).collect();
-        Tensor::from_floats(cpu::forward(&problem, &parameters), [problem.rows(), heads], dtype)
-    })?;
-    Ok(record(output, &network.tensors(), |_| PositionBiasRule { network: network.clone(), problem }))
+    let tensors = network.tensors();
+    let output = match place(OP, &tensors)? {
+        Place::Gpu(gpu) => gpu::forward(gpu, &problem, &tensors)?,
+        Place::Host => dispatch_float!(OP, dtype, T => {
+            let parameters = tensors.iter().map(|t| t.floats::<T>(OP)).collect::<Result<Vec<_>>>()?;
+            let parameters: Vec<&[T]> = parameters.iter().map(|p| &**p).collect();
+            Tensor::from_floats(cpu::forward(&problem, &parameters), [problem.rows(), heads], dtype)
+        })?,
+    };
+    Ok(record(output, &tensors, |_| PositionBiasRule { network: network.clone(), problem }))
 }
 
 struct PositionBiasRule {
@@ -101,11 +108,15 @@ impl Function for PositionBiasRule {
         const OP: &str = "dynamic_position_bias";
         backward.first_order_only(OP)?;
         let tensors = self.network.tensors();
-        let dtype = backward.grad().dtype();
+        let (grad, dtype) = (backward.grad(), backward.grad().dtype());
+        if let Place::Gpu(gpu) = place(OP, &[tensors[0], grad])? {
+            let gradients = gpu::backward(gpu, &self.problem, &tensors, grad)?;
+            return Ok(gradients.into_iter().map(Some).collect());
+        }
         dispatch_float!(OP, dtype, T => {
             let parameters = tensors.iter().map(|t| t.floats::<T>(OP)).collect::<Result<Vec<_>>>()?;
             let parameters: Vec<&[T]> = parameters.iter().map(|p| &**p).collect();
-            let gradients = cpu::backward(&self.problem, &parameters, &backward.grad().floats::<T>(OP)?);
+            let gradients = cpu::backward(&self.problem, &parameters, &grad.floats::<T>(OP)?);
             let gradient = |(gradient, tensor): (_, &&Tensor)| Tensor::from_floats(gradient, tensor.shape(), dtype).map(Some);
             gradients.into_iter().zip(&tensors).map(gradient).collect()
         })

@@ -1,0 +1,192 @@
+// Cross-scale embedding, backward. With windows and phases as in common/embedding.cuh and dy the output's gradient:
+//
+//   input   dx(b, h, c) = sum over kernels i, taps t of h's phase and channels f of dy(b, o_i(h, t), first_i + f) w_i(f, c, t)
+//   weight  dw_i(f, c, t) = sum over positions (b, o) of dy(b, o, first_i + f) x(b, h_i(o, t), c)
+//   bias    dbias_i(f) = sum over positions (b, o) of dy(b, o, first_i + f)
+//
+// Tiling (tiles as in cross_scale_embedding.cu; RUN divides what both operands are read along):
+//   input   a block for 128 pixels of a phase by the columns of a tile of input channels, the kernels one after the other
+//           in the same sums. 3 input channels fill 3 of 32 columns: a stem's images rarely need a gradient.
+//   weight  a block for 128 terms of a window by the columns of a tile of output channels, and a part of the positions;
+//           further blocks sum the columns of dy for the bias. Every part stores its sums in f32, laid out as packed
+//           weights of all kernels, then biases; a second kernel adds them in order.
+// One launch each for all kernels. FLOPs: those of the forward pass, each.
+// Bytes from device memory: input: dy, the weights and dx once. weight: x and dy about once for each part's tiles in
+// turn, the second-level cache serving them to each other, and 8 bytes of partial sum for each weight and part.
+//
+// tensor cores: cross_scale_embedding_input_gradient_bf16, cross_scale_embedding_input_gradient_f16, cross_scale_embedding_weight_gradient_bf16, cross_scale_embedding_weight_gradient_f16
+
+#include "common/kernel.cuh"
+
+#include "common/embedding.cuh"
+#include "common/gemm.cuh"
+
+// Blocks count column tiles fastest, then row tiles (as many as the first phase has), then phases.
+template <class Tile, class T, u32 RUN>
+__device__ __forceinline__ void input_gradient(
+    T* input_gradient, const T* gradient, const T* packed, const Embedding& e, void* shared) {
+    u32 index = blockIdx.x;
+    const auto next = [&](u32 extent) {
+        const u32 at = index % extent;
+        index /= extent;
+        return at;
+    };
+    const u32 column = next(divide_up(e.channels, Tile::N)) * Tile::N;
+    const u32 most = e.batch * divide_up(e.height, e.stride) * divide_up(e.width, e.stride);
+    const u32 row = next(divide_up(most, Tile::M)) * Tile::M;
+    const u32 phase_x = next(e.stride), phase_y = index;
+    const u32 height = divide_up(e.height - phase_y, e.stride), width = divide_up(e.width - phase_x, e.stride);
+    const u32 pixels = e.batch * height * width;
+    if (row >= pixels) return;
+
+    const Divisor by_width(width), by_height(height);
+    Tile tile;
+    tile.clear();
+#pragma unroll 1
+    for (u32 i = 0; i < e.kernels; ++i) {
+        const Scale scale = e.scale(i);
+        const PhaseTerms terms({phase_y, e.stride, scale}, {phase_x, e.stride, scale}, scale.out);
+        const GradientsByPixel<T, RUN> gradients{
+            terms, gradient + scale.first, pixels, e.rows(), e.columns(), e.out_channels, by_width, by_height};
+        const WeightByChannel<T, RUN == WIDEST<T> ? RUN : 1> weight{
+            terms, packed + scale.packed, e.channels, scale.side, e.stride, scale.pitch};
+        tile.accumulate(gradients, weight, row, column, 0, terms.depth, shared);
+    }
+
+    const bool aligned = e.channels % 2 == 0;
+    tile.for_each_pair(row, column, [&](u32 pixel, u32 channel, float first, float second) {
+        if (pixel >= pixels || channel >= e.channels) return;
+        u32 px, py;
+        const u64 image = by_height.divide(by_width.divide(pixel, px), py);
+        const u64 place = (image * e.height + phase_y + py * e.stride) * e.width + phase_x + px * e.stride;
+        T* to = input_gradient + place * e.channels + channel;
+        const bool both = channel + 1 < e.channels;
+        if (aligned) {
+            const float pair[2] = {first, second};
+            store_from_float(to, pair);
+        } else {
+            to[0] = from_float<T>(first);
+            if (both) to[1] = from_float<T>(second);
+        }
+    });
+}
+
+constexpr u32 BIAS_COLUMNS = 32;
+
+// Sums 32 columns of dy over the positions from `first` to before `end`, a column in every fourth thread.
+template <class T>
+__device__ __forceinline__ void bias_gradient(
+    float* sums, const T* gradient, const Embedding& e, u32 block, u32 first, u32 end, float* shared) {
+    const u32 column = block * BIAS_COLUMNS + lane();
+    float sum = 0;
+    if (column < e.out_channels) {
+        for (u32 row = first + warp(); row < end; row += 4) sum += to_float(gradient[u64(row) * e.out_channels + column]);
+    }
+    shared[linear_thread()] = sum;
+    __syncthreads();
+    if (warp() > 0 || column >= e.out_channels) return;
+    for (u32 i = 1; i < 4; ++i) sum += shared[i * BIAS_COLUMNS + lane()];
+    sums[column] = sum;
+}
+
+// A part of `part` positions for each blockIdx.y. Blocks along x: row tiles fastest, then column tiles, then kernels, then
+// columns of the bias.
+template <class Tile, class T, u32 RUN>
+__device__ __forceinline__ void weight_gradient(
+    float* partials, const T* input, const T* gradient, u32 part, const Embedding& e, void* shared) {
+    const u64 weights = e.packed(e.kernels);
+    partials += blockIdx.y * (weights + e.out_channels);
+    const u32 positions = e.positions(), first = blockIdx.y * part;
+    const u32 end = part < positions - first ? first + part : positions;
+
+    u32 piece = blockIdx.x;
+    const auto row_tiles = [&](u32 i) { return divide_up(e.depth(i), Tile::M); };
+    const u32 number = e.find(piece, [&](u32 i) { return row_tiles(i) * divide_up(e.outs[i], Tile::N); });
+    if (number == e.kernels) {
+        bias_gradient(partials + weights, gradient, e, piece, first, end, static_cast<float*>(shared));
+        return;
+    }
+    const Scale scale = e.scale(number);
+    const u32 row = piece % row_tiles(number) * Tile::M, column = piece / row_tiles(number) * Tile::N;
+    const WindowsByTerm<T, RUN> windows{Windows<T, RUN>(input, e, scale)};
+    const MatrixSource<T, false, RUN> gradients{gradient + scale.first, scale.out, positions, e.out_channels};
+    Tile tile;
+    tile.clear();
+    tile.accumulate(windows, gradients, row, column, first, end, shared);
+
+    partials += scale.packed;
+    tile.for_each_pair(row, column, [&](u32 term, u32 out, float first, float second) {
+        if (term >= scale.depth || out >= scale.out) return;
+        partials[u64(out) * scale.pitch + term] = first;
+        if (out + 1 < scale.out) partials[u64(out + 1) * scale.pitch + term] = second;
+    });
+}
+
+// Adds the parts, in order, for the weight and the bias of the kernel of blockIdx.y.
+template <class T>
+__device__ void add_parts(const PerKernel<T>& weight_gradients, const PerKernel<T>& bias_gradients,
+                          const float* partials, u32 parts, const Embedding& e) {
+    const Scale scale = e.scale(blockIdx.y);
+    const u64 all_weights = e.packed(e.kernels), size = all_weights + e.out_channels;
+    const u64 weights = u64(scale.out) * scale.depth;
+    T *weight_gradient = weight_gradients[scale.number], *bias_gradient = bias_gradients[scale.number];
+    const u32 taps = scale.side * scale.side;
+    for (u64 i = grid_thread(); i < weights + scale.out; i += grid_threads()) {
+        const bool is_weight = i < weights;
+        const u32 out = u32(is_weight ? i / scale.depth : i - weights), term = u32(is_weight ? i % scale.depth : 0);
+        const float* partial = partials + (is_weight ? scale.packed + u64(out) * scale.pitch + term
+                                                     : all_weights + scale.first + out);
+        float sum = 0;
+        for (u32 part = 0; part < parts; ++part) sum += partial[part * size];
+        if (is_weight) {
+            const u32 tap = term / e.channels, channel = term % e.channels;
+            weight_gradient[(u64(out) * e.channels + channel) * taps + tap] = from_float<T>(sum);
+        } else {
+            bias_gradient[out] = from_float<T>(sum);
+        }
+    }
+}
+
+#define ADD_PARTS(suffix, T)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(256) cross_scale_embedding_add_parts_##suffix(                        \
+        PerKernel<T> weight_gradients, PerKernel<T> bias_gradients, const float* partials, u32 parts,                  \
+        Embedding embedding) {                                                                                         \
+        add_parts<T>(weight_gradients, bias_gradients, partials, parts, embedding);                                    \
+    }
+FOR_EACH_FLOAT(ADD_PARTS)
+
+// Columns of a tile as in src/ops/cross_scale_embedding/gpu.rs.
+#define INPUT_GRADIENT(instance, T, RUN, ...)                                                                          \
+    extern "C" __global__ void __launch_bounds__(128, 2) cross_scale_embedding_input_gradient_##instance(              \
+        T* gradient_of_input, const T* gradient, const T* packed, Embedding embedding) {                               \
+        using Tile = __VA_ARGS__;                                                                                      \
+        static_assert(Tile::THREADS == 128 && Tile::M == 128);                                                         \
+        SHARED_ARRAY_ALIGNED(128, unsigned char, shared, [Tile::SHARED_BYTES]);                                        \
+        input_gradient<Tile, T, RUN>(gradient_of_input, gradient, packed, embedding, shared);                          \
+    }
+#define WEIGHT_GRADIENT(instance, T, RUN, ...)                                                                         \
+    extern "C" __global__ void __launch_bounds__(128, 2) cross_scale_embedding_weight_gradient_##instance(             \
+        float* partials, const T* input, const T* gradient, u32 part, Embedding embedding) {                           \
+        using Tile = __VA_ARGS__;                                                                                      \
+        SHARED_ARRAY_ALIGNED(128, unsigned char, shared, [Tile::SHARED_BYTES]);                                        \
+        weight_gradient<Tile, T, RUN>(partials, input, gradient, part, embedding, shared);                             \
+    }
+#define HALF(suffix, T)                                                                                                \
+    INPUT_GRADIENT(suffix##_vector, T, 8, TensorTile<T, 128, 64, 32, 2, 2, 3>)                                         \
+    INPUT_GRADIENT(suffix##_scalar, T, 1, TensorTile<T, 128, 32, 32, 4, 1, 3>)                                         \
+    WEIGHT_GRADIENT(suffix##_vector, T, 8, TensorTile<T, 128, 64, 32, 2, 2, 3>)                                        \
+    WEIGHT_GRADIENT(suffix##_pair, T, 2, TensorTile<T, 128, 32, 32, 4, 1, 3>)                                          \
+    WEIGHT_GRADIENT(suffix##_scalar, T, 1, TensorTile<T, 128, 32, 32, 4, 1, 3>)
+INPUT_GRADIENT(f32, float, 1, SimtTile<128, 32, 8, 8, 4, 4>)
+WEIGHT_GRADIENT(f32, float, 1, SimtTile<128, 32, 8, 8, 4, 4>)
+HALF(bf16, bf16)
+HALF(f16, f16)
+
+#define KERNEL_RUNS(name) KERNEL(name##_vector), KERNEL(name##_pair), KERNEL(name##_scalar)
+KERNELS(cross_scale_embedding_backward, KERNEL_FLOATS(cross_scale_embedding_add_parts),
+        KERNEL(cross_scale_embedding_input_gradient_f32), KERNEL(cross_scale_embedding_input_gradient_bf16_vector),
+        KERNEL(cross_scale_embedding_input_gradient_bf16_scalar),
+        KERNEL(cross_scale_embedding_input_gradient_f16_vector),
+        KERNEL(cross_scale_embedding_input_gradient_f16_scalar), KERNEL(cross_scale_embedding_weight_gradient_f32),
+        KERNEL_RUNS(cross_scale_embedding_weight_gradient_bf16),
+        KERNEL_RUNS(cross_scale_embedding_weight_gradient_f16))

@@ -1,0 +1,278 @@
+//! Implicit matrix products over all kernels in one launch: one for the forward pass, one each for the gradients.
+
+use super::cpu::{Kernel as Window, Problem};
+use crate::driver::seam::Address;
+use crate::gpu::{FLOATS, Geometry, Gpu, Kernel, Signature};
+use crate::{DType, Error, Result, Tensor};
+
+/// As `MOST_KERNELS` in the kernel files.
+const MOST_KERNELS: usize = 16;
+/// As `Embedding` in the kernel files.
+type Description = [u32; 7 + 3 * MOST_KERNELS];
+/// As `PerKernel` in the kernel files.
+type PerKernel = [Address; MOST_KERNELS];
+
+const FORWARD_MODULE: &str = "cross_scale_embedding";
+const BACKWARD_MODULE: &str = "cross_scale_embedding_backward";
+const RUNS: &[&str] = &["f32", "bf16_vector", "bf16_pair", "bf16_scalar", "f16_vector", "f16_pair", "f16_scalar"];
+const LONG_RUNS: &[&str] = &["f32", "bf16_vector", "bf16_scalar", "f16_vector", "f16_scalar"];
+
+/// packed weights, weights, embedding
+const PACK: Kernel<(Address, PerKernel, Description)> =
+    Kernel::new(FORWARD_MODULE, "cross_scale_embedding_pack", FLOATS);
+/// output, input, packed weights, biases, embedding
+const FORWARD: Kernel<(Address, Address, Address, PerKernel, Description)> =
+    Kernel::new(FORWARD_MODULE, "cross_scale_embedding_forward", RUNS);
+/// input gradient, output gradient, packed weights, embedding
+const INPUT_GRADIENT: Kernel<(Address, Address, Address, Description)> =
+    Kernel::new(BACKWARD_MODULE, "cross_scale_embedding_input_gradient", LONG_RUNS);
+/// partial sums, input, output gradient, positions of a part, embedding
+const WEIGHT_GRADIENT: Kernel<(Address, Address, Address, u32, Description)> =
+    Kernel::new(BACKWARD_MODULE, "cross_scale_embedding_weight_gradient", RUNS);
+/// weight gradients, bias gradients, partial sums, parts, embedding
+const ADD_PARTS: Kernel<(PerKernel, PerKernel, Address, u32, Description)> =
+    Kernel::new(BACKWARD_MODULE, "cross_scale_embedding_add_parts", FLOATS);
+
+pub(crate) static KERNELS: &[Signature] = &[
+    PACK.signature(),
+    FORWARD.signature(),
+    INPUT_GRADIENT.signature(),
+    WEIGHT_GRADIENT.signature(),
+    ADD_PARTS.signature(),
+];
+
+/// Threads of a block that computes a tile of sums, rows of the tile, and columns of `dy` that a block sums.
+const THREADS: u32 = 128;
+const TILE_ROWS: usize = 128;
+const BIAS_COLUMNS: usize = 32;
+/// A part of the positions is a multiple of what every tile takes at a time, and long enough to be worth its sums.
+const PART_MULTIPLE: usize = 32;
+const SHORTEST_PART: usize = 512;
+/// Blocks that fill every device a few times over. Fixed, so that sums do not depend on the device.
+const PART_BLOCKS: usize = 1024;
+
+/// How many elements the copies into shared memory move at once.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Run {
+    Vector,
+    Pair,
+    Scalar,
+}
+
+impl Run {
+    /// The longest that divides all of `extents`.
+    fn dividing(extents: impl IntoIterator<Item = usize>) -> Self {
+        let (mut by_8, mut by_2) = (true, true);
+        for extent in extents {
+            by_8 &= extent.is_multiple_of(8);
+            by_2 &= extent.is_multiple_of(2);
+        }
+        if by_8 {
+            Run::Vector
+        } else if by_2 {
+            Run::Pair
+        } else {
+            Run::Scalar
+        }
+    }
+
+    fn instance(self, dtype: DType) -> String {
+        match (dtype, self) {
+            (DType::F32, _) => "f32".into(),
+            (_, Run::Vector) => format!("{dtype}_vector"),
+            (_, Run::Pair) => format!("{dtype}_pair"),
+            (_, Run::Scalar) => format!("{dtype}_scalar"),
+        }
+    }
+
+    /// Columns of a tile of sums.
+    fn tile_columns(self, dtype: DType) -> usize {
+        if dtype != DType::F32 && self == Run::Vector { 64 } else { 32 }
+    }
+}
+
+/// An embedding as the kernels see it.
+struct Plan<'a> {
+    gpu: &'static Gpu,
+    dtype: DType,
+    problem: &'a Problem,
+    description: Description,
+    /// Numbers of the kernels from the largest to the smallest, so that long work starts first.
+    order: Vec<usize>,
+}
+
+impl<'a> Plan<'a> {
+    fn new(gpu: &'static Gpu, dtype: DType, problem: &'a Problem) -> Result<Self> {
+        let [batch, height, width, channels] = problem.extents;
+        check_limits(problem)?;
+        let mut order: Vec<usize> = (0..problem.kernels.len()).collect();
+        order.sort_by_key(|&number| std::cmp::Reverse(problem.kernels[number].side));
+        let mut description = [0; 7 + 3 * MOST_KERNELS];
+        let extents = [batch, height, width, channels, problem.stride, problem.out_channels(), problem.kernels.len()];
+        let (head, lists) = description.split_at_mut(extents.len());
+        head.copy_from_slice(&extents.map(|extent| extent as u32));
+        let firsts = problem.first_channels();
+        for (place, &number) in order.iter().enumerate() {
+            let Window { side, out } = problem.kernels[number];
+            for (list, value) in [side, out, firsts[number]].into_iter().enumerate() {
+                lists[list * MOST_KERNELS + place] = value as u32;
+            }
+        }
+        Ok(Plan { gpu, dtype, problem, description, order })
+    }
+
+    fn per_kernel(&self, tensors: &[Tensor]) -> Result<PerKernel> {
+        let mut addresses = [Address::NULL; MOST_KERNELS];
+        for (address, &number) in addresses.iter_mut().zip(&self.order) {
+            *address = tensors[number].address()?;
+        }
+        Ok(addresses)
+    }
+
+    fn windows(&self) -> impl Iterator<Item = Window> {
+        self.problem.kernels.iter().copied()
+    }
+
+    /// Terms of each sum of the forward pass.
+    fn depth(&self, window: Window) -> usize {
+        window.side * window.side * self.problem.extents[3]
+    }
+
+    /// Elements of all packed weights, each row from a multiple of 16 bytes.
+    fn packed_elements(&self) -> usize {
+        self.windows().map(|window| window.out * self.depth(window).next_multiple_of(8)).sum()
+    }
+
+    /// Extents that a run along the windows must divide.
+    fn along_windows(&self) -> impl Iterator<Item = usize> {
+        let [_, _, width, channels] = self.problem.extents;
+        let stride = self.problem.stride;
+        let paddings = self.windows().map(move |window| (window.side - stride) / 2);
+        paddings.chain([width, stride]).map(move |pixels| pixels * channels)
+    }
+
+    /// Extents that a run along the output's channels must divide.
+    fn along_outputs(&self) -> impl Iterator<Item = usize> {
+        self.windows().map(|window| window.out)
+    }
+
+    /// All weights as (out, row, column, channel).
+    fn pack(&self, weights: &[Tensor]) -> Result<Tensor> {
+        let packed = Tensor::empty_on(self.gpu, [self.packed_elements()], self.dtype)?;
+        let arguments = (packed.address()?, self.per_kernel(weights)?, self.description);
+        PACK.launch(self.gpu, self.dtype.name(), self.elementwise(0), arguments)?;
+        Ok(packed)
+    }
+
+    /// A row of blocks for each kernel, with a few elements for each thread of the largest.
+    fn elementwise(&self, more: usize) -> Geometry {
+        let most = self.windows().map(|window| window.out * (self.depth(window) + more)).max().unwrap_or(0);
+        let blocks = Geometry::for_items(most.div_ceil(4), 256);
+        Geometry { grid: [blocks.grid[0], self.problem.kernels.len() as u32, 1], ..blocks }
+    }
+}
+
+/// Numbers of rows, columns and terms must leave room in 32 bits for a tile more.
+fn check_limits(problem: &Problem) -> Result<()> {
+    const OP: &str = "cross_scale_embedding";
+    const MOST: usize = 1 << 30;
+    let [batch, height, width, channels] = problem.extents;
+    if problem.kernels.len() > MOST_KERNELS {
+        let message = format!("{} kernels; expected at most {MOST_KERNELS} on a GPU", problem.kernels.len());
+        return Err(Error::argument(OP, message));
+    }
+    let product = |factors: &[usize]| factors.iter().try_fold(1usize, |product, &factor| product.checked_mul(factor));
+    let fits = |factors: &[usize]| product(factors).is_some_and(|product| product <= MOST);
+    let [rows, columns] = [height.div_ceil(problem.stride), width.div_ceil(problem.stride)];
+    let kernel_fits = |&Window { side, out }: &Window| fits(&[side, side, channels]) && fits(&[side, side, out]);
+    if fits(&[batch, rows, columns]) && fits(&[width, channels]) && problem.kernels.iter().all(kernel_fits) {
+        return Ok(());
+    }
+    let message =
+        format!("an input of {:?} with stride {}: more than 2³⁰ rows or terms", problem.extents, problem.stride);
+    Err(Error::shape(OP, message))
+}
+
+/// The result, (batch, rows, columns, channels).
+pub(super) fn forward(
+    gpu: &'static Gpu,
+    problem: &Problem,
+    input: &Tensor,
+    weights: &[Tensor],
+    biases: &[Tensor],
+) -> Result<Tensor> {
+    let plan = Plan::new(gpu, input.dtype(), problem)?;
+    let output = Tensor::empty_on(gpu, problem.output_shape(), plan.dtype)?;
+    let packed = plan.pack(weights)?;
+    let run = Run::dividing(plan.along_windows());
+    let rows = positions(problem).div_ceil(TILE_ROWS);
+    let columns: usize = plan.windows().map(|window| window.out.div_ceil(run.tile_columns(plan.dtype))).sum();
+    let geometry = Geometry { grid: [rows as u32, columns as u32, 1], block: [THREADS, 1, 1], shared: 0 };
+    let biases = plan.per_kernel(biases)?;
+    let arguments = (output.address()?, input.address()?, packed.address()?, biases, plan.description);
+    FORWARD.launch(gpu, &run.instance(plan.dtype), geometry, arguments)?;
+    Ok(output)
+}
+
+fn positions(problem: &Problem) -> usize {
+    problem.extents[0] * problem.output_map().iter().product::<usize>()
+}
+
+/// The gradient of the input.
+pub(super) fn input_gradient(
+    gpu: &'static Gpu,
+    problem: &Problem,
+    weights: &[Tensor],
+    grad: &Tensor,
+) -> Result<Tensor> {
+    let plan = Plan::new(gpu, grad.dtype(), problem)?;
+    let [batch, height, width, channels] = problem.extents;
+    let gradient = Tensor::empty_on(gpu, problem.extents, plan.dtype)?;
+    let packed = plan.pack(weights)?;
+    let run = match Run::dividing(plan.along_outputs().chain([channels])) {
+        Run::Vector => Run::Vector,
+        Run::Pair | Run::Scalar => Run::Scalar,
+    };
+    let pixels = batch * height.div_ceil(problem.stride) * width.div_ceil(problem.stride);
+    let tiles = pixels.div_ceil(TILE_ROWS) * channels.div_ceil(run.tile_columns(plan.dtype));
+    let geometry = Geometry::blocks(tiles * problem.stride * problem.stride, THREADS);
+    let arguments = (gradient.address()?, grad.address()?, packed.address()?, plan.description);
+    INPUT_GRADIENT.launch(gpu, &run.instance(plan.dtype), geometry, arguments)?;
+    Ok(gradient)
+}
+
+/// The gradients of the weights, then those of the biases.
+pub(super) fn parameter_gradients(
+    gpu: &'static Gpu,
+    problem: &Problem,
+    input: &Tensor,
+    weights: &[Tensor],
+    grad: &Tensor,
+) -> Result<Vec<Tensor>> {
+    let plan = Plan::new(gpu, grad.dtype(), problem)?;
+    let run = Run::dividing(plan.along_windows().chain(plan.along_outputs()));
+    let tiles =
+        |window: Window| plan.depth(window).div_ceil(TILE_ROWS) * window.out.div_ceil(run.tile_columns(plan.dtype));
+    let blocks = plan.windows().map(tiles).sum::<usize>() + problem.out_channels().div_ceil(BIAS_COLUMNS);
+    let [part, parts] = split(positions(problem), blocks);
+    let partials = Tensor::empty_on(gpu, [parts, plan.packed_elements() + problem.out_channels()], DType::F32)?;
+    let geometry = Geometry { grid: [blocks as u32, parts as u32, 1], block: [THREADS, 1, 1], shared: 0 };
+    let arguments = (partials.address()?, input.address()?, grad.address()?, part as u32, plan.description);
+    WEIGHT_GRADIENT.launch(gpu, &run.instance(plan.dtype), geometry, arguments)?;
+
+    let empty = |shape: crate::tensor::Shape| Tensor::empty_on(gpu, shape, plan.dtype);
+    let mut gradients = weights.iter().map(|weight| empty(weight.shape().clone())).collect::<Result<Vec<_>>>()?;
+    let biases = plan.windows().map(|window| empty([window.out].into())).collect::<Result<Vec<_>>>()?;
+    let (of_weights, of_biases) = (plan.per_kernel(&gradients)?, plan.per_kernel(&biases)?);
+    let arguments = (of_weights, of_biases, partials.address()?, parts as u32, plan.description);
+    ADD_PARTS.launch(gpu, plan.dtype.name(), plan.elementwise(1), arguments)?;
+    gradients.extend(biases);
+    Ok(gradients)
+}
+
+/// Positions of a part, and how many parts there are: at least one.
+fn split(positions: usize, blocks: usize) -> [usize; 2] {
+    let parts = PART_BLOCKS.div_ceil(blocks.max(1)).min(positions.div_ceil(SHORTEST_PART)).max(1);
+    let part = positions.div_ceil(parts).next_multiple_of(PART_MULTIPLE).max(PART_MULTIPLE);
+    [part, positions.div_ceil(part).max(1)]
+}
