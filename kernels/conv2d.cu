@@ -1,4 +1,5 @@
-// Convolutions of channels-last maps and their input gradient, as matrix products that read their patches where they lie.
+// Convolutions of channels-last maps and their input gradient, as matrix products that read their patches where they
+// lie.
 //
 //   forward         y(b, o, f) = bias(f) + sum over taps i and channels c of x(b, h(o, i), c) w(f, c, i)
 //   input gradient  x(b, h, c) = bias(c) + sum over taps i and features f of y(b, o, f) w(f, c, i), h(o, i) = h
@@ -7,13 +8,13 @@
 // are a gathering pass: rows are positions (b, y, x), terms (tap, source channel), columns the target's channels. The
 // weight comes packed as (column, tap, source channel), so that terms follow each other in memory in both operands.
 //
-// Tiling: a block computes a tile of rows by columns of one group and phase. Neighbouring blocks share their rows, as the
-// weight is the smaller operand. bf16 and f16 on tensor cores, 128 by 128 or 128 by 64 sums of a block, 32 terms at a
-// time in 3 stages; f32 by fused multiply-adds, 128 by 64 sums, 16 terms at a time. What the rows of a tile begin with is
-// computed once, into shared memory. For tensor cores the source's channels in a group are a multiple of 8, padded with
-// zeros where they are not by nature, so that every copy is of 16 bytes.
-// Bytes: a step over the tile's terms reads (rows + columns) terms, mostly from the second-level cache: each input element
-// is in as many patches as the kernel has taps. From device memory: the maps and the weight about once.
+// Tiling: a block computes a tile of rows by columns of one group and phase. Neighbouring blocks share their rows, as
+// the weight is the smaller operand. bf16 and f16 on tensor cores, 128 by 128 or 128 by 64 sums of a block, 32 terms at
+// a time in 3 stages; f32 by fused multiply-adds, 128 by 64 sums, 16 terms at a time. What the rows of a tile begin
+// with is computed once, into shared memory. For tensor cores the source's channels in a group are a multiple of 8,
+// padded with zeros where they are not by nature, so that every copy is of 16 bytes.
+// Bytes: a step over the tile's terms reads (rows + columns) terms, mostly from the second-level cache: each input
+// element is in as many patches as the kernel has taps. From device memory: the maps and the weight about once.
 // FLOPs: 2 rows columns terms.
 //
 // tensor cores: conv2d_gather_bf16, conv2d_gather_f16
@@ -30,7 +31,8 @@ struct Work {
 };
 
 // Blocks count column tiles fastest, then row tiles, then phases, then groups.
-__device__ __forceinline__ Work work(const Convolution& c, bool gradient, u32 columns, u32 tile_rows, u32 tile_columns) {
+__device__ __forceinline__ Work work(
+    const Convolution& c, bool gradient, u32 columns, u32 tile_rows, u32 tile_columns) {
     u32 index = blockIdx.x;
     const auto next = [&](u32 extent) {
         const u32 at = index % extent;
@@ -113,7 +115,8 @@ __device__ __forceinline__ void fill_anchors(
 }
 
 // Rounds and stores two neighbours, of which the second may be beyond the last column.
-template <class T> __device__ __forceinline__ void store_pair(T* to, float first, float second, bool both, bool aligned) {
+template <class T>
+__device__ __forceinline__ void store_pair(T* to, float first, float second, bool both, bool aligned) {
     if (both && aligned) {
         const float pair[2] = {first, second};
         store_from_float(to, pair);
@@ -170,7 +173,7 @@ __device__ __forceinline__ void gather(
         static_assert(Tile::THREADS == threads);                                                                       \
         gather<Tile, T, RUN>(output, source, weight, bias, convolution, gradient != 0);                                \
     }
-GATHER(f32, float, 1, 128, 3, SimtTile<128, 64, 16, 8, 8, 3>)
+GATHER(f32, float, 1, 128, 2, SimtTile<128, 64, 16, 8, 8, 3>)
 GATHER(bf16, bf16, 8, 256, 2, TensorTile<bf16, 128, 128, 32, 2, 4, 3>)
 GATHER(bf16_narrow, bf16, 8, 128, 4, TensorTile<bf16, 128, 64, 32, 2, 2, 3>)
 GATHER(f16, f16, 8, 256, 2, TensorTile<f16, 128, 128, 32, 2, 4, 3>)

@@ -9,8 +9,9 @@
 // Tiling: a thread takes RUN neighbouring channels, 16 bytes where their number allows. In the two gathering passes it
 // takes one position of the result; neighbouring threads take neighbouring channels, so that every access of a warp is
 // contiguous, and what neighbouring windows share comes from the caches. In the weight gradient a block has 32 runs of
-// channels, up to 4 neighbouring taps of a line and a share of the positions: 8 lines of threads take every 8th position,
-// and are added in order. The parts are written as f32, (part, tap, channel), and `conv2d_sum` adds them in order.
+// channels, up to 4 neighbouring taps of a line and a share of the positions: 8 lines of threads take every 8th
+// position, and are added in order. The parts are written as f32, (part, tap, channel), and `conv2d_sum` adds them in
+// order.
 // Bytes: maps once from device memory, 2 taps values per element from the caches (weight gradient: 1 + 1/4 per tap).
 // FLOPs: 2 taps per element: bound by memory.
 

@@ -2,13 +2,13 @@
 //
 //   w(f, c, i) = sum over images b and output positions o of y(b, o, f) x(b, h(o, i), c)
 //
-// with h(o, i) of common/convolution.cuh. A matrix product: rows are features f, columns (tap, channel), terms positions
-// (b, o). Channels-last maps lie along rows and columns of it, so both operands are read across terms.
+// with h(o, i) of common/convolution.cuh. A matrix product: rows are features f, columns (tap, channel), terms
+// positions (b, o). Channels-last maps lie along rows and columns of it, so both operands are read across terms.
 //
 // Tiling: a block computes a tile of one group over a share of the terms, and writes it as partial sums in f32, (part,
-// feature, tap, channel). `conv2d_sum` adds the parts in order and turns them to (feature, channel, tap). bf16 and f16 on
-// tensor cores, 64 by 128 sums of a block, 32 terms at a time in 3 stages; f32 by fused multiply-adds, 64 by 64 sums, 16
-// terms at a time.
+// feature, tap, channel). `conv2d_sum` adds the parts in order and turns them to (feature, channel, tap). bf16 and f16
+// on tensor cores, 64 by 128 sums of a block, 32 terms at a time in 3 stages; f32 by fused multiply-adds, 64 by 64
+// sums, 16 terms at a time.
 // Bytes: a step over the tile's terms reads (rows + columns) terms; the partial sums are written and read once.
 // FLOPs: 2 rows columns terms.
 //
@@ -78,21 +78,22 @@ __device__ __forceinline__ void weight_gradient(
 // Rows, columns and terms as in `WEIGHT_TILES` of src/ops/conv2d/gpu.rs.
 #define WEIGHT(instance, T, RUN, threads, ...)                                                                         \
     extern "C" __global__ void __launch_bounds__(threads) conv2d_weight_##instance(                                    \
-        float* partial, const T* input, const T* gradient, Convolution convolution, u32 part_positions) {                   \
+        float* partial, const T* input, const T* gradient, Convolution convolution, u32 part_positions) {              \
         using Tile = __VA_ARGS__;                                                                                      \
         static_assert(Tile::THREADS == threads);                                                                       \
         SHARED_ARRAY_ALIGNED(128, unsigned char, shared, [Tile::SHARED_BYTES]);                                        \
-        weight_gradient<Tile, T, RUN>(partial, input, gradient, convolution, part_positions, shared);                       \
+        weight_gradient<Tile, T, RUN>(partial, input, gradient, convolution, part_positions, shared);                  \
     }
 WEIGHT(f32, float, 4, 128, SimtTile<64, 64, 16, 4, 8, 3>)
 WEIGHT(bf16, bf16, 8, 128, TensorTile<bf16, 64, 128, 32, 1, 4, 3>)
 WEIGHT(f16, f16, 8, 128, TensorTile<f16, 64, 128, 32, 1, 4, 3>)
 
-// A weight in another order of its axes, the sum of `parts` of them: the element (i, j, k, l) of `extents` from the place
-// with `strides`, zero for l from `valid` on. Parts are `part` elements apart. A thread for each element.
+// A weight in another order of its axes, the sum of `parts` of them: the element (i, j, k, l) of `extents` from the
+// place with `strides`, zero for l from `valid` on. Parts are `part` elements apart. A thread for each element.
 template <class T, class S>
 __device__ __forceinline__ void sum_permuted(
-    T* output, const S* input, const Array<u32, 4>& extents, const Array<u32, 4>& strides, u32 valid, u32 parts, u64 part) {
+    T* output, const S* input, const Array<u32, 4>& extents, const Array<u32, 4>& strides, u32 valid, u32 parts,
+    u64 part) {
     const u64 elements = u64(extents[0]) * extents[1] * extents[2] * extents[3];
     for (u64 element = grid_thread(); element < elements; element += grid_threads()) {
         const u32 l = element % extents[3];
@@ -140,4 +141,5 @@ __device__ __forceinline__ void pad_channels(T* output, const T* input, u64 rows
     }
 FOR_EACH_FLOAT(PERMUTE)
 
-KERNELS(conv2d_weight, KERNEL_FLOATS(conv2d_weight), KERNEL_FLOATS(conv2d_pad), KERNEL_FLOATS(conv2d_pack), KERNEL_FLOATS(conv2d_sum))
+KERNELS(conv2d_weight, KERNEL_FLOATS(conv2d_weight), KERNEL_FLOATS(conv2d_pad), KERNEL_FLOATS(conv2d_pack),
+        KERNEL_FLOATS(conv2d_sum))

@@ -4,8 +4,8 @@
 //   scatter   x(b, h, c) = sum over windows o that hold h with p(b, o, c) = h of y(b, o, c)
 //   gather    y(b, o, c) = x(b, p(b, o, c), c), the transpose of scatter
 //
-// NaN is larger than any number, and a later NaN larger than an earlier one. Scatter gathers from the windows that hold a
-// position, in their order.
+// NaN is larger than any number, and a later NaN larger than an earlier one. Scatter gathers from the windows that hold
+// a position, in their order.
 //
 // Tiling: a thread for one position of the result and RUN neighbouring channels, 16 bytes where their number allows;
 // neighbouring threads take neighbouring channels, so that every access of a warp is contiguous.
@@ -59,7 +59,8 @@ __device__ __forceinline__ void for_each_run(const Pool& pool, u32 height, u32 w
     }
 }
 
-template <u32 RUN, class T> __device__ __forceinline__ void max_pool(T* output, u32* places, const T* input, const Pool& pool) {
+template <u32 RUN, class T>
+__device__ __forceinline__ void max_pool(T* output, u32* places, const T* input, const Pool& pool) {
     const Axis &vertical = pool.vertical, &horizontal = pool.horizontal;
     for_each_run<RUN>(pool, vertical.count, horizontal.count, [&](u32 image, u32 y, u32 x, u32 channel, u64 element) {
         u32 top, bottom, left, right;

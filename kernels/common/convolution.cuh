@@ -1,15 +1,15 @@
-// Convolutions of channels-last maps as matrix products: which input position an output position and a tap of the kernel
-// meet in, and the operands that are read by it.
+// Convolutions of channels-last maps as matrix products: which input position an output position and a tap of the
+// kernel meet in, and the operands that are read by it.
 //
 // Along one axis, output position o and tap i meet input position
 //
 //     h = o stride - padding + i dilation,
 //
 // so the forward pass gathers from h for each o. The input gradient gathers from o for each h, and only taps with
-// (h + padding - i dilation) mod stride = 0 have one. Positions h with the same remainder of h + padding by the stride, a
-// phase, have the same taps: i, i + p, i + 2p, … with p = stride / gcd(stride, dilation). Within a phase o is an affine
-// function of the number of the position and the number of the tap, as h is in the forward pass. No product with a zero
-// between strides is ever formed.
+// (h + padding - i dilation) mod stride = 0 have one. Positions h with the same remainder of h + padding by the stride,
+// a phase, have the same taps: i, i + p, i + 2p, … with p = stride / gcd(stride, dilation). Within a phase o is an
+// affine function of the number of the position and the number of the tap, as h is in the forward pass. No product with
+// a zero between strides is ever formed.
 #pragma once
 #include "common/divisor.cuh"
 #include "common/tile.cuh"
@@ -41,7 +41,8 @@ __device__ __forceinline__ u32 greatest_common_divisor(u32 a, u32 b) {
 
 // The forward pass: one phase, of all positions and taps.
 __device__ __forceinline__ GatherAxis forward_axis(const Convolution& c, int axis) {
-    return {0, 1, c.output[axis], 0, 1, c.kernel[axis], i32(c.stride[axis]), -i32(c.padding[axis]), i32(c.dilation[axis])};
+    return {0, 1, c.output[axis], 0, 1, c.kernel[axis], i32(c.stride[axis]), -i32(c.padding[axis]),
+            i32(c.dilation[axis])};
 }
 
 // The phase of the input gradient that begins with position `first`, below the stride and the input's extent.

@@ -60,8 +60,9 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        let rooms: [&[Signature]; 17] = [
+        let rooms: [&[Signature]; 18] = [
             batch_norm::gpu::KERNELS,
+            conv2d::depthwise_gpu::KERNELS,
             conv2d::gpu::KERNELS,
             cross_scale_embedding::gpu::KERNELS,
             dropout::gpu::KERNELS,

@@ -17,11 +17,12 @@ const GATHER: Kernel<(Address, Address, Address, Address, Extents, u32)> =
     Kernel::new("conv2d", "conv2d_gather", &["f32", "bf16", "bf16_narrow", "f16", "f16_narrow"]);
 /// partial sums, input, output gradient, extents, positions of a part
 const WEIGHT: Kernel<(Address, Address, Address, Extents, u32)> = Kernel::new("conv2d_weight", "conv2d_weight", FLOATS);
+/// Four extents, or strides.
+type Axes = [u32; 4];
 /// output, input, extents, the input's strides, how many elements along the last axis are there
-const PACK: Kernel<(Address, Address, [u32; 4], [u32; 4], u32)> = Kernel::new("conv2d_weight", "conv2d_pack", FLOATS);
+const PACK: Kernel<(Address, Address, Axes, Axes, u32)> = Kernel::new("conv2d_weight", "conv2d_pack", FLOATS);
 /// output, partial sums, extents, their strides, parts, elements of a part
-const SUM: Kernel<(Address, Address, [u32; 4], [u32; 4], u32, u64)> =
-    Kernel::new("conv2d_weight", "conv2d_sum", FLOATS);
+const SUM: Kernel<(Address, Address, Axes, Axes, u32, u64)> = Kernel::new("conv2d_weight", "conv2d_sum", FLOATS);
 /// output, input, rows, channels of a row
 const PAD: Kernel<(Address, Address, u64, u32)> = Kernel::new("conv2d_weight", "conv2d_pad", FLOATS);
 
@@ -146,7 +147,8 @@ fn gather(
     if g.is_depthwise() {
         return depthwise_gpu::gather(gpu, g, pass, [source, weight], bias);
     }
-    if g.is_pointwise() {
+    // With a bias, the room of `matmul` has products with the transpose of the right operand alone.
+    if g.is_pointwise() && (bias.is_none() || pass == Pass::Forward) {
         return pointwise_gather(gpu, g, pass, [source, weight], bias);
     }
     let (dtype, groups) = (source.dtype(), g.options.groups);
