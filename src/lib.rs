@@ -55,6 +55,7 @@ pub mod driver;
 mod error;
 pub mod file;
 mod gpu;
+mod kernels;
 pub mod models;
 pub mod nn;
 pub mod ops;
@@ -64,6 +65,7 @@ pub mod tensor;
 pub mod train;
 
 pub use error::{Error, Result};
+pub use kernels::check_kernels;
 pub use tensor::{DType, Device, Shape, Tensor};
 
 /// Compiles and runs the examples of the README as documentation tests.

@@ -27,9 +27,10 @@ fn places_follow_the_kind_of_variable() {
 
 #[test]
 fn targets_are_checked() {
-    let flags = nvcc::target_flags("sm_80, sm_90a,compute_120").unwrap();
+    let flags = nvcc::target_flags("sm_80, sm_89,sm_90a,compute_120").unwrap();
     let expected = [
         "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=sm_89",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_120,code=compute_120",
     ];

@@ -82,34 +82,4 @@ pub(crate) mod gpu {
         ];
         rooms.into_iter().flatten().copied()
     }
-
-    #[cfg(all(test, feature = "emulator"))]
-    mod tests {
-        use crate::Device;
-        use crate::gpu::Gpu;
-
-        #[test]
-        fn every_kernel_has_the_parameters_that_it_is_called_with() {
-            let gpu = Gpu::open(Device::Emulated).unwrap();
-            super::kernels().chain(crate::train::gpu_kernels()).for_each(|signature| gpu.check(signature).unwrap());
-        }
-
-        #[test]
-        fn no_kernel_is_without_a_caller() {
-            let called: std::collections::BTreeSet<String> = super::kernels()
-                .chain(crate::train::gpu_kernels())
-                .flat_map(|signature| {
-                    let instances = if signature.instances.is_empty() { &[""] } else { signature.instances };
-                    instances.iter().map(move |instance| match *instance {
-                        "" => signature.name.to_owned(),
-                        instance => format!("{}_{instance}", signature.name),
-                    })
-                })
-                .collect();
-            let compiled: std::collections::BTreeSet<String> =
-                crate::driver::emulator::kernel_names().into_iter().collect();
-            let without: Vec<&String> = compiled.difference(&called).collect();
-            assert!(without.is_empty(), "{without:?}");
-        }
-    }
 }

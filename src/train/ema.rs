@@ -14,7 +14,6 @@ use crate::{DType, Error, Result, Tensor};
 type AverageArguments = (Address, f32, f32, u32, Column<u32>, Column<u64>, Column<u64>, Column<u64>);
 const AVERAGE: Kernel<AverageArguments> = Kernel::new("training", "average", &[]);
 
-#[cfg_attr(not(all(test, feature = "emulator")), allow(dead_code, reason = "read by the test of all kernels"))]
 pub(super) static KERNELS: &[Signature] = &[AVERAGE.signature()];
 
 /// An average over the course of training of every weight and statistic, for use in their place at evaluation.

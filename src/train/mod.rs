@@ -68,7 +68,6 @@ pub use trainer::{BEST_CHECKPOINT, LAST_CHECKPOINT, METRICS_FILE, Outcome, Train
 use crate::nn::StateDict;
 
 /// The kernels of this module.
-#[cfg(all(test, feature = "emulator"))]
 pub(crate) fn gpu_kernels() -> impl Iterator<Item = crate::gpu::Signature> {
     [device::KERNELS, optimizer::gpu::KERNELS, ema::KERNELS].into_iter().flatten().copied()
 }

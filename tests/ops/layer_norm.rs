@@ -74,17 +74,9 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         case(&[9], 64, 2048.0, 1e-5),
     ];
     // Around the width of the vector loops and up to the widest rows that models use.
-<<<<<<< HEAD
-    // Groups of a warp's threads, of a block's, and more rows than one walk of the grid has parts.
-    cases.extend(
-        [(67, 40), (3, 1032), (3, 2044), (2, 8192), (2, 8200), (1100, 8)]
-            .map(|(rows, channels)| case(&[rows], channels, 0.5, 1e-1)),
-    );
-=======
     // Groups of a part of a warp, of a block; rows too wide for registers.
     let shapes = [(67, 40), (2, 1032), (2, 2044), (1, 8192), (1, 8200)];
     cases.extend(shapes.map(|(rows, channels)| case(&[rows], channels, 0.5, 1e-1)));
->>>>>>> norms
     cases.extend([1, 2, 15, 16, 17, 31, 49, 768, 1024].map(|channels| case(&[5], channels, 0.5, 1e-1)));
     cases
 }
