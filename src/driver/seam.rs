@@ -31,8 +31,6 @@ pub struct Properties {
     pub multiprocessors: u32,
     /// The most shared memory that a block may ask for, in bytes.
     pub shared_memory_per_block: u32,
-    /// Memory of the card, in bytes.
-    pub memory: usize,
 }
 
 /// Blocks of a launch, threads of a block, and the dynamic shared memory of a block in bytes.
@@ -156,7 +154,7 @@ pub enum Epilogue {
     None,
     /// Adds a vector of n values to every row.
     Bias,
-    /// Adds the bias, then the exact GELU; the sum before it goes to `auxiliary` where that is not null.
+    /// Adds the bias, then the exact GELU. Libraries have the approximation by tanh, so no driver takes it.
     BiasGelu,
 }
 
@@ -192,8 +190,6 @@ pub struct MatrixProduct {
     pub c: Address,
     /// The bias (n), or null.
     pub bias: Address,
-    /// Where [`Epilogue::BiasGelu`] stores the sums (m, n) before the GELU, or null.
-    pub auxiliary: Address,
     /// What to do with the sums.
     pub epilogue: Epilogue,
 }

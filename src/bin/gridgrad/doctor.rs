@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use gridgrad::Result;
 use gridgrad::driver::{self, GpuInfo, NoGpu};
+use gridgrad::{Device, Result, check_kernels};
 use serde::Serialize;
 
 use crate::output::{print, print_json};
@@ -101,7 +101,13 @@ impl Checkup {
         lines.extend(self.gpus.iter().map(|gpu| (true, "GPU", describe(gpu))));
         lines.extend(self.no_gpu_reason.iter().map(|reason| (false, "GPU", reason.clone())));
         let kernels = match self.gpu_kernels_built {
-            true => "built in".into(),
+            true => match Device::best() {
+                Device::Cpu => "built in".into(),
+                gpu => match check_kernels(gpu) {
+                    Ok(count) => format!("{count}, loaded and compared on {gpu}"),
+                    Err(error) => error.to_string(),
+                },
+            },
             false if cfg!(feature = "cuda") => NoGpu::BuiltWithoutNvcc.to_string(),
             false => NoGpu::FeatureOff.to_string(),
         };

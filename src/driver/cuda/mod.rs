@@ -74,7 +74,6 @@ const CALLS: &[&str] = &[
     "cuDeviceGet",
     "cuDeviceGetName",
     "cuDeviceGetAttribute",
-    "cuDeviceTotalMem_v2",
     "cuDeviceGetDefaultMemPool",
     "cuDevicePrimaryCtxRetain",
     "cuDevicePrimaryCtxRelease_v2",
@@ -176,8 +175,6 @@ fn describe(device: Device, handle: sys::CUdevice) -> Result<Properties> {
         let reason = "the GPU or its virtual machine has no stream-ordered memory (memory pools)".into();
         return Err(Error::DeviceUnavailable { device, reason });
     }
-    // SAFETY: `handle` came from `cuDeviceGet`.
-    let memory = unsafe { result::device::total_mem(handle) };
     Ok(Properties {
         name: result::device::get_name(handle).map_err(|error| refused(device, "cuDeviceGetName", error))?,
         compute_capability: (
@@ -186,7 +183,6 @@ fn describe(device: Device, handle: sys::CUdevice) -> Result<Properties> {
         ),
         multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
         shared_memory_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
-        memory: memory.map_err(|error| refused(device, "cuDeviceTotalMem", error))?,
     })
 }
 

@@ -37,7 +37,6 @@ impl Machine {
             // A constant, so that launch geometry, and with it every bit, is the same on all machines.
             multiprocessors: 4,
             shared_memory_per_block: SHARED_MEMORY_PER_BLOCK,
-            memory: MEMORY,
         };
         Machine { properties, memory: Mutex::new(Memory::new(MEMORY)) }
     }

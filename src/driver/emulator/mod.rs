@@ -45,6 +45,7 @@ mod tests;
 #[cfg(test)]
 pub(crate) use abi::kernel_names;
 use machine::{Command, Machine};
+#[cfg(test)]
 pub(crate) use memory::Counters;
 
 use crate::driver::seam::{Address, Arguments, Driver, Function, Geometry, Graph, MatrixProduct, Properties};
@@ -98,11 +99,13 @@ impl Emulator {
     }
 
     /// Sets how many bytes can be allocated in all, to test what happens when there are no more.
+    #[cfg(test)]
     pub(crate) fn set_memory_limit(&self, bytes: usize) {
         self.machine.memory().limit = bytes;
     }
 
     /// What was asked for so far.
+    #[cfg(test)]
     pub(crate) fn counters(&self) -> Counters {
         self.machine.memory().counters
     }

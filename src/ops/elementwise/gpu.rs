@@ -68,6 +68,10 @@ pub(crate) fn cast(gpu: &'static Gpu, input: &Tensor, dtype: DType) -> Result<Te
 /// A tensor filled with `value`.
 pub(crate) fn full(gpu: &'static Gpu, shape: impl Into<Shape>, value: f64, dtype: DType) -> Result<Tensor> {
     let output = Tensor::empty_on(gpu, shape, dtype)?;
+    if value.to_bits() == 0 {
+        output.memory().map_or(Ok(()), |memory| memory.fill(0))?;
+        return Ok(output);
+    }
     let geometry = geometry(output.elements(), widest(dtype));
     FILL.launch(gpu, dtype.name(), geometry, (output.address()?, value, output.elements() as u64))?;
     Ok(output)

@@ -155,7 +155,7 @@ impl Product<'_> {
         if [m, n, k, batch].contains(&0) {
             return Ok(false);
         }
-        let Product { dtype, a, b, c, bias, auxiliary, epilogue, .. } = *self;
+        let Product { dtype, a, b, c, bias, epilogue, .. } = *self;
         let product = MatrixProduct {
             dtype,
             m,
@@ -170,7 +170,6 @@ impl Product<'_> {
             b,
             c,
             bias,
-            auxiliary,
             epilogue,
         };
         crate::driver::matrix_product(gpu.driver(), &product)
@@ -190,6 +189,12 @@ impl Product<'_> {
             && self.batch.len() > BATCH_AXES
         {
             return (0..outer.extent).try_for_each(|index| self.part(*outer, inner, index).by_kernel(gpu));
+        }
+        // Only the kernels of this layout have an epilogue, which the models' affine maps need.
+        let transposed = Transposed { left: false, right: true };
+        if self.epilogue != Epilogue::None && self.transposed != transposed {
+            let message = format!("{:?} after a product of layout {:?}", self.epilogue, self.transposed);
+            return Err(Error::argument("matmul", message));
         }
         let plan = Plan::new(self, gpu.properties().multiprocessors as usize);
         if plan.parts == 1 {
