@@ -7,6 +7,8 @@
 mod capture;
 mod kernel;
 mod pool;
+#[cfg(all(test, feature = "emulator"))]
+mod tests;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
