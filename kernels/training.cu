@@ -45,7 +45,7 @@ struct StepReport {
 };
 static_assert(sizeof(StepReport) == 40);
 
-// Kept on the device from step to step. src/train/device.rs has the same layout.
+// Kept on the device from step to step. src/train/device/mod.rs has the same layout.
 struct StepState {
     // Of the step under way.
     double loss;

@@ -1,5 +1,5 @@
 //! Cross-scale vision transformers in Rust: fused kernels, a small safe autograd, and published systems trained end to
-//! end. This version computes on the CPU.
+//! end. Tensors compute where they are: on the processor, on an NVIDIA GPU, or on an emulated one ([`Device`]).
 //!
 //! A tensor is made a variable; ops record themselves on a tape; [`Tensor::backward`] gives the gradients.
 //!
@@ -36,14 +36,14 @@
 //! | [`tensor`] | tensors, shapes, element types, devices, memory |
 //! | [`cpu`] | what CPU implementations share: vectors, threads, matrix products |
 //! | [`random`] | counter-based random numbers |
-//! | [`driver`] | what GPU this machine has |
+//! | [`driver`] | what GPUs this machine has, and the emulator |
 //! | [`file`](mod@file) | files written whole or not at all |
 //!
 //! # What holds everywhere
 //!
 //! - Maps and images are channels-last, (batch, height, width, channels); weights have PyTorch's layouts and names.
 //! - Whatever a caller can get wrong is an [`Error`] that says which op or file, what arrived and what was expected.
-//! - The same seed gives the same bits, for any number of threads.
+//! - The same seed gives the same bits, for any number of threads; between kinds of devices last digits differ.
 
 #![warn(missing_docs)]
 

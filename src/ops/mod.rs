@@ -1,5 +1,6 @@
 //! The differentiable functions, one room each: the public function with its backward rule in `mod.rs`, the CPU
-//! implementation in `cpu.rs`.
+//! implementation in `cpu.rs`, the launches of its GPU kernels in `gpu.rs`. An op computes where its tensors are; they
+//! must all be on one device.
 //!
 //! ```
 //! use gridgrad::{DType, Tensor, ops, random::Philox};

@@ -19,7 +19,7 @@ pub enum Device {
     Cpu,
     /// The NVIDIA GPU of this ordinal.
     Cuda(usize),
-    /// The GPU code path run on the processor.
+    /// The GPU kernels run on the processor, for tests (feature `emulator`).
     Emulated,
 }
 

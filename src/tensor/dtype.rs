@@ -15,11 +15,11 @@ use half::{bf16, f16};
 pub enum DType {
     /// 32-bit floating point, the default.
     F32,
-    /// 64-bit floating point, for references and gradient checks.
+    /// 64-bit floating point, for references and gradient checks; on the processor only.
     F64,
-    /// bfloat16: storage only, ops compute in `f32`.
+    /// bfloat16, with the range of `f32`. Ops sum in `f32` and round their results once.
     Bf16,
-    /// IEEE half precision: storage only, ops compute in `f32`.
+    /// IEEE half precision. Ops sum in `f32` and round their results once.
     F16,
     /// Indices and class labels.
     I64,

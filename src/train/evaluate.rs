@@ -52,7 +52,8 @@ impl Batches for Loader {
     }
 }
 
-/// Measures `model`, computing in `precision`, on all of `batches`, without gradients. `None` where `stop` was set before the end.
+/// Measures `model`, computing in `precision`, on all of `batches`, without gradients. `None` where `stop` was set before
+/// the end.
 ///
 /// `progress` is called with the number of batches done, after each of them.
 ///
