@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # Targets of `cargo test`, beside the unit tests, that run on GRIDGRAD_TEST_DEVICE, and of `cargo bench`. Each executable
 # holds all kernels, so no others.
-tests=(ops autograd crossformer)
+tests=(ops gpu train)
 benches=(ops)
 limit_megabytes="${LIMIT_MEGABYTES:-60}"
 

@@ -27,13 +27,13 @@ fn flags_out_of_their_range() {
         (["--data", "coco"], "builtin, mnist"),
         (["--data", "mnist"], "GRIDGRAD_DATA"),
         (["--config", "absent.toml"], "absent.toml"),
-        (["--device", "emulated"], "--device cpu"),
         (["--threads", "0"], "--threads 0"),
     ] {
         refused_in_one_line(folder.path(), &[&TRAIN[..], &flags].concat(), &[part]);
         assert_no_run(folder.path());
     }
-    for flags in [["--epochs", "0"], ["--epochs", "many"], ["--seed", "9223372036854775808"], ["--data", ""]] {
+    let unreadable = [["--epochs", "0"], ["--epochs", "many"], ["--seed", "9223372036854775808"], ["--data", ""]];
+    for flags in unreadable.into_iter().chain([["--precision", "f8"], ["--device", "gpu"]]) {
         refused(folder.path(), &[&TRAIN[..], &flags].concat(), &[flags[1]]);
         assert_no_run(folder.path());
     }

@@ -39,11 +39,12 @@ fn replace(arguments: &mut [String], flag: &str, value: &Path) {
     arguments[at + 1] = value.to_str().unwrap().to_owned();
 }
 
-fn check(name: &str, dtype: DType) {
+fn check(name: &str, dtype: DType, device: &str) {
     let folder = tempfile::tempdir().unwrap();
     let (arguments, type_name) = (arguments(name), dtype.to_string());
     let run = |more: &[&str]| -> StateDict {
-        succeeds(folder.path(), &with(&arguments, &[&["--dtype", &type_name], more].concat()));
+        let flags = ["--dtype", &type_name, "--device", device];
+        succeeds(folder.path(), &with(&arguments, &[&flags, more].concat()));
         state_dict::read(folder.path().join("out.safetensors")).unwrap().0
     };
     let (outputs, all) = (run(&[]), run(&["--grads"]));
@@ -81,8 +82,17 @@ fn check(name: &str, dtype: DType) {
 fn outputs_and_gradients_are_those_of_the_authors_code() {
     for name in ["classifier", "backbone"] {
         for dtype in [DType::F32, DType::F64] {
-            check(name, dtype);
+            check(name, dtype, "cpu");
         }
+    }
+}
+
+#[test]
+fn on_a_device_too() {
+    let device = std::env::var("GRIDGRAD_TEST_DEVICE").ok();
+    if let Some(device) = device.or(cfg!(feature = "emulator").then(|| "emulated".to_owned())) {
+        check("classifier", DType::F32, &device);
+        check("backbone", DType::F32, &device);
     }
 }
 
@@ -177,7 +187,10 @@ fn flags_that_cannot_be_are_refused() {
     refused_in_one_line(folder.path(), &with(&arguments, &["--dtype", "bf16"]), &["f32 or f64"]);
     refused(folder.path(), &with(&arguments, &["--dtype", "f12"]), &["f12"]);
     refused(folder.path(), &with(&arguments, &["--device", "abacus"]), &["abacus"]);
-    refused_in_one_line(folder.path(), &with(&arguments, &["--device", "emulated"]), &["emulated", "--device cpu"]);
+    if !cfg!(feature = "emulator") {
+        let more = ["--device", "emulated"];
+        refused_in_one_line(folder.path(), &with(&arguments, &more), &["emulated", "--features emulator"]);
+    }
     refused_in_one_line(folder.path(), &with(&arguments, &["--device", "cuda:99"]), &["cuda:99"]);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     let mut lost = arguments.clone();
