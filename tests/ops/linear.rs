@@ -7,7 +7,7 @@ use gridgrad::ops::{linear, linear_gelu};
 use gridgrad::{DType, Device, Result, Tensor};
 
 use crate::harness::{OpCase, Tolerance, Work, check, check_on_device, randn, test_device};
-use crate::matmul::sum_tolerance;
+use super::matmul::sum_tolerance;
 
 struct Linear {
     outer: Vec<usize>,

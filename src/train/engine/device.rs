@@ -102,7 +102,7 @@ impl DeviceEngine {
         &mut self,
         plan: &StepPlan<'_>,
         optimizer: &mut Optimizer,
-        mut ema: Option<&mut Ema>,
+        ema: Option<&mut Ema>,
         batches: &[Batch],
     ) -> Result<()> {
         let sizes: BatchSizes = batches.iter().map(Batch::len).collect();
@@ -123,7 +123,7 @@ impl DeviceEngine {
         let gpu = device(optimizer)?.gpu();
         let inputs = batches.iter().map(|batch| Inputs::new(batch, gpu.device())).collect::<Result<Vec<_>>>()?;
         let precision = self.precision;
-        let (captured, ()) = gpu.capture(|| launch(plan, precision, optimizer, ema.as_deref_mut(), &inputs))?;
+        let (captured, ()) = gpu.capture(|| launch(plan, precision, optimizer, ema, &inputs))?;
         captured.launch()?;
         self.recorded = Some(Recorded { sizes, inputs, addresses, captured });
         Ok(())
