@@ -6,8 +6,8 @@ use gridgrad::autograd::{self, GradOptions};
 use gridgrad::ops::{linear, linear_gelu};
 use gridgrad::{DType, Device, Result, Tensor};
 
-use crate::harness::{OpCase, Tolerance, Work, check, check_on_device, randn, test_device};
 use super::matmul::sum_tolerance;
+use crate::harness::{OpCase, Tolerance, Work, check, check_on_device, randn, test_device};
 
 struct Linear {
     outer: Vec<usize>,

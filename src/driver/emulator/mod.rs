@@ -92,8 +92,13 @@ impl Emulator {
     /// An emulated GPU of 16 GiB, which takes memory as it is asked for.
     ///
     /// # Errors
-    /// None so far; the type is that of the other driver.
+    /// `DeviceUnavailable` on an x86-64 processor without AVX2 and FMA, which the kernels are compiled for.
     pub(crate) fn new() -> Result<Self> {
+        #[cfg(target_arch = "x86_64")]
+        if !(is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")) {
+            let reason = "emulated kernels need a processor with AVX2 and FMA; use --device cpu".into();
+            return Err(Error::DeviceUnavailable { device: Device::Emulated, reason });
+        }
         signals::install();
         Ok(Emulator { machine: Arc::new(Machine::new()), recording: Mutex::new(None) })
     }
