@@ -178,9 +178,11 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
         const Group group = slot.active() ? group_of(problem, first + slot.number) : Group{0, {0, 0}, {0, 0}};
         const u32 count = group.count(), tiles = count > TILE ? divide_up(count, TILE) : 1;
         const u64 first_token = group.image * image_tokens * problem.heads + head;
-        const T* source = qkv + (first_token + 2 * group.image * image_tokens * problem.heads) * width;
-        T* target = qkv_grad + (source - qkv);
-        const T* grad_source = grad + first_token * width;
+        const u64 first_value = first_token * width, first_query = first_value + 2 * group.image * image_tokens * channels;
+        // Wide heads have no registers for pointers that live through all products: they are computed at each use.
+        const auto offset = [](u64 elements) { return KEEP ? elements : warp_product::fresh(elements); };
+        const auto of_group = [&](auto* tensor) { return tensor + offset(first_value); };
+        const auto query_of = [&](auto* tensor) { return tensor + offset(first_query); };
         __syncthreads();  // no warp needs anything of the last group
         if (KEEP && bias) {
             if (group.rows.count != summed[0] || group.columns.count != summed[1]) fold_summed();
@@ -206,12 +208,12 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
                     const bool busy = slot.active() && row < queries;
                     __syncthreads();  // the tokens are there, and no warp needs the last tiles
                     if (slot.active()) {
-                        load_tokens<T, D>(query, source, 3 * channels, query_numbers, queries, width, slot);
-                        if (i == 0) load_tokens<T, D>(key, source + channels, 3 * channels, key_numbers, keys, width, slot);
+                        load_tokens<T, D>(query, query_of(qkv), 3 * channels, query_numbers, queries, width, slot);
+                        if (i == 0) load_tokens<T, D>(key, query_of(qkv) + channels, 3 * channels, key_numbers, keys, width, slot);
                         async_commit();
-                        load_tokens<T, D>(output_grad, grad_source, channels, query_numbers, queries, width, slot);
+                        load_tokens<T, D>(output_grad, of_group(grad), channels, query_numbers, queries, width, slot);
                         if (i == 0) {
-                            load_tokens<T, D>(value, source + 2 * channels, 3 * channels, key_numbers, keys, width, slot);
+                            load_tokens<T, D>(value, query_of(qkv) + 2 * channels, 3 * channels, key_numbers, keys, width, slot);
                         }
                         async_commit();
                     }
@@ -263,7 +265,7 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
                     }
 #pragma unroll 1
                     for (u32 column = 0; column < D; column += COLUMNS) {
-                        const PartialSums partial{query_sums + first_token * width, channels, query_numbers, row, queries,
+                        const PartialSums partial{of_group(query_sums), channels, query_numbers, row, queries,
                                                   width, warp_product::fresh_lane()};
                         float query_grad[COLUMNS / 8][4];
                         clear(query_grad);
@@ -290,7 +292,7 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
                     }
                     if (j + 1 == tiles) {
                         __syncwarp();
-                        store_tokens<T, D>(target, 3 * channels, query_numbers, query, row, queries, width);
+                        store_tokens<T, D>(query_of(qkv_grad), 3 * channels, query_numbers, query, row, queries, width);
                     }
                 }
                 if (pass == 0) continue;
@@ -301,8 +303,8 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
                 store_sums<T, D>(key, row, 0, key_grad);
                 store_sums<T, D>(value, row, 0, value_grad);
                 __syncwarp();
-                store_tokens<T, D>(target + channels, 3 * channels, key_numbers, key, row, keys, width);
-                store_tokens<T, D>(target + 2 * channels, 3 * channels, key_numbers, value, row, keys, width);
+                store_tokens<T, D>(query_of(qkv_grad) + channels, 3 * channels, key_numbers, key, row, keys, width);
+                store_tokens<T, D>(query_of(qkv_grad) + 2 * channels, 3 * channels, key_numbers, value, row, keys, width);
             }
         }
     }

@@ -219,6 +219,7 @@ __device__ __forceinline__ void add_products(float* sums, const Pass<T>& pass, u
     const auto add = [&](u32 elements, auto product) {
         for (u32 i = linear_thread(); i < elements; i += block_threads()) {
             float sum = 0;
+#pragma unroll 1
             for (u32 row = 0; row < count; ++row) sum += product(pass.row(row, true), row, i);
             sums[i] = fresh ? sum : sums[i] + sum;
         }
@@ -284,12 +285,12 @@ __device__ void add_partials(const Parameters<T>& gradients, const float* partia
 }
 
 #define POSITION_BIAS(suffix, T)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+    extern "C" __global__ void __launch_bounds__(256, 2)                                                               \
         position_bias_forward_##suffix(T* table, Parameters<const T> parameters, Network network) {                    \
         DYNAMIC_SHARED(shared);                                                                                        \
         forward<T>(table, parameters, network, reinterpret_cast<float*>(shared));                                      \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256) position_bias_backward_##suffix(                                 \
+    extern "C" __global__ void __launch_bounds__(256, 2) position_bias_backward_##suffix(                              \
         float* partials, const T* table_gradient, Parameters<const T> parameters, Network network) {                   \
         DYNAMIC_SHARED(shared);                                                                                        \
         backward<T>(partials, table_gradient, parameters, network, reinterpret_cast<float*>(shared));                  \

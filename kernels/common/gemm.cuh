@@ -51,7 +51,7 @@ __device__ __forceinline__ void pipeline(u32 first, u32 end, Fetch fetch, Multip
         next += DEPTH;
         stage_in = stage_in + 1 == STAGES ? 0 : stage_in + 1;
     };
-#pragma unroll
+#pragma unroll 1
     for (u32 stage = 0; stage < STAGES - 1; ++stage) fetch_next();
 #pragma unroll 1
     for (u32 k = first; k < end; k += DEPTH) {

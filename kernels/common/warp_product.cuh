@@ -30,6 +30,14 @@ __device__ __forceinline__ u32 fresh_lane() {
 #endif
 }
 
+// The same value, as if computed here: sums with it are not kept in registers from before the loops around them.
+__device__ __forceinline__ u64 fresh(u64 value) {
+#ifdef __CUDACC__
+    asm volatile("" : "+l"(value));
+#endif
+    return value;
+}
+
 // Both columns' products of a pair of B fragments; the second only where it is wanted.
 template <class T> __device__ __forceinline__ void multiply_pair(
     float (&first)[4], float (&second)[4], const u32 (&a)[4], const u32 (&b)[4], bool both) {
