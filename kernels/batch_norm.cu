@@ -182,58 +182,58 @@ __device__ __forceinline__ void input_gradient(T* __restrict__ gradient, const T
 }  // namespace
 
 #define KERNEL_OF(name) extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_##name
-#define INSTANCES(suffix, T)                                                                                           \
-    KERNEL_OF(partial_statistics_##suffix)                                                                             \
-    (Moments * partials, const T* input, u64 rows, u32 channels, u64 rows_per_part) {                                  \
-        SHARED_ARRAY(Moments, scratch, [WIDE * THREADS]);                                                              \
-        if (channels % WIDE == 0) {                                                                                    \
-            partial_statistics<WIDE>(partials, input, rows, channels, rows_per_part, scratch);                         \
-        } else {                                                                                                       \
-            partial_statistics<1>(partials, input, rows, channels, rows_per_part, scratch);                            \
-        }                                                                                                              \
-    }                                                                                                                  \
-    KERNEL_OF(apply_##suffix)                                                                                          \
-    (T * output, const T* input, const float* mean, const float* scale, const void* weight, u32 weight_dtype,          \
-     const void* bias, u32 bias_dtype, u64 rows, u32 channels, u64 rows_per_part) {                                    \
-        const Parameter w = {weight, weight_dtype}, b = {bias, bias_dtype};                                            \
-        if (channels % WIDE == 0) {                                                                                    \
-            apply<WIDE>(output, input, mean, scale, w, b, rows, channels, rows_per_part);                              \
-        } else {                                                                                                       \
-            apply<1>(output, input, mean, scale, w, b, rows, channels, rows_per_part);                                 \
-        }                                                                                                              \
-    }                                                                                                                  \
-    KERNEL_OF(partial_sums_##suffix)                                                                                   \
-    (Pair * partials, const T* input, const T* output_gradient, const float* mean, u64 rows, u32 channels,             \
-     u64 rows_per_part) {                                                                                              \
-        SHARED_ARRAY(Pair, scratch, [WIDE * THREADS]);                                                                 \
-        if (channels % WIDE == 0) {                                                                                    \
-            partial_sums<WIDE>(partials, input, output_gradient, mean, rows, channels, rows_per_part, scratch);        \
-        } else {                                                                                                       \
-            partial_sums<1>(partials, input, output_gradient, mean, rows, channels, rows_per_part, scratch);           \
-        }                                                                                                              \
-    }                                                                                                                  \
-    KERNEL_OF(input_gradient_##suffix)                                                                                 \
-    (T * gradient, const T* input, const T* output_gradient, const float* mean, const float* scale,                    \
-     const void* weight, u32 weight_dtype, const float* along, const float* total, u64 rows, u32 channels,             \
-     u64 rows_per_part) {                                                                                              \
-        const Parameter w = {weight, weight_dtype};                                                                    \
-        if (channels % WIDE == 0) {                                                                                    \
-            input_gradient<WIDE>(gradient, input, output_gradient, mean, scale, w, along, total, rows, channels,       \
-                                 rows_per_part);                                                                       \
-        } else {                                                                                                       \
-            input_gradient<1>(gradient, input, output_gradient, mean, scale, w, along, total, rows, channels,          \
-                              rows_per_part);                                                                          \
-        }                                                                                                              \
-    }                                                                                                                  \
-    /* Running statistics: old + momentum (new - old), so that what has converged stays. */                            \
-    KERNEL_OF(update_##suffix)                                                                                         \
-    (T * mean, T * variance, const T* old_mean, const T* old_variance, const float* batch_mean,                        \
-     const float* batch_variance, float momentum, u32 channels) {                                                      \
-        const u32 channel = blockIdx.x * THREADS + threadIdx.x;                                                        \
-        if (channel >= channels) return;                                                                               \
-        const float center = to_float(old_mean[channel]), spread = to_float(old_variance[channel]);                    \
-        mean[channel] = from_float<T>(fmaf(momentum, batch_mean[channel] - center, center));                           \
-        variance[channel] = from_float<T>(fmaf(momentum, batch_variance[channel] - spread, spread));                   \
+#define INSTANCES(suffix, T)                                                                                     \
+    KERNEL_OF(partial_statistics_##suffix)                                                                       \
+    (Moments * partials, const T* input, u64 rows, u32 channels, u64 rows_per_part) {                            \
+        SHARED_ARRAY(Moments, scratch, [WIDE * THREADS]);                                                        \
+        if (channels % WIDE == 0) {                                                                              \
+            partial_statistics<WIDE>(partials, input, rows, channels, rows_per_part, scratch);                   \
+        } else {                                                                                                 \
+            partial_statistics<1>(partials, input, rows, channels, rows_per_part, scratch);                      \
+        }                                                                                                        \
+    }                                                                                                            \
+    KERNEL_OF(apply_##suffix)                                                                                    \
+    (T * output, const T* input, const float* mean, const float* scale, const void* weight, u32 weight_dtype,    \
+     const void* bias, u32 bias_dtype, u64 rows, u32 channels, u64 rows_per_part) {                              \
+        const Parameter w = {weight, weight_dtype}, b = {bias, bias_dtype};                                      \
+        if (channels % WIDE == 0) {                                                                              \
+            apply<WIDE>(output, input, mean, scale, w, b, rows, channels, rows_per_part);                        \
+        } else {                                                                                                 \
+            apply<1>(output, input, mean, scale, w, b, rows, channels, rows_per_part);                           \
+        }                                                                                                        \
+    }                                                                                                            \
+    KERNEL_OF(partial_sums_##suffix)                                                                             \
+    (Pair * partials, const T* input, const T* output_gradient, const float* mean, u64 rows, u32 channels,       \
+     u64 rows_per_part) {                                                                                        \
+        SHARED_ARRAY(Pair, scratch, [WIDE * THREADS]);                                                           \
+        if (channels % WIDE == 0) {                                                                              \
+            partial_sums<WIDE>(partials, input, output_gradient, mean, rows, channels, rows_per_part, scratch);  \
+        } else {                                                                                                 \
+            partial_sums<1>(partials, input, output_gradient, mean, rows, channels, rows_per_part, scratch);     \
+        }                                                                                                        \
+    }                                                                                                            \
+    KERNEL_OF(input_gradient_##suffix)                                                                           \
+    (T * gradient, const T* input, const T* output_gradient, const float* mean, const float* scale,              \
+     const void* weight, u32 weight_dtype, const float* along, const float* total, u64 rows, u32 channels,       \
+     u64 rows_per_part) {                                                                                        \
+        const Parameter w = {weight, weight_dtype};                                                              \
+        if (channels % WIDE == 0) {                                                                              \
+            input_gradient<WIDE>(gradient, input, output_gradient, mean, scale, w, along, total, rows, channels, \
+                                 rows_per_part);                                                                 \
+        } else {                                                                                                 \
+            input_gradient<1>(gradient, input, output_gradient, mean, scale, w, along, total, rows, channels,    \
+                              rows_per_part);                                                                    \
+        }                                                                                                        \
+    }                                                                                                            \
+    /* Running statistics: old + momentum (new - old), so that what has converged stays. */                      \
+    KERNEL_OF(update_##suffix)                                                                                   \
+    (T * mean, T * variance, const T* old_mean, const T* old_variance, const float* batch_mean,                  \
+     const float* batch_variance, float momentum, u32 channels) {                                                \
+        const u32 channel = blockIdx.x * THREADS + threadIdx.x;                                                  \
+        if (channel >= channels) return;                                                                         \
+        const float center = to_float(old_mean[channel]), spread = to_float(old_variance[channel]);              \
+        mean[channel] = from_float<T>(fmaf(momentum, batch_mean[channel] - center, center));                     \
+        variance[channel] = from_float<T>(fmaf(momentum, batch_variance[channel] - spread, spread));             \
     }
 FOR_EACH_FLOAT(INSTANCES)
 

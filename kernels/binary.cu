@@ -43,14 +43,22 @@ template <int V> __device__ __forceinline__ void apply(Binary function, float (&
         for (int i = 0; i < V; ++i) left[i] = f(left[i], right[i]);
     };
     switch (function) {
-        case Binary::Add: return each([](float a, float b) { return a + b; });
-        case Binary::Sub: return each([](float a, float b) { return a - b; });
-        case Binary::Mul: return each([](float a, float b) { return a * b; });
-        case Binary::Div: return each([](float a, float b) { return a / b; });
-        case Binary::Maximum: return each([](float a, float b) { return maximum(a, b); });
-        case Binary::Minimum: return each([](float a, float b) { return minimum(a, b); });
-        case Binary::Greater: return each([](float a, float b) { return a > b ? 1.0f : 0.0f; });
-        case Binary::Equal: return each([](float a, float b) { return a == b ? 1.0f : 0.0f; });
+        case Binary::Add:
+            return each([](float a, float b) { return a + b; });
+        case Binary::Sub:
+            return each([](float a, float b) { return a - b; });
+        case Binary::Mul:
+            return each([](float a, float b) { return a * b; });
+        case Binary::Div:
+            return each([](float a, float b) { return a / b; });
+        case Binary::Maximum:
+            return each([](float a, float b) { return maximum(a, b); });
+        case Binary::Minimum:
+            return each([](float a, float b) { return minimum(a, b); });
+        case Binary::Greater:
+            return each([](float a, float b) { return a > b ? 1.0f : 0.0f; });
+        case Binary::Equal:
+            return each([](float a, float b) { return a == b ? 1.0f : 0.0f; });
     }
 }
 
@@ -89,21 +97,21 @@ __device__ __forceinline__ void select(T* output, const T* mask, const T* yes, c
 }
 
 // `wide`: rows are a multiple of 16 bytes, or there is only one.
-#define INSTANCE(suffix, T)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        binary_##suffix(T* output, const T* left, const T* right, u64 elements, u32 function, u32 wide, u32 rank,      \
-                        const __grid_constant__ Axes extents, const __grid_constant__ Axes left_steps,                 \
-                        const __grid_constant__ Axes right_steps) {                                                    \
-        const Operand<T> a{left, left_steps}, b{right, right_steps};                                                   \
-        if (wide) {                                                                                                    \
-            binary<WIDEST<T>>(output, a, b, elements, Binary(function), rank, extents);                                \
-        } else {                                                                                                       \
-            binary<1>(output, a, b, elements, Binary(function), rank, extents);                                        \
-        }                                                                                                              \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        select_##suffix(T* output, const T* mask, const T* yes, const T* no, u64 elements) {                           \
-        select(output, mask, yes, no, elements);                                                                       \
+#define INSTANCE(suffix, T)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                         \
+        binary_##suffix(T* output, const T* left, const T* right, u64 elements, u32 function, u32 wide, u32 rank, \
+                        const __grid_constant__ Axes extents, const __grid_constant__ Axes left_steps,            \
+                        const __grid_constant__ Axes right_steps) {                                               \
+        const Operand<T> a{left, left_steps}, b{right, right_steps};                                              \
+        if (wide) {                                                                                               \
+            binary<WIDEST<T>>(output, a, b, elements, Binary(function), rank, extents);                           \
+        } else {                                                                                                  \
+            binary<1>(output, a, b, elements, Binary(function), rank, extents);                                   \
+        }                                                                                                         \
+    }                                                                                                             \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                         \
+        select_##suffix(T* output, const T* mask, const T* yes, const T* no, u64 elements) {                      \
+        select(output, mask, yes, no, elements);                                                                  \
     }
 FOR_EACH_FLOAT(INSTANCE)
 

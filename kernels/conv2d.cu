@@ -31,8 +31,8 @@ struct Work {
 };
 
 // Blocks count column tiles fastest, then row tiles, then phases, then groups.
-__device__ __forceinline__ Work work(
-    const Convolution& c, bool gradient, u32 columns, u32 tile_rows, u32 tile_columns) {
+__device__ __forceinline__ Work work(const Convolution& c, bool gradient, u32 columns, u32 tile_rows,
+                                     u32 tile_columns) {
     u32 index = blockIdx.x;
     const auto next = [&](u32 extent) {
         const u32 at = index % extent;
@@ -98,8 +98,8 @@ template <class T, u32 RUN_> struct PackedWeight {
 
 // Where the rows of the block's tile begin, and where their results belong.
 template <u32 ROWS, u32 THREADS>
-__device__ __forceinline__ void fill_anchors(
-    Anchor* anchors, const Gather& gather, u32 first_row, u32 rows, u32 source_height, u32 height, u32 width) {
+__device__ __forceinline__ void fill_anchors(Anchor* anchors, const Gather& gather, u32 first_row, u32 rows,
+                                             u32 source_height, u32 height, u32 width) {
     for (u32 i = threadIdx.x; i < ROWS; i += THREADS) {
         u32 py, px;
         const u32 image = gather.position(first_row + i, py, px);
@@ -128,8 +128,8 @@ __device__ __forceinline__ void store_pair(T* to, float first, float second, boo
 
 // RUN elements of the source's channels are read at once.
 template <class Tile, class T, u32 RUN>
-__device__ __forceinline__ void gather(
-    T* output, const T* source, const T* weight, const T* bias, const Convolution& c, bool gradient) {
+__device__ __forceinline__ void gather(T* output, const T* source, const T* weight, const T* bias, const Convolution& c,
+                                       bool gradient) {
     const u32 columns = gradient ? c.group_inputs() : c.group_outputs();
     const u32 channels = padded(gradient ? c.group_outputs() : c.group_inputs(), RUN);
     const Work block = work(c, gradient, columns, Tile::M, Tile::N);
@@ -166,12 +166,12 @@ __device__ __forceinline__ void gather(
 }
 
 // As `TILES` of src/ops/conv2d/gpu.rs says. `blocks` at once in a multiprocessor are what the registers are shared by.
-#define GATHER(instance, T, RUN, threads, blocks, ...)                                                                 \
-    extern "C" __global__ void __launch_bounds__(threads, blocks) conv2d_gather_##instance(                            \
-        T* output, const T* source, const T* weight, const T* bias, Convolution convolution, u32 gradient) {           \
-        using Tile = __VA_ARGS__;                                                                                      \
-        static_assert(Tile::THREADS == threads);                                                                       \
-        gather<Tile, T, RUN>(output, source, weight, bias, convolution, gradient != 0);                                \
+#define GATHER(instance, T, RUN, threads, blocks, ...)                                                       \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) conv2d_gather_##instance(                  \
+        T* output, const T* source, const T* weight, const T* bias, Convolution convolution, u32 gradient) { \
+        using Tile = __VA_ARGS__;                                                                            \
+        static_assert(Tile::THREADS == threads);                                                             \
+        gather<Tile, T, RUN>(output, source, weight, bias, convolution, gradient != 0);                      \
     }
 GATHER(f32, float, 1, 128, 2, SimtTile<128, 64, 16, 8, 8, 3>)
 GATHER(bf16, bf16, 8, 256, 2, TensorTile<bf16, 128, 128, 32, 2, 4, 3>)

@@ -29,8 +29,10 @@ struct DepthwiseAxis {
     u32 extent;
 
     __device__ __forceinline__ DepthwiseAxis(const Convolution& c, int axis, bool gradient)
-        : scale(gradient ? 1 : i32(c.stride[axis])), offset(gradient ? i32(c.padding[axis]) : -i32(c.padding[axis])),
-          step(gradient ? -i32(c.dilation[axis]) : i32(c.dilation[axis])), by(gradient ? c.stride[axis] : 1),
+        : scale(gradient ? 1 : i32(c.stride[axis])),
+          offset(gradient ? i32(c.padding[axis]) : -i32(c.padding[axis])),
+          step(gradient ? -i32(c.dilation[axis]) : i32(c.dilation[axis])),
+          by(gradient ? c.stride[axis] : 1),
           extent(gradient ? c.output[axis] : c.input[axis]) {}
 
     __device__ __forceinline__ bool find(u32 position, u32 tap, u32& source) const {
@@ -42,8 +44,8 @@ struct DepthwiseAxis {
 };
 
 template <int RUN, class T>
-__device__ __forceinline__ void depthwise_gather(
-    T* output, const T* source, const T* weight, const T* bias, const Convolution& c, bool gradient) {
+__device__ __forceinline__ void depthwise_gather(T* output, const T* source, const T* weight, const T* bias,
+                                                 const Convolution& c, bool gradient) {
     const DepthwiseAxis vertical(c, 0, gradient), horizontal(c, 1, gradient);
     const u32 height = gradient ? c.input[0] : c.output[0], width = gradient ? c.input[1] : c.output[1];
     const u32 channels = c.in_channels, runs = channels / RUN;
@@ -78,8 +80,8 @@ __device__ __forceinline__ void depthwise_gather(
 
 // Blocks count channels fastest, then quads of taps along a line, then lines of taps, then parts.
 template <int RUN, class T>
-__device__ __forceinline__ void depthwise_weight(
-    float* partial, const T* input, const T* gradient, const Convolution& c, u32 part_positions) {
+__device__ __forceinline__ void depthwise_weight(float* partial, const T* input, const T* gradient,
+                                                 const Convolution& c, u32 part_positions) {
     constexpr u32 TAPS = 4;
     SHARED_ARRAY(float, scratch, [LINES][LANES][RUN]);
     u32 index = blockIdx.x;
@@ -132,14 +134,14 @@ __device__ __forceinline__ void depthwise_weight(
     }
 }
 
-#define DEPTHWISE(instance, T, RUN)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(256) conv2d_depthwise_##instance(                                     \
-        T* output, const T* source, const T* weight, const T* bias, Convolution convolution, u32 gradient) {           \
-        depthwise_gather<RUN>(output, source, weight, bias, convolution, gradient != 0);                               \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(LANES * LINES) conv2d_depthwise_weight_##instance(                    \
-        float* partial, const T* input, const T* gradient, Convolution convolution, u32 part_positions) {              \
-        depthwise_weight<RUN>(partial, input, gradient, convolution, part_positions);                                  \
+#define DEPTHWISE(instance, T, RUN)                                                                          \
+    extern "C" __global__ void __launch_bounds__(256) conv2d_depthwise_##instance(                           \
+        T* output, const T* source, const T* weight, const T* bias, Convolution convolution, u32 gradient) { \
+        depthwise_gather<RUN>(output, source, weight, bias, convolution, gradient != 0);                     \
+    }                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(LANES* LINES) conv2d_depthwise_weight_##instance(           \
+        float* partial, const T* input, const T* gradient, Convolution convolution, u32 part_positions) {    \
+        depthwise_weight<RUN>(partial, input, gradient, convolution, part_positions);                        \
     }
 DEPTHWISE(f32, f32, 4)
 DEPTHWISE(f32_scalar, f32, 1)
@@ -148,6 +150,6 @@ DEPTHWISE(bf16_scalar, bf16, 1)
 DEPTHWISE(f16, f16, 8)
 DEPTHWISE(f16_scalar, f16, 1)
 
-#define KERNEL_DEPTHWISE(name)                                                                                         \
+#define KERNEL_DEPTHWISE(name) \
     KERNEL_FLOATS(name), KERNEL(name##_f32_scalar), KERNEL(name##_bf16_scalar), KERNEL(name##_f16_scalar)
 KERNELS(conv2d_depthwise, KERNEL_DEPTHWISE(conv2d_depthwise), KERNEL_DEPTHWISE(conv2d_depthwise_weight))

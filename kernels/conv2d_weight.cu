@@ -42,8 +42,8 @@ template <class T, u32 RUN_> struct PatchesAcross {
 
 // Blocks count row tiles fastest, then column tiles, then groups, then parts. A part is `part_positions` positions.
 template <class Tile, class T, u32 RUN>
-__device__ __forceinline__ void weight_gradient(
-    float* partial, const T* input, const T* gradient, const Convolution& c, u32 part_positions, void* shared) {
+__device__ __forceinline__ void weight_gradient(float* partial, const T* input, const T* gradient, const Convolution& c,
+                                                u32 part_positions, void* shared) {
     const u32 features = padded(c.group_outputs(), RUN), channels = padded(c.group_inputs(), RUN);
     u32 index = blockIdx.x;
     const auto next = [&](u32 extent) {
@@ -76,13 +76,13 @@ __device__ __forceinline__ void weight_gradient(
 }
 
 // Rows, columns and terms as in `WEIGHT_TILES` of src/ops/conv2d/gpu.rs.
-#define WEIGHT(instance, T, RUN, threads, ...)                                                                         \
-    extern "C" __global__ void __launch_bounds__(threads) conv2d_weight_##instance(                                    \
-        float* partial, const T* input, const T* gradient, Convolution convolution, u32 part_positions) {              \
-        using Tile = __VA_ARGS__;                                                                                      \
-        static_assert(Tile::THREADS == threads);                                                                       \
-        SHARED_ARRAY_ALIGNED(128, unsigned char, shared, [Tile::SHARED_BYTES]);                                        \
-        weight_gradient<Tile, T, RUN>(partial, input, gradient, convolution, part_positions, shared);                  \
+#define WEIGHT(instance, T, RUN, threads, ...)                                                            \
+    extern "C" __global__ void __launch_bounds__(threads) conv2d_weight_##instance(                       \
+        float* partial, const T* input, const T* gradient, Convolution convolution, u32 part_positions) { \
+        using Tile = __VA_ARGS__;                                                                         \
+        static_assert(Tile::THREADS == threads);                                                          \
+        SHARED_ARRAY_ALIGNED(128, unsigned char, shared, [Tile::SHARED_BYTES]);                           \
+        weight_gradient<Tile, T, RUN>(partial, input, gradient, convolution, part_positions, shared);     \
     }
 WEIGHT(f32, float, 4, 128, SimtTile<64, 64, 16, 4, 8, 3>)
 WEIGHT(bf16, bf16, 8, 128, TensorTile<bf16, 64, 128, 32, 1, 4, 3>)
@@ -91,9 +91,8 @@ WEIGHT(f16, f16, 8, 128, TensorTile<f16, 64, 128, 32, 1, 4, 3>)
 // A weight in another order of its axes, the sum of `parts` of them: the element (i, j, k, l) of `extents` from the
 // place with `strides`, zero for l from `valid` on. Parts are `part` elements apart. A thread for each element.
 template <class T, class S>
-__device__ __forceinline__ void sum_permuted(
-    T* output, const S* input, const Array<u32, 4>& extents, const Array<u32, 4>& strides, u32 valid, u32 parts,
-    u64 part) {
+__device__ __forceinline__ void sum_permuted(T* output, const S* input, const Array<u32, 4>& extents,
+                                             const Array<u32, 4>& strides, u32 valid, u32 parts, u64 part) {
     const u64 elements = u64(extents[0]) * extents[1] * extents[2] * extents[3];
     for (u64 element = grid_thread(); element < elements; element += grid_threads()) {
         const u32 l = element % extents[3];
@@ -126,18 +125,18 @@ __device__ __forceinline__ void pad_channels(T* output, const T* input, u64 rows
     }
 }
 
-#define PERMUTE(suffix, T)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(256) conv2d_pack_##suffix(                                            \
-        T* output, const T* input, Array<u32, 4> extents, Array<u32, 4> strides, u32 valid) {                          \
-        sum_permuted(output, input, extents, strides, valid, 1, 0);                                                    \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256) conv2d_sum_##suffix(                                             \
-        T* output, const float* input, Array<u32, 4> extents, Array<u32, 4> strides, u32 parts, u64 part) {            \
-        sum_permuted(output, input, extents, strides, extents[3], parts, part);                                        \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256)                                                                  \
-        conv2d_pad_##suffix(T* output, const T* input, u64 rows, u32 channels) {                                       \
-        pad_channels<WIDEST<T>>(output, input, rows, channels);                                                        \
+#define PERMUTE(suffix, T)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(256)                                                              \
+        conv2d_pack_##suffix(T* output, const T* input, Array<u32, 4> extents, Array<u32, 4> strides, u32 valid) { \
+        sum_permuted(output, input, extents, strides, valid, 1, 0);                                                \
+    }                                                                                                              \
+    extern "C" __global__ void __launch_bounds__(256) conv2d_sum_##suffix(                                         \
+        T* output, const float* input, Array<u32, 4> extents, Array<u32, 4> strides, u32 parts, u64 part) {        \
+        sum_permuted(output, input, extents, strides, extents[3], parts, part);                                    \
+    }                                                                                                              \
+    extern "C" __global__ void __launch_bounds__(256)                                                              \
+        conv2d_pad_##suffix(T* output, const T* input, u64 rows, u32 channels) {                                   \
+        pad_channels<WIDEST<T>>(output, input, rows, channels);                                                    \
     }
 FOR_EACH_FLOAT(PERMUTE)
 

@@ -38,8 +38,8 @@ __device__ void pack_weights(T* packed, const PerKernel<const T>& weights, const
 }
 
 template <class Tile, class T, u32 RUN>
-__device__ __forceinline__ void forward(T* output, const T* input, const T* packed,
-                                        const PerKernel<const T>& biases, const Embedding& e, void* shared) {
+__device__ __forceinline__ void forward(T* output, const T* input, const T* packed, const PerKernel<const T>& biases,
+                                        const Embedding& e, void* shared) {
     u32 column = blockIdx.y;
     const u32 number = e.find(column, [&](u32 i) { return divide_up(e.outs[i], Tile::N); });
     const Scale scale = e.scale(number);
@@ -68,25 +68,25 @@ __device__ __forceinline__ void forward(T* output, const T* input, const T* pack
     });
 }
 
-#define PACK(suffix, T)                                                                                                \
-    extern "C" __global__ void __launch_bounds__(256) cross_scale_embedding_pack_##suffix(                             \
-        T* packed, PerKernel<const T> weights, Embedding embedding) {                                       \
-        pack_weights<T>(packed, weights, embedding);                                                                   \
+#define PACK(suffix, T)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(256)                                                     \
+        cross_scale_embedding_pack_##suffix(T* packed, PerKernel<const T> weights, Embedding embedding) { \
+        pack_weights<T>(packed, weights, embedding);                                                      \
     }
 FOR_EACH_FLOAT(PACK)
 
 // Columns of a tile as in src/ops/cross_scale_embedding/gpu.rs.
-#define FORWARD(instance, T, RUN, ...)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(128, 2) cross_scale_embedding_forward_##instance(                     \
-        T* output, const T* input, const T* packed, PerKernel<const T> biases, Embedding embedding) {       \
-        using Tile = __VA_ARGS__;                                                                                      \
-        static_assert(Tile::THREADS == 128 && Tile::M == 128);                                                         \
-        SHARED_ARRAY_ALIGNED(128, unsigned char, shared, [Tile::SHARED_BYTES]);                                        \
-        forward<Tile, T, RUN>(output, input, packed, biases, embedding, shared);                                       \
+#define FORWARD(instance, T, RUN, ...)                                                                \
+    extern "C" __global__ void __launch_bounds__(128, 2) cross_scale_embedding_forward_##instance(    \
+        T* output, const T* input, const T* packed, PerKernel<const T> biases, Embedding embedding) { \
+        using Tile = __VA_ARGS__;                                                                     \
+        static_assert(Tile::THREADS == 128 && Tile::M == 128);                                        \
+        SHARED_ARRAY_ALIGNED(128, unsigned char, shared, [Tile::SHARED_BYTES]);                       \
+        forward<Tile, T, RUN>(output, input, packed, biases, embedding, shared);                      \
     }
-#define FORWARD_HALF(suffix, T)                                                                                        \
-    FORWARD(suffix##_vector, T, 8, TensorTile<T, 128, 64, 32, 2, 2, 3>)                                                \
-    FORWARD(suffix##_pair, T, 2, TensorTile<T, 128, 32, 32, 4, 1, 3>)                                                  \
+#define FORWARD_HALF(suffix, T)                                         \
+    FORWARD(suffix##_vector, T, 8, TensorTile<T, 128, 64, 32, 2, 2, 3>) \
+    FORWARD(suffix##_pair, T, 2, TensorTile<T, 128, 32, 32, 4, 1, 3>)   \
     FORWARD(suffix##_scalar, T, 1, TensorTile<T, 128, 32, 32, 4, 1, 3>)
 FORWARD(f32, float, 1, SimtTile<128, 32, 8, 8, 4, 4>)
 FORWARD_HALF(bf16, bf16)

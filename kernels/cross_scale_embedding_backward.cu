@@ -23,8 +23,8 @@
 
 // Blocks count column tiles fastest, then row tiles (as many as the first phase has), then phases.
 template <class Tile, class T, u32 RUN>
-__device__ __forceinline__ void input_gradient(
-    T* input_gradient, const T* gradient, const T* packed, const Embedding& e, void* shared) {
+__device__ __forceinline__ void input_gradient(T* input_gradient, const T* gradient, const T* packed,
+                                               const Embedding& e, void* shared) {
     u32 index = blockIdx.x;
     const auto next = [&](u32 extent) {
         const u32 at = index % extent;
@@ -46,8 +46,8 @@ __device__ __forceinline__ void input_gradient(
     for (u32 i = 0; i < e.kernels; ++i) {
         const Scale scale = e.scale(i);
         const PhaseTerms terms({phase_y, e.stride, scale}, {phase_x, e.stride, scale}, scale.out);
-        const GradientsByPixel<T, RUN> gradients{
-            terms, gradient + scale.first, pixels, e.rows(), e.columns(), e.out_channels, by_width, by_height};
+        const GradientsByPixel<T, RUN> gradients{terms,       gradient + scale.first, pixels,   e.rows(),
+                                                 e.columns(), e.out_channels,         by_width, by_height};
         const WeightByChannel<T, RUN == WIDEST<T> ? RUN : 1> weight{
             terms, packed + scale.packed, e.channels, scale.side, e.stride, scale.pitch};
         tile.accumulate(gradients, weight, row, column, 0, terms.depth, shared);
@@ -75,12 +75,13 @@ constexpr u32 BIAS_COLUMNS = 32;
 
 // Sums 32 columns of dy over the positions from `first` to before `end`, a column in every fourth thread.
 template <class T>
-__device__ __forceinline__ void bias_gradient(
-    float* sums, const T* gradient, const Embedding& e, u32 block, u32 first, u32 end, float* shared) {
+__device__ __forceinline__ void bias_gradient(float* sums, const T* gradient, const Embedding& e, u32 block, u32 first,
+                                              u32 end, float* shared) {
     const u32 column = block * BIAS_COLUMNS + lane();
     float sum = 0;
     if (column < e.out_channels) {
-        for (u32 row = first + warp(); row < end; row += 4) sum += to_float(gradient[u64(row) * e.out_channels + column]);
+        for (u32 row = first + warp(); row < end; row += 4)
+            sum += to_float(gradient[u64(row) * e.out_channels + column]);
     }
     shared[linear_thread()] = sum;
     __syncthreads();
@@ -92,8 +93,8 @@ __device__ __forceinline__ void bias_gradient(
 // A part of `part` positions for each blockIdx.y. Blocks along x: row tiles fastest, then column tiles, then kernels, then
 // columns of the bias.
 template <class Tile, class T, u32 RUN>
-__device__ __forceinline__ void weight_gradient(
-    float* partials, const T* input, const T* gradient, u32 part, const Embedding& e, void* shared) {
+__device__ __forceinline__ void weight_gradient(float* partials, const T* input, const T* gradient, u32 part,
+                                                const Embedding& e, void* shared) {
     const u64 weights = e.packed(e.kernels);
     partials += blockIdx.y * (weights + e.out_channels);
     const u32 positions = e.positions(), first = blockIdx.y * part;
@@ -134,8 +135,8 @@ __device__ void add_parts(const PerKernel<T>& weight_gradients, const PerKernel<
     for (u64 i = grid_thread(); i < weights + scale.out; i += grid_threads()) {
         const bool is_weight = i < weights;
         const u32 out = u32(is_weight ? i / scale.depth : i - weights), term = u32(is_weight ? i % scale.depth : 0);
-        const float* partial = partials + (is_weight ? scale.packed + u64(out) * scale.pitch + term
-                                                     : all_weights + scale.first + out);
+        const float* partial =
+            partials + (is_weight ? scale.packed + u64(out) * scale.pitch + term : all_weights + scale.first + out);
         float sum = 0;
         for (u32 part = 0; part < parts; ++part) sum += partial[part * size];
         if (is_weight) {
@@ -147,35 +148,35 @@ __device__ void add_parts(const PerKernel<T>& weight_gradients, const PerKernel<
     }
 }
 
-#define ADD_PARTS(suffix, T)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(256) cross_scale_embedding_add_parts_##suffix(                        \
-        PerKernel<T> weight_gradients, PerKernel<T> bias_gradients, const float* partials, u32 parts,                  \
-        Embedding embedding) {                                                                                         \
-        add_parts<T>(weight_gradients, bias_gradients, partials, parts, embedding);                                    \
+#define ADD_PARTS(suffix, T)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(256)                                                        \
+        cross_scale_embedding_add_parts_##suffix(PerKernel<T> weight_gradients, PerKernel<T> bias_gradients, \
+                                                 const float* partials, u32 parts, Embedding embedding) {    \
+        add_parts<T>(weight_gradients, bias_gradients, partials, parts, embedding);                          \
     }
 FOR_EACH_FLOAT(ADD_PARTS)
 
 // Columns of a tile as in src/ops/cross_scale_embedding/gpu.rs.
-#define INPUT_GRADIENT(instance, T, RUN, ...)                                                                          \
-    extern "C" __global__ void __launch_bounds__(128, 2) cross_scale_embedding_input_gradient_##instance(              \
-        T* gradient_of_input, const T* gradient, const T* packed, Embedding embedding) {                               \
-        using Tile = __VA_ARGS__;                                                                                      \
-        static_assert(Tile::THREADS == 128 && Tile::M == 128);                                                         \
-        SHARED_ARRAY_ALIGNED(128, unsigned char, shared, [Tile::SHARED_BYTES]);                                        \
-        input_gradient<Tile, T, RUN>(gradient_of_input, gradient, packed, embedding, shared);                          \
+#define INPUT_GRADIENT(instance, T, RUN, ...)                                                             \
+    extern "C" __global__ void __launch_bounds__(128, 2) cross_scale_embedding_input_gradient_##instance( \
+        T* gradient_of_input, const T* gradient, const T* packed, Embedding embedding) {                  \
+        using Tile = __VA_ARGS__;                                                                         \
+        static_assert(Tile::THREADS == 128 && Tile::M == 128);                                            \
+        SHARED_ARRAY_ALIGNED(128, unsigned char, shared, [Tile::SHARED_BYTES]);                           \
+        input_gradient<Tile, T, RUN>(gradient_of_input, gradient, packed, embedding, shared);             \
     }
-#define WEIGHT_GRADIENT(instance, T, RUN, ...)                                                                         \
-    extern "C" __global__ void __launch_bounds__(128, 2) cross_scale_embedding_weight_gradient_##instance(             \
-        float* partials, const T* input, const T* gradient, u32 part, Embedding embedding) {                           \
-        using Tile = __VA_ARGS__;                                                                                      \
-        SHARED_ARRAY_ALIGNED(128, unsigned char, shared, [Tile::SHARED_BYTES]);                                        \
-        weight_gradient<Tile, T, RUN>(partials, input, gradient, part, embedding, shared);                             \
+#define WEIGHT_GRADIENT(instance, T, RUN, ...)                                                             \
+    extern "C" __global__ void __launch_bounds__(128, 2) cross_scale_embedding_weight_gradient_##instance( \
+        float* partials, const T* input, const T* gradient, u32 part, Embedding embedding) {               \
+        using Tile = __VA_ARGS__;                                                                          \
+        SHARED_ARRAY_ALIGNED(128, unsigned char, shared, [Tile::SHARED_BYTES]);                            \
+        weight_gradient<Tile, T, RUN>(partials, input, gradient, part, embedding, shared);                 \
     }
-#define HALF(suffix, T)                                                                                                \
-    INPUT_GRADIENT(suffix##_vector, T, 8, TensorTile<T, 128, 64, 32, 2, 2, 3>)                                         \
-    INPUT_GRADIENT(suffix##_scalar, T, 1, TensorTile<T, 128, 32, 32, 4, 1, 3>)                                         \
-    WEIGHT_GRADIENT(suffix##_vector, T, 8, TensorTile<T, 128, 64, 32, 2, 2, 3>)                                        \
-    WEIGHT_GRADIENT(suffix##_pair, T, 2, TensorTile<T, 128, 32, 32, 4, 1, 3>)                                          \
+#define HALF(suffix, T)                                                         \
+    INPUT_GRADIENT(suffix##_vector, T, 8, TensorTile<T, 128, 64, 32, 2, 2, 3>)  \
+    INPUT_GRADIENT(suffix##_scalar, T, 1, TensorTile<T, 128, 32, 32, 4, 1, 3>)  \
+    WEIGHT_GRADIENT(suffix##_vector, T, 8, TensorTile<T, 128, 64, 32, 2, 2, 3>) \
+    WEIGHT_GRADIENT(suffix##_pair, T, 2, TensorTile<T, 128, 32, 32, 4, 1, 3>)   \
     WEIGHT_GRADIENT(suffix##_scalar, T, 1, TensorTile<T, 128, 32, 32, 4, 1, 3>)
 INPUT_GRADIENT(f32, float, 1, SimtTile<128, 32, 8, 8, 4, 4>)
 WEIGHT_GRADIENT(f32, float, 1, SimtTile<128, 32, 8, 8, 4, 4>)
@@ -188,5 +189,4 @@ KERNELS(cross_scale_embedding_backward, KERNEL_FLOATS(cross_scale_embedding_add_
         KERNEL(cross_scale_embedding_input_gradient_bf16_scalar),
         KERNEL(cross_scale_embedding_input_gradient_f16_vector),
         KERNEL(cross_scale_embedding_input_gradient_f16_scalar), KERNEL(cross_scale_embedding_weight_gradient_f32),
-        KERNEL_RUNS(cross_scale_embedding_weight_gradient_bf16),
-        KERNEL_RUNS(cross_scale_embedding_weight_gradient_f16))
+        KERNEL_RUNS(cross_scale_embedding_weight_gradient_bf16), KERNEL_RUNS(cross_scale_embedding_weight_gradient_f16))

@@ -75,9 +75,8 @@ __device__ void drop_path(T* output, const T* input, u64 elements, u64 sample_le
         dropout_##suffix(T* output, const T* input, u64 elements, u32 threshold, float scale, RandomStream stream) {   \
         dropout<T>(output, input, elements, threshold, scale, stream);                                                 \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        drop_path_##suffix(T* output, const T* input, u64 elements, u64 sample_length, u32 threshold, float scale,     \
-                           RandomStream stream) {                                                                      \
+    extern "C" __global__ void __launch_bounds__(THREADS) drop_path_##suffix(                                          \
+        T* output, const T* input, u64 elements, u64 sample_length, u32 threshold, float scale, RandomStream stream) { \
         drop_path<T>(output, input, elements, sample_length, threshold, scale, stream);                                \
     }
 FOR_EACH_FLOAT(INSTANCE)

@@ -23,9 +23,7 @@ __device__ inline i64 cast_to(double value, Tag<i64>) {
     }
     return value < 9.2233720368547758e18 ? i64(value) : 9223372036854775807ll;
 }
-__device__ inline u8 cast_to(double value, Tag<u8>) {
-    return value > 0 ? value < 255 ? u8(value) : u8(255) : u8(0);
-}
+__device__ inline u8 cast_to(double value, Tag<u8>) { return value > 0 ? value < 255 ? u8(value) : u8(255) : u8(0); }
 
 // f64 holds every value of every type but large i64, which round as they do on the processor.
 template <class S> __device__ double widen(S value) { return double(to_float(value)); }
@@ -60,14 +58,14 @@ template <class T> __device__ __forceinline__ void fill(T* output, double value,
     }
 }
 
-#define CAST(from, S, to, D)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        cast_##from##_##to(D* output, const S* input, u64 elements) {                                                  \
-        cast<D, S>(output, input, elements);                                                                           \
+#define CAST(from, S, to, D)                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS)             \
+        cast_##from##_##to(D* output, const S* input, u64 elements) { \
+        cast<D, S>(output, input, elements);                          \
     }
-#define FILL(suffix, T)                                                                                                \
-    extern "C" __global__ void __launch_bounds__(THREADS) fill_##suffix(T* output, double value, u64 elements) {       \
-        fill<T>(output, value, elements);                                                                              \
+#define FILL(suffix, T)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS) fill_##suffix(T* output, double value, u64 elements) { \
+        fill<T>(output, value, elements);                                                                        \
     }
 
 CAST(f32, float, bf16, bf16)

@@ -271,36 +271,35 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-#define INSTANCE(suffix, T)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        gather_rows_##suffix(T* output, const T* source, const i64* indices, Extents extents) {                        \
-        if (extents.inner % WIDEST<T> == 0) {                                                                          \
-            gather_rows<WIDEST<T>>(output, source, indices, extents);                                                  \
-        } else {                                                                                                       \
-            gather_rows<1>(output, source, indices, extents);                                                          \
-        }                                                                                                              \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        gather_elements_##suffix(T* output, const T* source, const i64* indices, Extents extents) {                    \
-        gather_elements<T>(output, source, indices, extents);                                                          \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        gather_segment_partials_##suffix(float* partials, const T* values, const u32* keys, const u32* readers,        \
-                                         const u32* starts, Extents extents) {                                         \
-        if (extents.inner % WIDEST<T> == 0) {                                                                          \
-            segment_partials<WIDEST<T>>(partials, values, keys, readers, starts, extents);                             \
-        } else {                                                                                                       \
-            segment_partials<1>(partials, values, keys, readers, starts, extents);                                     \
-        }                                                                                                              \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        gather_segment_sums_##suffix(T* output, const T* base, const T* values, const float* partials,                 \
-                                     const u32* readers, const u32* starts, Extents extents) {                         \
-        if (extents.inner % WIDEST<T> == 0) {                                                                          \
-            segment_sums<WIDEST<T>>(output, base, values, partials, readers, starts, extents);                         \
-        } else {                                                                                                       \
-            segment_sums<1>(output, base, values, partials, readers, starts, extents);                                 \
-        }                                                                                                              \
+#define INSTANCE(suffix, T)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                            \
+        gather_rows_##suffix(T* output, const T* source, const i64* indices, Extents extents) {                      \
+        if (extents.inner % WIDEST<T> == 0) {                                                                        \
+            gather_rows<WIDEST<T>>(output, source, indices, extents);                                                \
+        } else {                                                                                                     \
+            gather_rows<1>(output, source, indices, extents);                                                        \
+        }                                                                                                            \
+    }                                                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                            \
+        gather_elements_##suffix(T* output, const T* source, const i64* indices, Extents extents) {                  \
+        gather_elements<T>(output, source, indices, extents);                                                        \
+    }                                                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS) gather_segment_partials_##suffix(                          \
+        float* partials, const T* values, const u32* keys, const u32* readers, const u32* starts, Extents extents) { \
+        if (extents.inner % WIDEST<T> == 0) {                                                                        \
+            segment_partials<WIDEST<T>>(partials, values, keys, readers, starts, extents);                           \
+        } else {                                                                                                     \
+            segment_partials<1>(partials, values, keys, readers, starts, extents);                                   \
+        }                                                                                                            \
+    }                                                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                            \
+        gather_segment_sums_##suffix(T* output, const T* base, const T* values, const float* partials,               \
+                                     const u32* readers, const u32* starts, Extents extents) {                       \
+        if (extents.inner % WIDEST<T> == 0) {                                                                        \
+            segment_sums<WIDEST<T>>(output, base, values, partials, readers, starts, extents);                       \
+        } else {                                                                                                     \
+            segment_sums<1>(output, base, values, partials, readers, starts, extents);                               \
+        }                                                                                                            \
     }
 FOR_EACH_FLOAT(INSTANCE)
 

@@ -245,33 +245,33 @@ __device__ __forceinline__ void finish(T* weight_gradient, T* bias_gradient, con
 
 }  // namespace
 
-#define FORWARD(name, T, Row)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        name(T* output, Statistics* statistics, const T* input, const T* weight, const T* bias, u64 rows, u32 width,   \
-             u32 lanes, float eps) {                                                                                   \
-        forward<Row>(output, statistics, input, weight, bias, rows, width, lanes, eps);                                \
+#define FORWARD(name, T, Row)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                            \
+        name(T* output, Statistics* statistics, const T* input, const T* weight, const T* bias, u64 rows, u32 width, \
+             u32 lanes, float eps) {                                                                                 \
+        forward<Row>(output, statistics, input, weight, bias, rows, width, lanes, eps);                              \
     }
-#define BACKWARD(name, T, Row)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                         \
-        name(T* input_gradient, float* partials, const T* input, const T* output_gradient, const T* weight,            \
-             const Statistics* statistics, u64 rows, u32 width, u32 lanes) {                                           \
-        backward<Row>(input_gradient, partials, input, output_gradient, weight, statistics, rows, width, lanes);       \
+#define BACKWARD(name, T, Row)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                   \
+        name(T* input_gradient, float* partials, const T* input, const T* output_gradient, const T* weight,      \
+             const Statistics* statistics, u64 rows, u32 width, u32 lanes) {                                     \
+        backward<Row>(input_gradient, partials, input, output_gradient, weight, statistics, rows, width, lanes); \
     }
-#define INSTANCES(suffix, T)                                                                                           \
-    using HeldForward_##suffix = HeldRow<T, HELD_FORWARD>;                                                             \
-    using HeldBackward_##suffix = HeldRow<T, HELD_BACKWARD>;                                                           \
-    FORWARD(layer_norm_forward_##suffix, T, HeldForward_##suffix)                                                      \
-    FORWARD(layer_norm_forward_streamed_##suffix, T, StreamedRow<T>)                                                   \
-    BACKWARD(layer_norm_backward_##suffix, T, HeldBackward_##suffix)                                                   \
-    BACKWARD(layer_norm_backward_streamed_##suffix, T, StreamedRow<T>)                                                 \
-    extern "C" __global__ void __launch_bounds__(COLUMNS * SLICES) layer_norm_parameter_gradients_##suffix(            \
-        float* partials, const T* input, const T* output_gradient, const Statistics* statistics, u64 rows, u32 width,  \
-        u64 rows_per_part) {                                                                                           \
-        parameter_gradients(partials, input, output_gradient, statistics, rows, width, rows_per_part);                 \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(COLUMNS * SLICES) layer_norm_finish_##suffix(                         \
-        T* weight_gradient, T* bias_gradient, const float* partials, u32 parts, u32 width) {                           \
-        finish(weight_gradient, bias_gradient, partials, parts, width);                                                \
+#define INSTANCES(suffix, T)                                                                                          \
+    using HeldForward_##suffix = HeldRow<T, HELD_FORWARD>;                                                            \
+    using HeldBackward_##suffix = HeldRow<T, HELD_BACKWARD>;                                                          \
+    FORWARD(layer_norm_forward_##suffix, T, HeldForward_##suffix)                                                     \
+    FORWARD(layer_norm_forward_streamed_##suffix, T, StreamedRow<T>)                                                  \
+    BACKWARD(layer_norm_backward_##suffix, T, HeldBackward_##suffix)                                                  \
+    BACKWARD(layer_norm_backward_streamed_##suffix, T, StreamedRow<T>)                                                \
+    extern "C" __global__ void __launch_bounds__(COLUMNS* SLICES) layer_norm_parameter_gradients_##suffix(            \
+        float* partials, const T* input, const T* output_gradient, const Statistics* statistics, u64 rows, u32 width, \
+        u64 rows_per_part) {                                                                                          \
+        parameter_gradients(partials, input, output_gradient, statistics, rows, width, rows_per_part);                \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(COLUMNS* SLICES) layer_norm_finish_##suffix(                         \
+        T* weight_gradient, T* bias_gradient, const float* partials, u32 parts, u32 width) {                          \
+        finish(weight_gradient, bias_gradient, partials, parts, width);                                               \
     }
 FOR_EACH_FLOAT(INSTANCES)
 

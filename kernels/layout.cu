@@ -72,22 +72,21 @@ __device__ __forceinline__ void pad(U* output, const U* input, u64 units, u64 pa
     }
 }
 
-#define INSTANCE(bytes)                                                                                                \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        copy_b##bytes(Unit<bytes>* output, const Unit<bytes>* input, u64 units, u32 rank,                              \
-                      const __grid_constant__ Axes extents, const __grid_constant__ Axes to,                           \
-                      const __grid_constant__ Axes from) {                                                             \
-        copy(output, input, units, rank, extents, to, from);                                                           \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        transpose_b##bytes(Unit<bytes>* output, const Unit<bytes>* input, u64 rows, u64 columns, u64 row_stride,       \
-                           u64 column_stride, u64 tiles, u32 rank, const __grid_constant__ Axes extents,               \
-                           const __grid_constant__ Axes to, const __grid_constant__ Axes from) {                       \
-        transpose(output, input, rows, columns, row_stride, column_stride, tiles, rank, extents, to, from);            \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        pad_b##bytes(Unit<bytes>* output, const Unit<bytes>* input, u64 units, u64 padded, u64 before, u64 width) {    \
-        pad(output, input, units, padded, before, width);                                                              \
+#define INSTANCE(bytes)                                                                                             \
+    extern "C" __global__ void __launch_bounds__(THREADS) copy_b##bytes(                                            \
+        Unit<bytes>* output, const Unit<bytes>* input, u64 units, u32 rank, const __grid_constant__ Axes extents,   \
+        const __grid_constant__ Axes to, const __grid_constant__ Axes from) {                                       \
+        copy(output, input, units, rank, extents, to, from);                                                        \
+    }                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                           \
+        transpose_b##bytes(Unit<bytes>* output, const Unit<bytes>* input, u64 rows, u64 columns, u64 row_stride,    \
+                           u64 column_stride, u64 tiles, u32 rank, const __grid_constant__ Axes extents,            \
+                           const __grid_constant__ Axes to, const __grid_constant__ Axes from) {                    \
+        transpose(output, input, rows, columns, row_stride, column_stride, tiles, rank, extents, to, from);         \
+    }                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                           \
+        pad_b##bytes(Unit<bytes>* output, const Unit<bytes>* input, u64 units, u64 padded, u64 before, u64 width) { \
+        pad(output, input, units, padded, before, width);                                                           \
     }
 INSTANCE(1)
 INSTANCE(2)

@@ -84,16 +84,16 @@ __device__ void gelu_backward(T* input_gradient, T* sums, float* partials, const
     });
 }
 
-#define COLUMN_SUM(from, S, to, T)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS) linear_column_sum_##from##_##to(                       \
-        T* sums, float* partials, const S* values, u64 rows, u32 columns, u64 rows_per_block) {                     \
-        column_sum(sums, partials, values, rows, columns, rows_per_block);                                          \
+#define COLUMN_SUM(from, S, to, T)                                                              \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS) linear_column_sum_##from##_##to(   \
+        T* sums, float* partials, const S* values, u64 rows, u32 columns, u64 rows_per_block) { \
+        column_sum(sums, partials, values, rows, columns, rows_per_block);                      \
     }
-#define GELU_BACKWARD(suffix, T)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS)                                                        \
-        linear_gelu_backward_##suffix(T* input_gradient, T* sums, float* partials, const T* input,                  \
-                                      const T* output_gradient, u64 rows, u32 columns, u64 rows_per_block) {        \
-        gelu_backward(input_gradient, sums, partials, input, output_gradient, rows, columns, rows_per_block);       \
+#define GELU_BACKWARD(suffix, T)                                                                              \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS)                                                  \
+        linear_gelu_backward_##suffix(T* input_gradient, T* sums, float* partials, const T* input,            \
+                                      const T* output_gradient, u64 rows, u32 columns, u64 rows_per_block) {  \
+        gelu_backward(input_gradient, sums, partials, input, output_gradient, rows, columns, rows_per_block); \
     }
 COLUMN_SUM(f32, f32, f32, f32)
 COLUMN_SUM(bf16, bf16, bf16, bf16)

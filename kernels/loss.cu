@@ -225,26 +225,26 @@ __device__ __forceinline__ void weights(T* output, Labels labels, u64 rows, u32 
 }  // namespace
 
 #define KERNEL_OF(name) extern "C" __global__ void __launch_bounds__(THREADS) cross_entropy_##name
-#define INSTANCES(suffix, T)                                                                                           \
-    KERNEL_OF(forward_##suffix)                                                                                        \
-    (T * losses, Total * totals, Statistics * saved, const T* logits, const i64* labels, const T* soft, u64 rows,      \
-     u32 classes, u32 lanes, float keep, float spread, u32 has_ignored, u64 ignored) {                                 \
-        forward(losses, totals, saved, logits, Labels{labels, has_ignored, i64(ignored)}, soft, rows, classes, lanes,  \
-                Smoothing{keep, spread});                                                                              \
-    }                                                                                                                  \
-    KERNEL_OF(finish_##suffix)(T * loss, float* share, const Total* totals, u32 blocks, u32 mean) {                    \
-        finish(loss, share, totals, blocks, mean);                                                                     \
-    }                                                                                                                  \
-    KERNEL_OF(backward_##suffix)                                                                                       \
-    (T * logits_gradient, T * soft_gradient, const T* logits, const i64* labels, const T* soft,                        \
-     const Statistics* saved, const T* gradient, u32 every_row, const float* share, u64 rows, u32 classes, u32 lanes,  \
-     float keep, float spread, u32 has_ignored, u64 ignored) {                                                         \
-        backward(logits_gradient, soft_gradient, logits, Labels{labels, has_ignored, i64(ignored)}, soft, saved,       \
-                 gradient, every_row, share, rows, classes, lanes, Smoothing{keep, spread});                           \
-    }                                                                                                                  \
-    KERNEL_OF(weights_##suffix)                                                                                        \
-    (T * output, const i64* labels, u64 rows, u32 classes, float keep, float spread, u32 has_ignored, u64 ignored) {   \
-        weights(output, Labels{labels, has_ignored, i64(ignored)}, rows, classes, Smoothing{keep, spread});            \
+#define INSTANCES(suffix, T)                                                                                          \
+    KERNEL_OF(forward_##suffix)                                                                                       \
+    (T * losses, Total * totals, Statistics * saved, const T* logits, const i64* labels, const T* soft, u64 rows,     \
+     u32 classes, u32 lanes, float keep, float spread, u32 has_ignored, u64 ignored) {                                \
+        forward(losses, totals, saved, logits, Labels{labels, has_ignored, i64(ignored)}, soft, rows, classes, lanes, \
+                Smoothing{keep, spread});                                                                             \
+    }                                                                                                                 \
+    KERNEL_OF(finish_##suffix)(T * loss, float* share, const Total* totals, u32 blocks, u32 mean) {                   \
+        finish(loss, share, totals, blocks, mean);                                                                    \
+    }                                                                                                                 \
+    KERNEL_OF(backward_##suffix)                                                                                      \
+    (T * logits_gradient, T * soft_gradient, const T* logits, const i64* labels, const T* soft,                       \
+     const Statistics* saved, const T* gradient, u32 every_row, const float* share, u64 rows, u32 classes, u32 lanes, \
+     float keep, float spread, u32 has_ignored, u64 ignored) {                                                        \
+        backward(logits_gradient, soft_gradient, logits, Labels{labels, has_ignored, i64(ignored)}, soft, saved,      \
+                 gradient, every_row, share, rows, classes, lanes, Smoothing{keep, spread});                          \
+    }                                                                                                                 \
+    KERNEL_OF(weights_##suffix)                                                                                       \
+    (T * output, const i64* labels, u64 rows, u32 classes, float keep, float spread, u32 has_ignored, u64 ignored) {  \
+        weights(output, Labels{labels, has_ignored, i64(ignored)}, rows, classes, Smoothing{keep, spread});           \
     }
 FOR_EACH_FLOAT(INSTANCES)
 

@@ -136,7 +136,7 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
                               const Problem& problem) {
     constexpr u32 TILE = Tiling<T, D>::TOKENS, WARPS = Tiling<T, D>::WARPS, THREADS = Tiling<T, D>::THREADS;
     constexpr u32 COLUMNS = D == 16 || D * sizeof(T) == 512 ? 16 : 32;  // of dQ at once, as registers allow
-    constexpr bool KEEP = D < 128;            // dS of group after group in registers, of which wide heads leave too few
+    constexpr bool KEEP = D < 128;  // dS of group after group in registers, of which wide heads leave too few
     DYNAMIC_SHARED(memory);
     const Slot<T, D> slot(problem);
     const u32 mine = slot.active() ? slot.number : 0;
@@ -178,9 +178,12 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
         const Group group = slot.active() ? group_of(problem, first + slot.number) : Group{0, {0, 0}, {0, 0}};
         const u32 count = group.count(), tiles = count > TILE ? divide_up(count, TILE) : 1;
         const u64 first_token = group.image * image_tokens * problem.heads + head;
-        const T* source = qkv + (first_token + 2 * group.image * image_tokens * problem.heads) * width;
-        T* target = qkv_grad + (source - qkv);
-        const T* grad_source = grad + first_token * width;
+        const u64 first_value = first_token * width;
+        const u64 first_query = first_value + 2 * group.image * image_tokens * channels;
+        // Wide heads have no registers for pointers that live through all products: they are computed at each use.
+        const auto offset = [](u64 elements) { return KEEP ? elements : warp_product::fresh(elements); };
+        const auto of_group = [&](auto* tensor) { return tensor + offset(first_value); };
+        const auto query_of = [&](auto* tensor) { return tensor + offset(first_query); };
         __syncthreads();  // no warp needs anything of the last group
         if (KEEP && bias) {
             if (group.rows.count != summed[0] || group.columns.count != summed[1]) fold_summed();
@@ -206,12 +209,16 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
                     const bool busy = slot.active() && row < queries;
                     __syncthreads();  // the tokens are there, and no warp needs the last tiles
                     if (slot.active()) {
-                        load_tokens<T, D>(query, source, 3 * channels, query_numbers, queries, width, slot);
-                        if (i == 0) load_tokens<T, D>(key, source + channels, 3 * channels, key_numbers, keys, width, slot);
-                        async_commit();
-                        load_tokens<T, D>(output_grad, grad_source, channels, query_numbers, queries, width, slot);
+                        load_tokens<T, D>(query, query_of(qkv), 3 * channels, query_numbers, queries, width, slot);
                         if (i == 0) {
-                            load_tokens<T, D>(value, source + 2 * channels, 3 * channels, key_numbers, keys, width, slot);
+                            load_tokens<T, D>(key, query_of(qkv) + channels, 3 * channels, key_numbers, keys, width,
+                                              slot);
+                        }
+                        async_commit();
+                        load_tokens<T, D>(output_grad, of_group(grad), channels, query_numbers, queries, width, slot);
+                        if (i == 0) {
+                            load_tokens<T, D>(value, query_of(qkv) + 2 * channels, 3 * channels, key_numbers, keys,
+                                              width, slot);
                         }
                         async_commit();
                     }
@@ -263,8 +270,9 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
                     }
 #pragma unroll 1
                     for (u32 column = 0; column < D; column += COLUMNS) {
-                        const PartialSums partial{query_sums + first_token * width, channels, query_numbers, row, queries,
-                                                  width, warp_product::fresh_lane()};
+                        const PartialSums partial{
+                            of_group(query_sums),      channels, query_numbers, row, queries, width,
+                            warp_product::fresh_lane()};
                         float query_grad[COLUMNS / 8][4];
                         clear(query_grad);
                         if (j > 0) {
@@ -290,7 +298,7 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
                     }
                     if (j + 1 == tiles) {
                         __syncwarp();
-                        store_tokens<T, D>(target, 3 * channels, query_numbers, query, row, queries, width);
+                        store_tokens<T, D>(query_of(qkv_grad), 3 * channels, query_numbers, query, row, queries, width);
                     }
                 }
                 if (pass == 0) continue;
@@ -301,8 +309,9 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
                 store_sums<T, D>(key, row, 0, key_grad);
                 store_sums<T, D>(value, row, 0, value_grad);
                 __syncwarp();
-                store_tokens<T, D>(target + channels, 3 * channels, key_numbers, key, row, keys, width);
-                store_tokens<T, D>(target + 2 * channels, 3 * channels, key_numbers, value, row, keys, width);
+                store_tokens<T, D>(query_of(qkv_grad) + channels, 3 * channels, key_numbers, key, row, keys, width);
+                store_tokens<T, D>(query_of(qkv_grad) + 2 * channels, 3 * channels, key_numbers, value, row, keys,
+                                   width);
             }
         }
     }
@@ -320,7 +329,8 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
 // The sum of the blocks' tables, (blocks, heads, rows) to (rows, heads). A warp takes every 8th block for 32 rows.
 constexpr u32 PARTS = 8;
 
-template <class T> __device__ void lsda_table_gradient(T* table_grad, const float* tables, u32 rows, u32 heads, u32 blocks) {
+template <class T> __device__ void lsda_table_gradient(T* table_grad, const float* tables, u32 rows, u32 heads,
+                                                       u32 blocks) {
     SHARED_ARRAY(float, sums, [PARTS][32]);
     const u32 across = divide_up(rows, 32u), part = threadIdx.x / 32;
     const u32 head = blockIdx.x / across, row = blockIdx.x % across * 32 + lane();
@@ -335,24 +345,24 @@ template <class T> __device__ void lsda_table_gradient(T* table_grad, const floa
     table_grad[u64(row) * heads + head] = from_float<T>(sum);
 }
 
-#define INSTANCE(suffix, T, D)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(Tiling<T, D>::THREADS, D == 128 ? 4 : 2)                              \
-        lsda_backward_##suffix##_##D(T* qkv_grad, float* tables, float* query_sums, const T* qkv, const T* bias,       \
-                                     const T* grad, Problem problem) {                                                 \
-        lsda_backward<T, D>(qkv_grad, tables, query_sums, qkv, bias, grad, problem);                                   \
+#define INSTANCE(suffix, T, D)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(Tiling<T, D>::THREADS, D == 128 ? 4 : 2)                        \
+        lsda_backward_##suffix##_##D(T* qkv_grad, float* tables, float* query_sums, const T* qkv, const T* bias, \
+                                     const T* grad, Problem problem) {                                           \
+        lsda_backward<T, D>(qkv_grad, tables, query_sums, qkv, bias, grad, problem);                             \
     }
-#define INSTANCES(suffix, T)                                                                                           \
-    INSTANCE(suffix, T, 16)                                                                                            \
-    INSTANCE(suffix, T, 32)                                                                                            \
-    INSTANCE(suffix, T, 64)                                                                                            \
-    INSTANCE(suffix, T, 128)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(32 * PARTS) lsda_table_gradient_##suffix(                             \
-        T* table_grad, const float* tables, u32 rows, u32 heads, u32 blocks) {                                         \
-        lsda_table_gradient<T>(table_grad, tables, rows, heads, blocks);                                               \
+#define INSTANCES(suffix, T)                                                                                \
+    INSTANCE(suffix, T, 16)                                                                                 \
+    INSTANCE(suffix, T, 32)                                                                                 \
+    INSTANCE(suffix, T, 64)                                                                                 \
+    INSTANCE(suffix, T, 128)                                                                                \
+    extern "C" __global__ void __launch_bounds__(32 * PARTS)                                                \
+        lsda_table_gradient_##suffix(T* table_grad, const float* tables, u32 rows, u32 heads, u32 blocks) { \
+        lsda_table_gradient<T>(table_grad, tables, rows, heads, blocks);                                    \
     }
 FOR_EACH_FLOAT(INSTANCES)
 
-#define ENTRIES(suffix)                                                                                                \
-    KERNEL(lsda_backward_##suffix##_16), KERNEL(lsda_backward_##suffix##_32), KERNEL(lsda_backward_##suffix##_64),      \
+#define ENTRIES(suffix)                                                                                            \
+    KERNEL(lsda_backward_##suffix##_16), KERNEL(lsda_backward_##suffix##_32), KERNEL(lsda_backward_##suffix##_64), \
         KERNEL(lsda_backward_##suffix##_128), KERNEL(lsda_table_gradient_##suffix)
 KERNELS(lsda_backward, ENTRIES(f32), ENTRIES(bf16), ENTRIES(f16))

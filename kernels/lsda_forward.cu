@@ -132,15 +132,16 @@ __device__ void lsda_forward(T* output, const T* qkv, const T* bias, const Probl
     }
 }
 
-#define INSTANCE(suffix, T, D)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(Tiling<T, D>::THREADS, D == 128 ? 4 : 3) \
-        lsda_forward_##suffix##_##D(T* output, const T* qkv, const T* bias, Problem problem) {                         \
-        lsda_forward<T, D>(output, qkv, bias, problem);                                                                \
+#define INSTANCE(suffix, T, D)                                                                 \
+    extern "C" __global__ void __launch_bounds__(Tiling<T, D>::THREADS, D == 128 ? 4 : 3)      \
+        lsda_forward_##suffix##_##D(T* output, const T* qkv, const T* bias, Problem problem) { \
+        lsda_forward<T, D>(output, qkv, bias, problem);                                        \
     }
-#define WIDTHS(suffix, T) INSTANCE(suffix, T, 16) INSTANCE(suffix, T, 32) INSTANCE(suffix, T, 64) INSTANCE(suffix, T, 128)
+#define WIDTHS(suffix, T) \
+    INSTANCE(suffix, T, 16) INSTANCE(suffix, T, 32) INSTANCE(suffix, T, 64) INSTANCE(suffix, T, 128)
 FOR_EACH_FLOAT(WIDTHS)
 
-#define ENTRIES(suffix)                                                                                                \
-    KERNEL(lsda_forward_##suffix##_16), KERNEL(lsda_forward_##suffix##_32), KERNEL(lsda_forward_##suffix##_64),         \
+#define ENTRIES(suffix)                                                                                         \
+    KERNEL(lsda_forward_##suffix##_16), KERNEL(lsda_forward_##suffix##_32), KERNEL(lsda_forward_##suffix##_64), \
         KERNEL(lsda_forward_##suffix##_128)
 KERNELS(lsda_forward, ENTRIES(f32), ENTRIES(bf16), ENTRIES(f16))

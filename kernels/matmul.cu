@@ -46,28 +46,28 @@ __device__ void split_sum(const Store<T>& store, const float* partials, u32 part
 template <class T, class Tile, bool A_ALONG_K>
 constexpr int BLOCKS = Tile::M == 128 && sizeof(T) == 2 && A_ALONG_K ? 2 : 1;
 
-#define PRODUCT(tile, Tile, layout, A_ALONG_K, B_ALONG_K, RUN, FUSED, suffix, T)                                    \
-    extern "C" __global__ void __launch_bounds__(Tiles<T>::Tile::THREADS, (BLOCKS<T, Tiles<T>::Tile, A_ALONG_K>))   \
-        matmul_##tile##_##layout##_##suffix(                                                                        \
-        T* output, T* auxiliary, const T* bias, u32 activate, float* partials, const T* a, const T* b, u32 m,       \
-        u32 n, u32 k, u32 depth, u64 row_stride, u64 column_stride, u32 batches, Array<u32, BATCH_AXES> extents,    \
-        Array<u64, BATCH_AXES> strides_a, Array<u64, BATCH_AXES> strides_b) {                                       \
-        Product<T>{{output, auxiliary, bias, activate}, partials, a, b, m, n, k, depth, row_stride, column_stride,  \
-                   batches, {extents, strides_a, strides_b}}                                                        \
-            .template run<Tiles<T>::Tile, A_ALONG_K, B_ALONG_K, RUN, FUSED>();                                      \
+#define PRODUCT(tile, Tile, layout, A_ALONG_K, B_ALONG_K, RUN, FUSED, suffix, T)                                     \
+    extern "C" __global__ void __launch_bounds__(Tiles<T>::Tile::THREADS, (BLOCKS<T, Tiles<T>::Tile, A_ALONG_K>))    \
+        matmul_##tile##_##layout##_##suffix(T* output, T* auxiliary, const T* bias, u32 activate, float* partials,   \
+                                            const T* a, const T* b, u32 m, u32 n, u32 k, u32 depth, u64 row_stride,  \
+                                            u64 column_stride, u32 batches, Array<u32, BATCH_AXES> extents,          \
+                                            Array<u64, BATCH_AXES> strides_a, Array<u64, BATCH_AXES> strides_b) {    \
+        Product<T>{                                                                                                  \
+            {output, auxiliary, bias, activate}, partials, a, b, m, n, k, depth, row_stride, column_stride, batches, \
+            {extents, strides_a, strides_b}}                                                                         \
+            .template run<Tiles<T>::Tile, A_ALONG_K, B_ALONG_K, RUN, FUSED>();                                       \
     }
-#define LAYOUTS(tile, Tile, RUN, suffix, T)                             \
-    PRODUCT(tile, Tile, nn, true, false, RUN, false, suffix, T)         \
-    PRODUCT(tile, Tile, nt, true, true, RUN, true, suffix, T)           \
+#define LAYOUTS(tile, Tile, RUN, suffix, T)                     \
+    PRODUCT(tile, Tile, nn, true, false, RUN, false, suffix, T) \
+    PRODUCT(tile, Tile, nt, true, true, RUN, true, suffix, T)   \
     PRODUCT(tile, Tile, tn, false, false, RUN, false, suffix, T)
-#define INSTANCE(suffix, T)                                                                                         \
-    LAYOUTS(large, Large, WIDEST<T>, suffix, T)                                                                     \
-    LAYOUTS(small, Small, WIDEST<T>, suffix, T)                                                                     \
-    LAYOUTS(scalar, Scalar, 1, suffix, T)                                                                            \
-    extern "C" __global__ void __launch_bounds__(256)                                                               \
-        matmul_split_sum_##suffix(T* output, T* auxiliary, const T* bias, u32 activate, const float* partials,      \
-                                  u32 parts, u64 elements, u32 n) {                                                 \
-        split_sum(Store<T>{output, auxiliary, bias, activate}, partials, parts, elements, n);                       \
+#define INSTANCE(suffix, T)                                                                                            \
+    LAYOUTS(large, Large, WIDEST<T>, suffix, T)                                                                        \
+    LAYOUTS(small, Small, WIDEST<T>, suffix, T)                                                                        \
+    LAYOUTS(scalar, Scalar, 1, suffix, T)                                                                              \
+    extern "C" __global__ void __launch_bounds__(256) matmul_split_sum_##suffix(                                       \
+        T* output, T* auxiliary, const T* bias, u32 activate, const float* partials, u32 parts, u64 elements, u32 n) { \
+        split_sum(Store<T>{output, auxiliary, bias, activate}, partials, parts, elements, n);                          \
     }
 FOR_EACH_FLOAT(INSTANCE)
 

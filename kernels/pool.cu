@@ -68,7 +68,7 @@ __device__ __forceinline__ void max_pool(T* output, u32* places, const T* input,
         horizontal.window(x, left, right);
         const u64 first = u64(image) * vertical.extent * horizontal.extent;
         float best[RUN];
-        Vector<u32, RUN < 4 ? RUN : 4> chosen[divide_up(RUN, 4u)];
+        Vector < u32, RUN<4 ? RUN : 4> chosen[divide_up(RUN, 4u)];
         for (u32 row = top; row < bottom; ++row) {
             for (u32 column = left; column < right; ++column) {
                 const u32 place = row * horizontal.extent + column;
@@ -128,14 +128,14 @@ __device__ __forceinline__ void max_pool_scatter(T* output, const T* input, cons
     });
 }
 
-#define POOL(instance, T, RUN)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(256)                                                                  \
-        max_pool_##instance(T* output, u32* places, const T* input, Pool pool) {                                       \
-        max_pool<RUN>(output, places, input, pool);                                                                    \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256)                                                                  \
-        max_pool_scatter_##instance(T* output, const T* input, const u32* places, Pool pool) {                         \
-        max_pool_scatter<RUN>(output, input, places, pool);                                                            \
+#define POOL(instance, T, RUN)                                                                 \
+    extern "C" __global__ void __launch_bounds__(256)                                          \
+        max_pool_##instance(T* output, u32* places, const T* input, Pool pool) {               \
+        max_pool<RUN>(output, places, input, pool);                                            \
+    }                                                                                          \
+    extern "C" __global__ void __launch_bounds__(256)                                          \
+        max_pool_scatter_##instance(T* output, const T* input, const u32* places, Pool pool) { \
+        max_pool_scatter<RUN>(output, input, places, pool);                                    \
     }
 POOL(f32, f32, 4)
 POOL(f32_scalar, f32, 1)
@@ -144,13 +144,13 @@ POOL(bf16_scalar, bf16, 1)
 POOL(f16, f16, 8)
 POOL(f16_scalar, f16, 1)
 
-#define GATHER(suffix, T)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(256)                                                                  \
-        max_pool_gather_##suffix(T* output, const T* input, const u32* places, Pool pool) {                            \
-        max_pool_gather(output, input, places, pool);                                                                  \
+#define GATHER(suffix, T)                                                                   \
+    extern "C" __global__ void __launch_bounds__(256)                                       \
+        max_pool_gather_##suffix(T* output, const T* input, const u32* places, Pool pool) { \
+        max_pool_gather(output, input, places, pool);                                       \
     }
 FOR_EACH_FLOAT(GATHER)
 
-#define KERNEL_POOL(name)                                                                                              \
+#define KERNEL_POOL(name) \
     KERNEL_FLOATS(name), KERNEL(name##_f32_scalar), KERNEL(name##_bf16_scalar), KERNEL(name##_f16_scalar)
 KERNELS(pool, KERNEL_POOL(max_pool), KERNEL_FLOATS(max_pool_gather), KERNEL_POOL(max_pool_scatter))

@@ -118,7 +118,8 @@ template <class T> struct Pass {
         const T *weight = parameters.tensors[0], *bias = parameters.tensors[1];
         const float dy = network.offset(number, 0), dx = network.offset(number, 1);
         for (u32 i = lane(); i < network.width; i += 32) {
-            row.input()[i] = fmaf(to_float(weight[2 * i + 1]), dx, fmaf(to_float(weight[2 * i]), dy, to_float(bias[i])));
+            row.input()[i] =
+                fmaf(to_float(weight[2 * i + 1]), dx, fmaf(to_float(weight[2 * i]), dy, to_float(bias[i])));
         }
     }
 
@@ -219,6 +220,7 @@ __device__ __forceinline__ void add_products(float* sums, const Pass<T>& pass, u
     const auto add = [&](u32 elements, auto product) {
         for (u32 i = linear_thread(); i < elements; i += block_threads()) {
             float sum = 0;
+#pragma unroll 1
             for (u32 row = 0; row < count; ++row) sum += product(pass.row(row, true), row, i);
             sums[i] = fresh ? sum : sums[i] + sum;
         }
@@ -230,9 +232,8 @@ __device__ __forceinline__ void add_products(float* sums, const Pass<T>& pass, u
     for (u32 layer = 0; layer < 3; ++layer) {
         add(width, [&](Row row, u32, u32 i) { return row.masked(layer)[i] * row.normalised(layer)[i]; });
         add(width, [&](Row row, u32, u32 i) { return row.masked(layer)[i]; });
-        add(network.out(layer) * width, [&](Row row, u32, u32 i) {
-            return row.gradient(layer + 1)[i / width] * row.rectified(layer)[i % width];
-        });
+        add(network.out(layer) * width,
+            [&](Row row, u32, u32 i) { return row.gradient(layer + 1)[i / width] * row.rectified(layer)[i % width]; });
         add(network.out(layer), [&](Row row, u32, u32 i) { return row.gradient(layer + 1)[i]; });
     }
 }
@@ -268,7 +269,8 @@ __device__ void backward(float* partials, const T* table_gradient, const Paramet
 
 // Adds the blocks' sums, in order. A tensor for each blockIdx.y.
 template <class T>
-__device__ void add_partials(const Parameters<T>& gradients, const float* partials, u32 blocks, const Network& network) {
+__device__ void add_partials(const Parameters<T>& gradients, const float* partials, u32 blocks,
+                             const Network& network) {
     const u32 tensor = blockIdx.y;
     const u64 size = network.before(TENSORS);
     // Chosen by comparisons: pointers among the parameters that are indexed would first be copied to the stack.
@@ -283,20 +285,20 @@ __device__ void add_partials(const Parameters<T>& gradients, const float* partia
     }
 }
 
-#define POSITION_BIAS(suffix, T)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(256)                                                                  \
-        position_bias_forward_##suffix(T* table, Parameters<const T> parameters, Network network) {                    \
-        DYNAMIC_SHARED(shared);                                                                                        \
-        forward<T>(table, parameters, network, reinterpret_cast<float*>(shared));                                      \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256) position_bias_backward_##suffix(                                 \
-        float* partials, const T* table_gradient, Parameters<const T> parameters, Network network) {                   \
-        DYNAMIC_SHARED(shared);                                                                                        \
-        backward<T>(partials, table_gradient, parameters, network, reinterpret_cast<float*>(shared));                  \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256) position_bias_add_partials_##suffix(                             \
-        Parameters<T> gradients, const float* partials, u32 blocks, Network network) {                                 \
-        add_partials<T>(gradients, partials, blocks, network);                                                         \
+#define POSITION_BIAS(suffix, T)                                                                      \
+    extern "C" __global__ void __launch_bounds__(256, 2)                                              \
+        position_bias_forward_##suffix(T* table, Parameters<const T> parameters, Network network) {   \
+        DYNAMIC_SHARED(shared);                                                                       \
+        forward<T>(table, parameters, network, reinterpret_cast<float*>(shared));                     \
+    }                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(256, 2) position_bias_backward_##suffix(             \
+        float* partials, const T* table_gradient, Parameters<const T> parameters, Network network) {  \
+        DYNAMIC_SHARED(shared);                                                                       \
+        backward<T>(partials, table_gradient, parameters, network, reinterpret_cast<float*>(shared)); \
+    }                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(256) position_bias_add_partials_##suffix(            \
+        Parameters<T> gradients, const float* partials, u32 blocks, Network network) {                \
+        add_partials<T>(gradients, partials, blocks, network);                                        \
     }
 FOR_EACH_FLOAT(POSITION_BIAS)
 

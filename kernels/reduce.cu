@@ -25,9 +25,15 @@ enum class Kind : u32 { F32, Bf16, F16 };
 
 __device__ __forceinline__ void store_as(void* output, Kind kind, u64 at, float value) {
     switch (kind) {
-        case Kind::F32: static_cast<float*>(output)[at] = value; return;
-        case Kind::Bf16: static_cast<bf16*>(output)[at] = from_float<bf16>(value); return;
-        case Kind::F16: static_cast<f16*>(output)[at] = from_float<f16>(value); return;
+        case Kind::F32:
+            static_cast<float*>(output)[at] = value;
+            return;
+        case Kind::Bf16:
+            static_cast<bf16*>(output)[at] = from_float<bf16>(value);
+            return;
+        case Kind::F16:
+            static_cast<f16*>(output)[at] = from_float<f16>(value);
+            return;
     }
 }
 
@@ -82,8 +88,8 @@ __device__ __forceinline__ void reduce_rows(void* output, Kind kind, const T* in
 
 template <int V, class T, class Operation>
 __device__ __forceinline__ void reduce_columns(void* output, Kind kind, const T* input, u64 outer, u64 count, u64 inner,
-                                               u64 splits, u64 chunk, float factor, float identity,
-                                               Operation operation, float* scratch) {
+                                               u64 splits, u64 chunk, float factor, float identity, Operation operation,
+                                               float* scratch) {
     constexpr u32 X = V == 1 ? 32 : 8, Y = THREADS / X;
     const u32 x = threadIdx.x % X, y = threadIdx.x / X;
     const u64 tiles = divide_up<u64>(inner, X * V);
@@ -133,9 +139,11 @@ __device__ __forceinline__ void reduce_columns(void* output, Kind kind, const T*
                                                Operation operation) {
     SHARED_ARRAY(float, scratch, [4 * THREADS]);
     if (inner % 4 == 0) {
-        reduce_columns<4>(output, kind, input, outer, count, inner, splits, chunk, factor, identity, operation, scratch);
+        reduce_columns<4>(output, kind, input, outer, count, inner, splits, chunk, factor, identity, operation,
+                          scratch);
     } else {
-        reduce_columns<1>(output, kind, input, outer, count, inner, splits, chunk, factor, identity, operation, scratch);
+        reduce_columns<1>(output, kind, input, outer, count, inner, splits, chunk, factor, identity, operation,
+                          scratch);
     }
 }
 
@@ -154,23 +162,23 @@ template <class T> __device__ __forceinline__ void argmax_rows(i64* output, cons
     }
 }
 
-#define REDUCTION(name, suffix, T, identity, Operation)                                                                \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        name##_rows_##suffix(void* output, u32 kind, const T* input, u64 outer, u64 count, u64 splits, u64 chunk,      \
-                             u32 lanes, float factor) {                                                                \
-        reduce_rows(output, Kind(kind), input, outer, count, splits, chunk, lanes, factor, identity, Operation{});     \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        name##_columns_##suffix(void* output, u32 kind, const T* input, u64 outer, u64 count, u64 inner, u64 splits,   \
-                                u64 chunk, float factor) {                                                             \
-        reduce_columns(output, Kind(kind), input, outer, count, inner, splits, chunk, factor, identity, Operation{});  \
+#define REDUCTION(name, suffix, T, identity, Operation)                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                             \
+        name##_rows_##suffix(void* output, u32 kind, const T* input, u64 outer, u64 count, u64 splits, u64 chunk,     \
+                             u32 lanes, float factor) {                                                               \
+        reduce_rows(output, Kind(kind), input, outer, count, splits, chunk, lanes, factor, identity, Operation{});    \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                             \
+        name##_columns_##suffix(void* output, u32 kind, const T* input, u64 outer, u64 count, u64 inner, u64 splits,  \
+                                u64 chunk, float factor) {                                                            \
+        reduce_columns(output, Kind(kind), input, outer, count, inner, splits, chunk, factor, identity, Operation{}); \
     }
-#define INSTANCE(suffix, T)                                                                                            \
-    REDUCTION(sum, suffix, T, 0.0f, Sum)                                                                               \
-    REDUCTION(max, suffix, T, -INFINITY, Max)                                                                          \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        argmax_##suffix(i64* output, const T* input, u64 rows, u32 count) {                                            \
-        argmax_rows(output, input, rows, count);                                                                       \
+#define INSTANCE(suffix, T)                                                 \
+    REDUCTION(sum, suffix, T, 0.0f, Sum)                                    \
+    REDUCTION(max, suffix, T, -INFINITY, Max)                               \
+    extern "C" __global__ void __launch_bounds__(THREADS)                   \
+        argmax_##suffix(i64* output, const T* input, u64 rows, u32 count) { \
+        argmax_rows(output, input, rows, count);                            \
     }
 FOR_EACH_FLOAT(INSTANCE)
 

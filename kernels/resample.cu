@@ -29,8 +29,8 @@ enum Kind : u32 { NEAREST, LINEAR, CUBIC, WINDOWS, ADAPTIVE };
 // One axis, from `input` to `output` positions, fewer than 2^30; where `transposed`, the map is read along the outputs.
 struct Axis {
     u32 kind, input, output, transposed;
-    u32 align_corners;                        // of LINEAR and CUBIC
-    u32 kernel, stride, padding, include_pad; // of WINDOWS
+    u32 align_corners;                         // of LINEAR and CUBIC
+    u32 kernel, stride, padding, include_pad;  // of WINDOWS
 
     __device__ __forceinline__ u32 extent() const { return transposed ? input : output; }
     __device__ __forceinline__ u32 read_extent() const { return transposed ? output : input; }
@@ -89,13 +89,16 @@ __device__ inline Place between_pixels(const Axis& axis, u64 o) {
 __device__ inline Place place_of(const Axis& axis, u32 o) {
     const u64 input = axis.input, output = axis.output;
     switch (axis.kind) {
-    case NEAREST: return {i32(o * input / output), 1.0f, 0};
-    case WINDOWS: return window(axis, o);
-    case ADAPTIVE: {
-        const u64 begin = o * input / output, end = divide_up((u64(o) + 1) * input, output);
-        return average(begin, end, end - begin);
-    }
-    default: return between_pixels(axis, o);
+        case NEAREST:
+            return {i32(o * input / output), 1.0f, 0};
+        case WINDOWS:
+            return window(axis, o);
+        case ADAPTIVE: {
+            const u64 begin = o * input / output, end = divide_up((u64(o) + 1) * input, output);
+            return average(begin, end, end - begin);
+        }
+        default:
+            return between_pixels(axis, o);
     }
 }
 
@@ -111,28 +114,34 @@ __device__ inline float cubic(float x) {
 __device__ inline float weight(const Axis& axis, const Place& place, u32 i) {
     float sum = 0;
     switch (axis.kind) {
-    case NEAREST: return u32(place.whole) == i ? 1.0f : 0.0f;
-    case LINEAR:
-        if (clamp(place.whole, axis.input) == i) sum += 1 - place.fraction;
-        if (clamp(place.whole + 1, axis.input) == i) sum += place.fraction;
-        return sum;
-    case CUBIC:
+        case NEAREST:
+            return u32(place.whole) == i ? 1.0f : 0.0f;
+        case LINEAR:
+            if (clamp(place.whole, axis.input) == i) sum += 1 - place.fraction;
+            if (clamp(place.whole + 1, axis.input) == i) sum += place.fraction;
+            return sum;
+        case CUBIC:
 #pragma unroll
-        for (int tap = -1; tap <= 2; ++tap) {
-            if (clamp(place.whole + tap, axis.input) == i) sum += cubic(place.fraction - float(tap));
-        }
-        return sum;
-    default: return i32(i) >= place.whole && i32(i) < place.end ? place.fraction : 0.0f;
+            for (int tap = -1; tap <= 2; ++tap) {
+                if (clamp(place.whole + tap, axis.input) == i) sum += cubic(place.fraction - float(tap));
+            }
+            return sum;
+        default:
+            return i32(i) >= place.whole && i32(i) < place.end ? place.fraction : 0.0f;
     }
 }
 
 // The inputs that the output at `place` may read.
 __device__ inline Range inputs_of(const Axis& axis, const Place& place) {
     switch (axis.kind) {
-    case NEAREST: return {u32(place.whole), 1};
-    case LINEAR: return between(place.whole, place.whole + 1, axis.input);
-    case CUBIC: return between(place.whole - 1, place.whole + 2, axis.input);
-    default: return {u32(place.whole), place.end > place.whole ? u32(place.end - place.whole) : 0};
+        case NEAREST:
+            return {u32(place.whole), 1};
+        case LINEAR:
+            return between(place.whole, place.whole + 1, axis.input);
+        case CUBIC:
+            return between(place.whole - 1, place.whole + 2, axis.input);
+        default:
+            return {u32(place.whole), place.end > place.whole ? u32(place.end - place.whole) : 0};
     }
 }
 
@@ -154,22 +163,24 @@ __device__ inline Range outputs_around(const Axis& axis, i64 i, i64 reach) {
 __device__ inline Range outputs_of(const Axis& axis, u64 i) {
     const u64 input = axis.input, output = axis.output;
     switch (axis.kind) {
-    case LINEAR: return outputs_around(axis, i64(i), 1);
-    case CUBIC: return outputs_around(axis, i64(i), 2);
-    case NEAREST: {
-        const u64 first = divide_up(i * output, input);
-        return {u32(first), u32(divide_up((i + 1) * output, input) - first)};
-    }
-    case WINDOWS: {
-        const u64 at = i + axis.padding, last = at / axis.stride;
-        const u64 first = at < axis.kernel ? 0 : (at - axis.kernel) / axis.stride + 1;
-        const u64 end = last + 1 < output ? last + 1 : output;
-        return {u32(first), first < end ? u32(end - first) : 0};
-    }
-    default: {
-        const u64 first = i * output / input;
-        return {u32(first), u32(((i + 1) * output - 1) / input - first + 1)};
-    }
+        case LINEAR:
+            return outputs_around(axis, i64(i), 1);
+        case CUBIC:
+            return outputs_around(axis, i64(i), 2);
+        case NEAREST: {
+            const u64 first = divide_up(i * output, input);
+            return {u32(first), u32(divide_up((i + 1) * output, input) - first)};
+        }
+        case WINDOWS: {
+            const u64 at = i + axis.padding, last = at / axis.stride;
+            const u64 first = at < axis.kernel ? 0 : (at - axis.kernel) / axis.stride + 1;
+            const u64 end = last + 1 < output ? last + 1 : output;
+            return {u32(first), first < end ? u32(end - first) : 0};
+        }
+        default: {
+            const u64 first = i * output / input;
+            return {u32(first), u32(((i + 1) * output - 1) / input - first + 1)};
+        }
     }
 }
 
@@ -181,7 +192,9 @@ struct Reads {
     Range range;
 
     __device__ __forceinline__ Reads(const Axis& axis, u32 position)
-        : axis(axis), position(position), place(axis.transposed ? Place{} : place_of(axis, position)),
+        : axis(axis),
+          position(position),
+          place(axis.transposed ? Place{} : place_of(axis, position)),
           range(axis.transposed ? outputs_of(axis, position) : inputs_of(axis, place)) {}
 
     __device__ __forceinline__ float weight_of(u32 other) const {
@@ -197,8 +210,8 @@ __device__ void resample(T* output, const T* input, u64 batch, u64 channels, con
     for (u64 at = grid_thread(); at < batch * lines * columns * groups; at += grid_threads()) {
         const u64 pixel = at / groups, line = pixel / columns, image = line / lines;
         const Reads down(vertical, u32(line - image * lines)), across(horizontal, u32(pixel - line * columns));
-        const T* source = input + image * vertical.read_extent() * horizontal.read_extent() * channels +
-                          (at - pixel * groups) * N;
+        const T* source =
+            input + image * vertical.read_extent() * horizontal.read_extent() * channels + (at - pixel * groups) * N;
         float sums[N] = {};
         for (u32 y = down.range.first; y < down.range.first + down.range.count; ++y) {
             const float line_weight = down.weight_of(y);
@@ -219,14 +232,14 @@ __device__ void resample(T* output, const T* input, u64 batch, u64 channels, con
 }  // namespace
 
 // Two blocks for each multiprocessor: with more, registers would not last over the divisions of 64 bits.
-#define INSTANCE(suffix, T)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
-        resample_##suffix(T* output, const T* input, u64 batch, u64 channels, Axis vertical, Axis horizontal) {        \
-        if (channels % WIDEST<T> == 0) {                                                                               \
-            resample<WIDEST<T>>(output, input, batch, channels, vertical, horizontal);                                 \
-        } else {                                                                                                       \
-            resample<1>(output, input, batch, channels, vertical, horizontal);                                         \
-        }                                                                                                              \
+#define INSTANCE(suffix, T)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                    \
+        resample_##suffix(T* output, const T* input, u64 batch, u64 channels, Axis vertical, Axis horizontal) { \
+        if (channels % WIDEST<T> == 0) {                                                                        \
+            resample<WIDEST<T>>(output, input, batch, channels, vertical, horizontal);                          \
+        } else {                                                                                                \
+            resample<1>(output, input, batch, channels, vertical, horizontal);                                  \
+        }                                                                                                       \
     }
 FOR_EACH_FLOAT(INSTANCE)
 

@@ -66,15 +66,14 @@ __device__ void softmax_backward(T* input_gradient, const T* output, const T* ou
     }
 }
 
-#define INSTANCE(suffix, T)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(32 * ROWS)                                                            \
-        softmax_forward_##suffix(T* output, const T* input, u64 rows, u32 width, u32 logarithm) {                      \
-        softmax_forward<T>(output, input, rows, width, logarithm);                                                     \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(32 * ROWS)                                                            \
-        softmax_backward_##suffix(T* input_gradient, const T* output, const T* output_gradient, u64 rows, u32 width,   \
-                                  u32 logarithm) {                                                                     \
-        softmax_backward<T>(input_gradient, output, output_gradient, rows, width, logarithm);                          \
+#define INSTANCE(suffix, T)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(32 * ROWS)                                                 \
+        softmax_forward_##suffix(T* output, const T* input, u64 rows, u32 width, u32 logarithm) {           \
+        softmax_forward<T>(output, input, rows, width, logarithm);                                          \
+    }                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(32 * ROWS) softmax_backward_##suffix(                      \
+        T* input_gradient, const T* output, const T* output_gradient, u64 rows, u32 width, u32 logarithm) { \
+        softmax_backward<T>(input_gradient, output, output_gradient, rows, width, logarithm);               \
     }
 INSTANCE(f32, float)
 INSTANCE(bf16, bf16)

@@ -82,7 +82,10 @@ __device__ __forceinline__ Piece piece_of_block(u32 count, const Blocks& first_b
     u32 low = 0, high = count;
     while (high - low > 1) {
         const u32 middle = (low + high) / 2;
-        if (first_block[int(middle)] <= blockIdx.x) low = middle; else high = middle;
+        if (first_block[int(middle)] <= blockIdx.x)
+            low = middle;
+        else
+            high = middle;
     }
     const u64 first = u64(blockIdx.x - first_block[int(low)]) * PIECE;
     const u64 end = first + PIECE < elements[int(low)] ? first + PIECE : elements[int(low)];
@@ -162,8 +165,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     state->apply = !state->failed && !skipped;
 
     StepReport& report = state->reports[state->finished % REPORTS];
-    report = {state->loss, norm, state->loss_scale, state->correct, state->among_five,
-              state->failed ? 2u : skipped ? 1u : 0u, 0};
+    report = {state->loss,
+              norm,
+              state->loss_scale,
+              state->correct,
+              state->among_five,
+              state->failed ? 2u : skipped ? 1u : 0u,
+              0};
     ++state->finished;
     state->loss = 0;
     state->correct = state->among_five = 0;

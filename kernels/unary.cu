@@ -17,8 +17,27 @@ constexpr int V = 4;
 
 // As `code` of src/ops/elementwise/gpu.rs.
 enum class Unary : u32 {
-    Neg, Abs, Square, Sqrt, Recip, Exp, Ln, Sin, Cos, Tanh, Sigmoid, Erf, Relu, LeakyRelu, Silu, Gelu, Softplus, Scale,
-    Shift, Powf, Clamp
+    Neg,
+    Abs,
+    Square,
+    Sqrt,
+    Recip,
+    Exp,
+    Ln,
+    Sin,
+    Cos,
+    Tanh,
+    Sigmoid,
+    Erf,
+    Relu,
+    LeakyRelu,
+    Silu,
+    Gelu,
+    Softplus,
+    Scale,
+    Shift,
+    Powf,
+    Clamp
 };
 
 // Beyond, the logistic function and the normal distribution are 0 or 1: products with them are taken inside, so that
@@ -78,27 +97,47 @@ __device__ __forceinline__ void apply(Unary function, float (&values)[V], float 
         for (int i = 0; i < V; ++i) values[i] = f(values[i]);
     };
     switch (function) {
-        case Unary::Neg: return each([](float x) { return -x; });
-        case Unary::Abs: return each([](float x) { return fabsf(x); });
-        case Unary::Square: return each([](float x) { return x * x; });
-        case Unary::Sqrt: return each([](float x) { return sqrtf(x); });
-        case Unary::Recip: return each([](float x) { return 1.0f / x; });
-        case Unary::Exp: return each([](float x) { return expf(x); });
-        case Unary::Ln: return each([](float x) { return logf(x); });
+        case Unary::Neg:
+            return each([](float x) { return -x; });
+        case Unary::Abs:
+            return each([](float x) { return fabsf(x); });
+        case Unary::Square:
+            return each([](float x) { return x * x; });
+        case Unary::Sqrt:
+            return each([](float x) { return sqrtf(x); });
+        case Unary::Recip:
+            return each([](float x) { return 1.0f / x; });
+        case Unary::Exp:
+            return each([](float x) { return expf(x); });
+        case Unary::Ln:
+            return each([](float x) { return logf(x); });
         case Unary::Sin:
-        case Unary::Cos: return each([=](float x) { return sine(x, function == Unary::Cos); });
-        case Unary::Tanh: return each([](float x) { return tanhf(x); });
-        case Unary::Sigmoid: return each([](float x) { return sigmoid(x); });
-        case Unary::Erf: return each([](float x) { return erff(x); });
-        case Unary::Relu: return each([](float x) { return at_least(x, 0); });
-        case Unary::LeakyRelu: return each([=](float x) { return x < 0 ? p * x : x; });
-        case Unary::Silu: return each([](float x) { return at_least(x, -LIMIT) * sigmoid(x); });
-        case Unary::Gelu: return each([](float x) { return at_least(x, -LIMIT) * normal_cdf(x); });
-        case Unary::Softplus: return each([](float x) { return at_least(x, 0) + log1pf(expf(-fabsf(x))); });
-        case Unary::Scale: return each([=](float x) { return x * p; });
-        case Unary::Shift: return each([=](float x) { return x + p; });
-        case Unary::Powf: return each([=](float x) { return powf(x, p); });
-        case Unary::Clamp: return each([=](float x) { return at_most(at_least(x, p), q); });
+        case Unary::Cos:
+            return each([=](float x) { return sine(x, function == Unary::Cos); });
+        case Unary::Tanh:
+            return each([](float x) { return tanhf(x); });
+        case Unary::Sigmoid:
+            return each([](float x) { return sigmoid(x); });
+        case Unary::Erf:
+            return each([](float x) { return erff(x); });
+        case Unary::Relu:
+            return each([](float x) { return at_least(x, 0); });
+        case Unary::LeakyRelu:
+            return each([=](float x) { return x < 0 ? p * x : x; });
+        case Unary::Silu:
+            return each([](float x) { return at_least(x, -LIMIT) * sigmoid(x); });
+        case Unary::Gelu:
+            return each([](float x) { return at_least(x, -LIMIT) * normal_cdf(x); });
+        case Unary::Softplus:
+            return each([](float x) { return at_least(x, 0) + log1pf(expf(-fabsf(x))); });
+        case Unary::Scale:
+            return each([=](float x) { return x * p; });
+        case Unary::Shift:
+            return each([=](float x) { return x + p; });
+        case Unary::Powf:
+            return each([=](float x) { return powf(x, p); });
+        case Unary::Clamp:
+            return each([=](float x) { return at_most(at_least(x, p), q); });
     }
 }
 
@@ -111,20 +150,33 @@ __device__ __forceinline__ void differentiate(Unary function, const float (&valu
         for (int i = 0; i < V; ++i) gradients[i] = f(values[i], gradients[i]);
     };
     switch (function) {
-        case Unary::Neg: return each([](float, float dy) { return -dy; });
-        case Unary::Abs: return each([](float x, float dy) { return x > 0 ? dy : x < 0 ? -dy : x * 0.0f; });
-        case Unary::Square: return each([](float x, float dy) { return 2.0f * x * dy; });
-        case Unary::Sqrt: return each([](float y, float dy) { return 0.5f * dy / y; });
-        case Unary::Recip: return each([](float y, float dy) { return -(y * y) * dy; });
-        case Unary::Exp: return each([](float y, float dy) { return y * dy; });
-        case Unary::Ln: return each([](float x, float dy) { return dy / x; });
+        case Unary::Neg:
+            return each([](float, float dy) { return -dy; });
+        case Unary::Abs:
+            return each([](float x, float dy) { return x > 0 ? dy : x < 0 ? -dy : x * 0.0f; });
+        case Unary::Square:
+            return each([](float x, float dy) { return 2.0f * x * dy; });
+        case Unary::Sqrt:
+            return each([](float y, float dy) { return 0.5f * dy / y; });
+        case Unary::Recip:
+            return each([](float y, float dy) { return -(y * y) * dy; });
+        case Unary::Exp:
+            return each([](float y, float dy) { return y * dy; });
+        case Unary::Ln:
+            return each([](float x, float dy) { return dy / x; });
         case Unary::Sin:
-        case Unary::Cos: return each([=](float x, float dy) { return sine(x, function == Unary::Sin ? 1 : 2) * dy; });
-        case Unary::Tanh: return each([](float y, float dy) { return (1.0f - y * y) * dy; });
-        case Unary::Sigmoid: return each([](float y, float dy) { return y * (1.0f - y) * dy; });
-        case Unary::Erf: return each([](float x, float dy) { return 1.12837916709551257f * expf(-x * x) * dy; });
-        case Unary::Relu: return each([](float x, float dy) { return x > 0 ? dy : x != x ? x : 0.0f; });
-        case Unary::LeakyRelu: return each([=](float x, float dy) { return x > 0 ? dy : x != x ? x : p * dy; });
+        case Unary::Cos:
+            return each([=](float x, float dy) { return sine(x, function == Unary::Sin ? 1 : 2) * dy; });
+        case Unary::Tanh:
+            return each([](float y, float dy) { return (1.0f - y * y) * dy; });
+        case Unary::Sigmoid:
+            return each([](float y, float dy) { return y * (1.0f - y) * dy; });
+        case Unary::Erf:
+            return each([](float x, float dy) { return 1.12837916709551257f * expf(-x * x) * dy; });
+        case Unary::Relu:
+            return each([](float x, float dy) { return x > 0 ? dy : x != x ? x : 0.0f; });
+        case Unary::LeakyRelu:
+            return each([=](float x, float dy) { return x > 0 ? dy : x != x ? x : p * dy; });
         case Unary::Silu:
             return each([](float x, float dy) {
                 const float share = sigmoid(x);
@@ -135,11 +187,16 @@ __device__ __forceinline__ void differentiate(Unary function, const float (&valu
                 x = limited(x);
                 return fmaf(x, normal_pdf(x), normal_cdf(x)) * dy;
             });
-        case Unary::Softplus: return each([](float x, float dy) { return sigmoid(x) * dy; });
-        case Unary::Scale: return each([=](float, float dy) { return p * dy; });
-        case Unary::Shift: return;
-        case Unary::Powf: return each([=](float x, float dy) { return p * powf(x, q) * dy; });
-        case Unary::Clamp: return each([=](float x, float dy) { return x < p || x > q ? 0.0f : x != x ? x : dy; });
+        case Unary::Softplus:
+            return each([](float x, float dy) { return sigmoid(x) * dy; });
+        case Unary::Scale:
+            return each([=](float, float dy) { return p * dy; });
+        case Unary::Shift:
+            return;
+        case Unary::Powf:
+            return each([=](float x, float dy) { return p * powf(x, q) * dy; });
+        case Unary::Clamp:
+            return each([=](float x, float dy) { return x < p || x > q ? 0.0f : x != x ? x : dy; });
     }
 }
 
@@ -166,15 +223,14 @@ __device__ __forceinline__ void unary_backward(T* input_gradient, const T* saved
     }
 }
 
-#define INSTANCE(suffix, T)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        unary_forward_##suffix(T* output, const T* input, u64 elements, u32 function, float p, float q) {              \
-        unary_forward(output, input, elements, Unary(function), p, q);                                                 \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        unary_backward_##suffix(T* input_gradient, const T* saved, const T* output_gradient, u64 elements,             \
-                                u32 function, float p, float q) {                                                      \
-        unary_backward(input_gradient, saved, output_gradient, elements, Unary(function), p, q);                       \
+#define INSTANCE(suffix, T)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                            \
+        unary_forward_##suffix(T* output, const T* input, u64 elements, u32 function, float p, float q) {            \
+        unary_forward(output, input, elements, Unary(function), p, q);                                               \
+    }                                                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS) unary_backward_##suffix(                                   \
+        T* input_gradient, const T* saved, const T* output_gradient, u64 elements, u32 function, float p, float q) { \
+        unary_backward(input_gradient, saved, output_gradient, elements, Unary(function), p, q);                     \
     }
 FOR_EACH_FLOAT(INSTANCE)
 

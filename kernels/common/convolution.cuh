@@ -41,8 +41,8 @@ __device__ __forceinline__ u32 greatest_common_divisor(u32 a, u32 b) {
 
 // The forward pass: one phase, of all positions and taps.
 __device__ __forceinline__ GatherAxis forward_axis(const Convolution& c, int axis) {
-    return {0, 1, c.output[axis], 0, 1, c.kernel[axis], i32(c.stride[axis]), -i32(c.padding[axis]),
-            i32(c.dilation[axis])};
+    return {
+        0, 1, c.output[axis], 0, 1, c.kernel[axis], i32(c.stride[axis]), -i32(c.padding[axis]), i32(c.dilation[axis])};
 }
 
 // The phase of the input gradient that begins with position `first`, below the stride and the input's extent.
@@ -54,8 +54,8 @@ __device__ __forceinline__ GatherAxis gradient_axis(const Convolution& c, int ax
     while (tap < most && (u64(tap) * dilation) % stride != start % stride) ++tap;
     const u32 taps = tap < most ? (kernel - 1 - tap) / period + 1 : 0;
     const i32 offset = taps > 0 ? (i32(start) - i32(tap * dilation)) / i32(stride) : 0;
-    return {first, stride, (c.input[axis] - 1 - first) / stride + 1, tap, period, taps, 1, offset,
-            -i32(period * dilation / stride)};
+    return {first, stride, (c.input[axis] - 1 - first) / stride + 1, tap, period, taps,
+            1,     offset, -i32(period * dilation / stride)};
 }
 
 // Elements of a line of `channels` in a map or weight whose groups begin at multiples of `run` elements.
@@ -68,8 +68,12 @@ struct Gather {
     Divisor by_channels, by_taps, by_width, by_height;
 
     __device__ __forceinline__ Gather(const GatherAxis& vertical, const GatherAxis& horizontal, u32 source_channels)
-        : y(vertical), x(horizontal), channels(source_channels), by_channels(source_channels),
-          by_taps(x.taps > 0 ? x.taps : 1), by_width(x.positions > 0 ? x.positions : 1),
+        : y(vertical),
+          x(horizontal),
+          channels(source_channels),
+          by_channels(source_channels),
+          by_taps(x.taps > 0 ? x.taps : 1),
+          by_width(x.positions > 0 ? x.positions : 1),
           by_height(y.positions > 0 ? y.positions : 1) {}
 
     // Terms of each sum.

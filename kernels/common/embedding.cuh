@@ -86,9 +86,18 @@ template <class T, u32 RUN_> struct Windows {
     Divisor by_window_row, by_columns, by_rows;
 
     __device__ __forceinline__ Windows(const T* input, const Embedding& e, const Scale& scale)
-        : input(input), positions(e.positions()), depth(scale.depth), height(e.height), line(e.width * e.channels),
-          stride(e.stride), step(e.stride * e.channels), padding(scale.padding), margin(scale.padding * e.channels),
-          by_window_row(e.channels > 0 ? scale.side * e.channels : 1), by_columns(e.columns()), by_rows(e.rows()) {}
+        : input(input),
+          positions(e.positions()),
+          depth(scale.depth),
+          height(e.height),
+          line(e.width * e.channels),
+          stride(e.stride),
+          step(e.stride * e.channels),
+          padding(scale.padding),
+          margin(scale.padding * e.channels),
+          by_window_row(e.channels > 0 ? scale.side * e.channels : 1),
+          by_columns(e.columns()),
+          by_rows(e.rows()) {}
 
     __device__ __forceinline__ Run<T> operator()(u32 position, u32 term) const {
         u32 x, y, across;
@@ -118,7 +127,8 @@ struct PhaseAxis {
     u32 output;     // which output the phase's first pixel meets in the first tap
 
     __device__ __forceinline__ PhaseAxis(u32 phase, u32 stride, const Scale& scale)
-        : tap((phase + scale.padding) % stride), taps(divide_up(scale.side - tap, stride)),
+        : tap((phase + scale.padding) % stride),
+          taps(divide_up(scale.side - tap, stride)),
           output((phase + scale.padding) / stride) {}
 };
 

@@ -18,8 +18,7 @@
 
 // Fragment A (16, 16) of a tile in shared memory, from (row, k) on.
 template <class Source, u32 LINES, u32 DEPTH>
-__device__ __forceinline__ void load_fragment_a(
-    u32 (&a)[4], const typename Source::Element* tile, u32 row, u32 k) {
+__device__ __forceinline__ void load_fragment_a(u32 (&a)[4], const typename Source::Element* tile, u32 row, u32 k) {
     using Tile = TileOf<Source, LINES, DEPTH>;
     if constexpr (Source::ALONG_K) {
         ldmatrix_x4(a, tile + Tile::offset(row + lane() % 16, k / 8 + lane() / 16));
@@ -30,8 +29,7 @@ __device__ __forceinline__ void load_fragment_a(
 
 // Fragments B (16, 8) of columns `column` to + 7 in b[0..2] and + 8 to + 15 in b[2..4].
 template <class Source, u32 LINES, u32 DEPTH>
-__device__ __forceinline__ void load_fragments_b(
-    u32 (&b)[4], const typename Source::Element* tile, u32 column, u32 k) {
+__device__ __forceinline__ void load_fragments_b(u32 (&b)[4], const typename Source::Element* tile, u32 column, u32 k) {
     using Tile = TileOf<Source, LINES, DEPTH>;
     if constexpr (Source::ALONG_K) {
         ldmatrix_x4(b, tile + Tile::offset(column + lane() / 16 * 8 + lane() % 8, k / 8 + lane() / 8 % 2));
@@ -51,7 +49,7 @@ __device__ __forceinline__ void pipeline(u32 first, u32 end, Fetch fetch, Multip
         next += DEPTH;
         stage_in = stage_in + 1 == STAGES ? 0 : stage_in + 1;
     };
-#pragma unroll
+#pragma unroll 1
     for (u32 stage = 0; stage < STAGES - 1; ++stage) fetch_next();
 #pragma unroll 1
     for (u32 k = first; k < end; k += DEPTH) {
@@ -87,8 +85,8 @@ template <class T, u32 M_, u32 N_, u32 K_, u32 WARPS_M, u32 WARPS_N, u32 STAGES>
     // Adds the products of k in [first, end) for the rows of `a` from `row` and of `b` from `column` on. `end - first`
     // is a multiple of K, or `end` the depth of both sources.
     template <class A, class B>
-    __device__ __forceinline__ void accumulate(
-        const A& a, const B& b, u32 row, u32 column, u32 first, u32 end, void* shared) {
+    __device__ __forceinline__ void accumulate(const A& a, const B& b, u32 row, u32 column, u32 first, u32 end,
+                                               void* shared) {
         T* stages = static_cast<T*>(shared);
         pipeline<K, STAGES>(
             first, end,
@@ -159,8 +157,8 @@ template <u32 M_, u32 N_, u32 K_, u32 TM, u32 TN, u32 STAGES> struct SimtTile {
 
     // As TensorTile's.
     template <class A, class B>
-    __device__ __forceinline__ void accumulate(
-        const A& a, const B& b, u32 row, u32 column, u32 first, u32 end, void* shared) {
+    __device__ __forceinline__ void accumulate(const A& a, const B& b, u32 row, u32 column, u32 first, u32 end,
+                                               void* shared) {
         float* stages = static_cast<float*>(shared);
         pipeline<K, STAGES>(
             first, end,

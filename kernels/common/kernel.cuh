@@ -39,16 +39,18 @@ template <class T, int N> struct Array {
 // SHARED_ARRAY(float, tile, [64][65]): static shared memory, aligned to 16 bytes or to what SHARED_ARRAY_ALIGNED says.
 // DYNAMIC_SHARED(name): `unsigned char* name`, the block's dynamic shared memory, aligned to 128 bytes.
 #if defined(__CUDACC__)
-#define SHARED_ARRAY_ALIGNED(alignment, type, name, ...) __shared__ __align__(alignment) type name __VA_ARGS__
-#define DYNAMIC_SHARED(name)                                                                                           \
-    extern __shared__ __align__(128) unsigned char gridgrad_dynamic_shared[];                                          \
+#define SHARED_ARRAY_ALIGNED(alignment, type, name, ...) \
+    __shared__ __align__(alignment)                      \
+    type name __VA_ARGS__
+#define DYNAMIC_SHARED(name)                                                  \
+    extern __shared__ __align__(128) unsigned char gridgrad_dynamic_shared[]; \
     unsigned char* name = gridgrad_dynamic_shared
 #else
-#define SHARED_ARRAY_ALIGNED(alignment, type, name, ...)                                                               \
-    typedef type name##_array __VA_ARGS__;                                                                             \
-    static const char name##_declaration = 0;                                                                          \
-    name##_array& name = *static_cast<name##_array*>(                                                                  \
-        emulator::static_shared(&name##_declaration, sizeof(name##_array), alignment))
+#define SHARED_ARRAY_ALIGNED(alignment, type, name, ...) \
+    typedef type name##_array __VA_ARGS__;               \
+    static const char name##_declaration = 0;            \
+    name##_array& name =                                 \
+        *static_cast<name##_array*>(emulator::static_shared(&name##_declaration, sizeof(name##_array), alignment))
 #define DYNAMIC_SHARED(name) unsigned char* name = gridgrad_current->block->dynamic_shared
 #endif
 #define SHARED_ARRAY(type, name, ...) SHARED_ARRAY_ALIGNED(16, type, name, __VA_ARGS__)
@@ -63,11 +65,11 @@ template <class T, int N> struct Array {
 #define KERNELS(module, ...)
 #else
 #define KERNEL(name) emulator::describe<&name>(#name)
-#define KERNELS(module, ...)                                                                                           \
-    extern "C" const gridgrad_kernel* gridgrad_kernels_##module(unsigned* count) {                                     \
-        static const gridgrad_kernel table[] = {__VA_ARGS__};                                                          \
-        *count = sizeof table / sizeof *table;                                                                         \
-        return table;                                                                                                  \
+#define KERNELS(module, ...)                                                       \
+    extern "C" const gridgrad_kernel* gridgrad_kernels_##module(unsigned* count) { \
+        static const gridgrad_kernel table[] = {__VA_ARGS__};                      \
+        *count = sizeof table / sizeof *table;                                     \
+        return table;                                                              \
     }
 #endif
 #define KERNEL_FLOATS(name) KERNEL(name##_f32), KERNEL(name##_bf16), KERNEL(name##_f16)

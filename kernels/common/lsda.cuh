@@ -85,11 +85,11 @@ template <class T, u32 D> struct Slot {
 // Where the tokens of a slot's group are. A token's position is y (2 G_w − 1) + x with (y, x) local: the table row for
 // a query and a key is the difference of their positions + `centre`.
 struct Tokens {
-    u32* number;    // in the image, row-major
+    u32* number;  // in the image, row-major
     i32* position;
 
-    __device__ __forceinline__ void find(
-        const Problem& problem, const Group& group, u32 capacity, u32 thread, u32 threads) const {
+    __device__ __forceinline__ void find(const Problem& problem, const Group& group, u32 capacity, u32 thread,
+                                         u32 threads) const {
 #pragma unroll 1
         for (u32 i = thread; i < capacity; i += threads) {
             const bool inside = i < group.count();
@@ -175,8 +175,8 @@ struct PairBias {
 
 // The warp's logits in base 2, from the products q · k in `sums`: −∞ from key `keys` on.
 template <u32 N>
-__device__ __forceinline__ void finish_logits(
-    float (&sums)[N][4], const PairBias& bias, u32 row, u32 keys, float scale) {
+__device__ __forceinline__ void finish_logits(float (&sums)[N][4], const PairBias& bias, u32 row, u32 keys,
+                                              float scale) {
     const u32 lane = warp_product::fresh_lane(), first = row + lane / 4;
     const i32 query[2] = {bias.query_position[first] + bias.centre, bias.query_position[first + 8] + bias.centre};
 #pragma unroll

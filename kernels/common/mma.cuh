@@ -80,10 +80,11 @@ template <class T>
 __device__ __forceinline__ void mma_m16n8k16(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, f16>);
 #ifdef __CUDACC__
-#define MMA_M16N8K16(type)                                                                           \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 "                      \
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                   \
-                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                        \
+#define MMA_M16N8K16(type)                                                         \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type            \
+                 ".f32 "                                                           \
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])      \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
     if constexpr (std::is_same_v<T, bf16>) {
         MMA_M16N8K16("bf16");
@@ -121,10 +122,11 @@ __device__ __forceinline__ u32 to_tf32(float value) {
 // sums += A B for tiles of tf32, (16, 8) by (8, 8); operands from `to_tf32`.
 __device__ __forceinline__ void mma_m16n8k8(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) {
 #ifdef __CUDACC__
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
     using mma_detail::Operands;
     mma_detail::multiply<8>(

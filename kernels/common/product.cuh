@@ -26,8 +26,8 @@ template <class T> struct Store {
     // N sums from `column` on, of which `count` are in C, to `position` and every `stride` elements from there;
     // `aligned`: as `store_from_float` wants it. Without FUSED the sums are stored as they are.
     template <bool FUSED, u32 N>
-    __device__ __forceinline__ void operator()(
-        u64 position, u64 stride, u32 column, u32 count, bool aligned, float (&sums)[N]) const {
+    __device__ __forceinline__ void operator()(u64 position, u64 stride, u32 column, u32 count, bool aligned,
+                                               float (&sums)[N]) const {
         if constexpr (FUSED) {
             if (bias) {
 #pragma unroll
@@ -133,8 +133,8 @@ template <class T> struct Product {
                 float* to = partials + (u64(blockIdx.y) * batches + matrix) * m * n;
                 store_run(to + position, column_stride, n - column - j, aligned, values);
             } else {
-                store.template operator()<FUSED>(
-                    u64(matrix) * m * n + position, column_stride, column + j, n - column - j, aligned, values);
+                store.template operator()<FUSED>(u64(matrix) * m * n + position, column_stride, column + j,
+                                                 n - column - j, aligned, values);
             }
         }
     }

@@ -10,9 +10,9 @@
 //   bytes of a line    32            64            128 and more
 //   XOR with           line / 4 % 2  line / 2 % 4  line % 8
 template <class T, u32 LINES, u32 LENGTH> struct SharedTile {
-    static constexpr u32 CHUNK = 16 / sizeof(T);        // elements of a chunk
-    static constexpr u32 CHUNKS = LENGTH / CHUNK;       // chunks of a line
-    static constexpr u32 SIZE = LINES * LENGTH;         // elements
+    static constexpr u32 CHUNK = 16 / sizeof(T);   // elements of a chunk
+    static constexpr u32 CHUNKS = LENGTH / CHUNK;  // chunks of a line
+    static constexpr u32 SIZE = LINES * LENGTH;    // elements
     static_assert(CHUNKS >= 2 && (CHUNKS & (CHUNKS - 1)) == 0, "a line is 32, 64, 128 … bytes");
 
     // First element of a chunk.

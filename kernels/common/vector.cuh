@@ -18,11 +18,21 @@ enum class Reuse { Often, Once };
 
 namespace vector_detail {
 template <int BYTES> struct Word;
-template <> struct Word<1> { using Type = unsigned char; };
-template <> struct Word<2> { using Type = unsigned short; };
-template <> struct Word<4> { using Type = u32; };
-template <> struct Word<8> { using Type = uint2; };
-template <> struct Word<16> { using Type = uint4; };
+template <> struct Word<1> {
+    using Type = unsigned char;
+};
+template <> struct Word<2> {
+    using Type = unsigned short;
+};
+template <> struct Word<4> {
+    using Type = u32;
+};
+template <> struct Word<8> {
+    using Type = uint2;
+};
+template <> struct Word<16> {
+    using Type = uint4;
+};
 }  // namespace vector_detail
 
 // N elements from `from`, which is a multiple of their size. Global or shared memory; `Reuse::Once` only global.

@@ -30,9 +30,17 @@ __device__ __forceinline__ u32 fresh_lane() {
 #endif
 }
 
+// The same value, as if computed here: sums with it are not kept in registers from before the loops around them.
+__device__ __forceinline__ u64 fresh(u64 value) {
+#ifdef __CUDACC__
+    asm volatile("" : "+l"(value));
+#endif
+    return value;
+}
+
 // Both columns' products of a pair of B fragments; the second only where it is wanted.
-template <class T> __device__ __forceinline__ void multiply_pair(
-    float (&first)[4], float (&second)[4], const u32 (&a)[4], const u32 (&b)[4], bool both) {
+template <class T> __device__ __forceinline__ void multiply_pair(float (&first)[4], float (&second)[4],
+                                                                 const u32 (&a)[4], const u32 (&b)[4], bool both) {
     const u32 left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
     mma_m16n8k16<T>(first, a, left);
     if (both) mma_m16n8k16<T>(second, a, right);
@@ -50,8 +58,8 @@ __device__ __forceinline__ void multiply_outer(float (&sums)[4], float a_low, fl
 
 // sums += A Bᵀ: A the rows from `row` on of tile `a`, B the first `columns` rows of tile `b`, both of D elements.
 template <class T, u32 D, u32 N>
-__device__ __forceinline__ void multiply_by_transposed(
-    float (&sums)[N][4], const T* a, u32 row, const T* b, u32 columns) {
+__device__ __forceinline__ void multiply_by_transposed(float (&sums)[N][4], const T* a, u32 row, const T* b,
+                                                       u32 columns) {
     using Tile = SharedTile<T, 16, D>;
     const u32 lane = warp_product::fresh_lane();
     if constexpr (sizeof(T) == 2) {
@@ -87,8 +95,8 @@ __device__ __forceinline__ void multiply_by_transposed(
 // sums += A B: A (16, 8 N) as sums of an earlier product, rounded to T; B the first `depth` rows of tile `b`, its
 // columns from `column` on.
 template <class T, u32 D, u32 N, u32 C>
-__device__ __forceinline__ void multiply_registers(
-    float (&sums)[C][4], const float (&a)[N][4], const T* b, u32 column, u32 depth) {
+__device__ __forceinline__ void multiply_registers(float (&sums)[C][4], const float (&a)[N][4], const T* b, u32 column,
+                                                   u32 depth) {
     using Tile = SharedTile<T, 16, D>;
     const u32 lane = warp_product::fresh_lane();
     if constexpr (sizeof(T) == 2) {

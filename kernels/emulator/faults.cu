@@ -36,7 +36,8 @@ extern "C" __global__ void healthy_collectives(u32* output) {
         for (u32 i = 0; i < 3; i++) wide += __shfl_xor_sync(0x0000ffffu, wide, 1);
         mine[4] = static_cast<u32>(wide);
     } else {
-        mine[4] = static_cast<u32>(__any_sync(0xffff0000u, lane == 20)) + static_cast<u32>(__all_sync(0xffff0000u, lane > 16));
+        mine[4] = static_cast<u32>(__any_sync(0xffff0000u, lane == 20)) +
+                  static_cast<u32>(__all_sync(0xffff0000u, lane > 16));
     }
     __syncwarp();
     mine[5] = static_cast<u32>(__syncthreads_or(thread == 7)) * 2 + static_cast<u32>(__syncthreads_and(thread != 7));

@@ -27,8 +27,8 @@ inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
 inline double __dadd_rn(double x, double y) { return x + y; }
 inline double __dmul_rn(double x, double y) { return x * y; }
 
-#define EMULATOR_MIN_MAX(type)                                                                                         \
-    constexpr type min(type a, type b) { return b < a ? b : a; }                                                       \
+#define EMULATOR_MIN_MAX(type)                                   \
+    constexpr type min(type a, type b) { return b < a ? b : a; } \
     constexpr type max(type a, type b) { return a < b ? b : a; }
 EMULATOR_MIN_MAX(int)
 EMULATOR_MIN_MAX(unsigned)

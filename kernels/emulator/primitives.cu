@@ -124,9 +124,9 @@ template <class T> __device__ void move_vectors(T* doubled, T* copied, const T* 
         store_tail(copied + first + i, piece, left - i);
     }
 }
-#define VECTORS(suffix, T)                                                                              \
-    extern "C" __global__ void vectors_##suffix(T* doubled, T* copied, const T* input, u64 count) {     \
-        move_vectors(doubled, copied, input, i64(count));                                               \
+#define VECTORS(suffix, T)                                                                          \
+    extern "C" __global__ void vectors_##suffix(T* doubled, T* copied, const T* input, u64 count) { \
+        move_vectors(doubled, copied, input, i64(count));                                           \
     }
 FOR_EACH_FLOAT(VECTORS)
 
@@ -202,17 +202,17 @@ using SimtSmall = SimtTile<32, 32, 16, 4, 4, 3>;
 using SimtMiddle = SimtTile<64, 64, 16, 8, 4, 2>;
 using SimtLarge = SimtTile<128, 128, 8, 8, 8, 3>;
 
-#define PRODUCT(name, Tile, A_ALONG_K, B_ALONG_K, RUN)                                                         \
-    extern "C" __global__ void __launch_bounds__(Tile::THREADS)                                                \
-        name(float* c, const Tile::Element* a, const Tile::Element* b, Array<u32, 3> mnk, u32 split,           \
-             u32 stride_a, u32 stride_b) {                                                                     \
-        product<Tile, A_ALONG_K, B_ALONG_K, RUN>(c, a, b, mnk, split, stride_a, stride_b);                     \
+#define PRODUCT(name, Tile, A_ALONG_K, B_ALONG_K, RUN)                                                             \
+    extern "C" __global__ void __launch_bounds__(Tile::THREADS)                                                    \
+        name(float* c, const Tile::Element* a, const Tile::Element* b, Array<u32, 3> mnk, u32 split, u32 stride_a, \
+             u32 stride_b) {                                                                                       \
+        product<Tile, A_ALONG_K, B_ALONG_K, RUN>(c, a, b, mnk, split, stride_a, stride_b);                         \
     }
 // The suffix says what memory is contiguous along: k or the rows of A, k or the columns of B.
-#define PRODUCT_LAYOUTS(name, Tile, RUN)           \
-    PRODUCT(name##_kk, Tile, true, true, RUN)      \
-    PRODUCT(name##_kn, Tile, true, false, RUN)     \
-    PRODUCT(name##_mk, Tile, false, true, RUN)     \
+#define PRODUCT_LAYOUTS(name, Tile, RUN)       \
+    PRODUCT(name##_kk, Tile, true, true, RUN)  \
+    PRODUCT(name##_kn, Tile, true, false, RUN) \
+    PRODUCT(name##_mk, Tile, false, true, RUN) \
     PRODUCT(name##_mn, Tile, false, false, RUN)
 #define KERNEL_LAYOUTS(name) KERNEL(name##_kk), KERNEL(name##_kn), KERNEL(name##_mk), KERNEL(name##_mn)
 

@@ -12,7 +12,7 @@ __thread gridgrad_thread* gridgrad_current __attribute__((tls_model("initial-exe
 // Where this OS thread keeps which fiber it runs.
 gridgrad_thread** gridgrad_current_slot() { return &gridgrad_current; }
 
-} // extern "C"
+}  // extern "C"
 
 namespace {
 
@@ -23,7 +23,7 @@ struct Location {
 };
 struct Type {
     unsigned short kind, info;
-    char name[1]; // quoted
+    char name[1];  // quoted
 };
 struct TypeMismatch {
     Location location;
@@ -45,7 +45,7 @@ template <class... Values> [[noreturn]] void report(const Location& location, co
     gridgrad_fault(gridgrad_current, reason, location.file, location.line);
 }
 
-} // namespace
+}  // namespace
 
 #define CHECK(name) extern "C" [[noreturn]] __attribute__((weak)) void __ubsan_handle_##name##_abort
 

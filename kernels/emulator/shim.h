@@ -36,16 +36,16 @@ struct gridgrad_block {
     dim3 blocks;
     unsigned char* dynamic_shared;
     void* runner;
-    unsigned long long run; // a number of its own for every block of every launch
+    unsigned long long run;  // a number of its own for every block of every launch
 };
 
 struct gridgrad_thread {
     uint3 index;
     unsigned lane;
-    unsigned phase;          // which of two exchange buffers the next collective of the whole warp takes
-    unsigned char* exchange; // three buffers of emulator::exchange_bytes
+    unsigned phase;           // which of two exchange buffers the next collective of the whole warp takes
+    unsigned char* exchange;  // three buffers of emulator::exchange_bytes
     gridgrad_block* block;
-    const char* file; // where the thread last waited
+    const char* file;  // where the thread last waited
     unsigned line;
 };
 
@@ -159,7 +159,7 @@ inline unsigned ballot(unsigned mask, bool predicate, const char* file, unsigned
         file, line);
 }
 
-} // namespace emulator
+}  // namespace emulator
 
 inline void __syncthreads(EMULATOR_PLACE) { gridgrad_wait_block(gridgrad_current, 0, file, line); }
 inline int __syncthreads_count(int predicate, EMULATOR_PLACE) {

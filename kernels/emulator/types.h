@@ -4,18 +4,12 @@
 #include <bit>
 #include <stdint.h>
 
-#define EMULATOR_VECTOR(element, prefix, alignment2, alignment4)                                                       \
-    struct alignas(alignment2) prefix##2 {                                                                             \
-        element x, y;                                                                                                  \
-    };                                                                                                                 \
-    struct prefix##3 {                                                                                                 \
-        element x, y, z;                                                                                               \
-    };                                                                                                                 \
-    struct alignas(alignment4) prefix##4 {                                                                             \
-        element x, y, z, w;                                                                                            \
-    };                                                                                                                 \
-    constexpr prefix##2 make_##prefix##2(element x, element y) { return {x, y}; }                                      \
-    constexpr prefix##3 make_##prefix##3(element x, element y, element z) { return {x, y, z}; }                        \
+#define EMULATOR_VECTOR(element, prefix, alignment2, alignment4)                                \
+    struct alignas(alignment2) prefix##2 { element x, y; };                                     \
+    struct prefix##3 { element x, y, z; };                                                      \
+    struct alignas(alignment4) prefix##4 { element x, y, z, w; };                               \
+    constexpr prefix##2 make_##prefix##2(element x, element y) { return {x, y}; }               \
+    constexpr prefix##3 make_##prefix##3(element x, element y, element z) { return {x, y, z}; } \
     constexpr prefix##4 make_##prefix##4(element x, element y, element z, element w) { return {x, y, z, w}; }
 
 EMULATOR_VECTOR(char, char, 2, 4)
@@ -46,13 +40,13 @@ constexpr float bfloat16_to_float(uint16_t bits) { return std::bit_cast<float>(s
 constexpr uint16_t float_to_half(float value) {
     uint32_t bits = std::bit_cast<uint32_t>(value), magnitude = bits & 0x7fffffff, sign = bits >> 16 & 0x8000;
     if (magnitude > 0x7f800000) return 0x7fff;
-    if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00); // 65520 and above round to infinity
-    if (magnitude >= 0x38800000) { // normal: 2^-14 and above
+    if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // 65520 and above round to infinity
+    if (magnitude >= 0x38800000) {                                             // normal: 2^-14 and above
         uint32_t rebiased = magnitude - (112u << 23);
         return static_cast<uint16_t>(sign | (rebiased + 0xfff + (rebiased >> 13 & 1)) >> 13);
     }
     uint32_t exponent = magnitude >> 23;
-    if (exponent < 102) return static_cast<uint16_t>(sign); // below 2^-25, half of the smallest subnormal
+    if (exponent < 102) return static_cast<uint16_t>(sign);  // below 2^-25, half of the smallest subnormal
     uint32_t mantissa = (magnitude & 0x7fffff) | 0x800000, shift = 126 - exponent;
     uint32_t half = 1u << (shift - 1), kept = mantissa >> shift;
     return static_cast<uint16_t>(sign | (mantissa + half - 1 + (kept & 1)) >> shift);
@@ -66,31 +60,29 @@ constexpr float half_to_float(uint16_t bits) {
     return sign ? -magnitude : magnitude;
 }
 
-} // namespace emulator
+}  // namespace emulator
 
 // Sums, products and quotients of 16-bit floats are those of `float`, rounded: with 24 bits in between, rounding twice
 // gives what rounding once does.
-#define EMULATOR_FLOAT16(type, from_float, to_float)                                                                   \
-    struct type {                                                                                                      \
-        uint16_t bits;                                                                                                 \
-        type() = default;                                                                                              \
-        constexpr type(float value) : bits(emulator::from_float(value)) {}                                             \
-        constexpr operator float() const { return emulator::to_float(bits); }                                          \
-        type& operator+=(type other);                                                                                  \
-        type& operator-=(type other);                                                                                  \
-        type& operator*=(type other);                                                                                  \
-    };                                                                                                                 \
-    constexpr type operator-(type a) { return type(-float(a)); }                                                       \
-    constexpr type operator+(type a, type b) { return type(float(a) + float(b)); }                                     \
-    constexpr type operator-(type a, type b) { return type(float(a) - float(b)); }                                     \
-    constexpr type operator*(type a, type b) { return type(float(a) * float(b)); }                                     \
-    constexpr type operator/(type a, type b) { return type(float(a) / float(b)); }                                     \
-    inline type& type::operator+=(type other) { return *this = *this + other; }                                        \
-    inline type& type::operator-=(type other) { return *this = *this - other; }                                        \
-    inline type& type::operator*=(type other) { return *this = *this * other; }                                        \
-    struct alignas(4) type##2 {                                                                                        \
-        type x, y;                                                                                                     \
-    };
+#define EMULATOR_FLOAT16(type, from_float, to_float)                               \
+    struct type {                                                                  \
+        uint16_t bits;                                                             \
+        type() = default;                                                          \
+        constexpr type(float value) : bits(emulator::from_float(value)) {}         \
+        constexpr operator float() const { return emulator::to_float(bits); }      \
+        type& operator+=(type other);                                              \
+        type& operator-=(type other);                                              \
+        type& operator*=(type other);                                              \
+    };                                                                             \
+    constexpr type operator-(type a) { return type(-float(a)); }                   \
+    constexpr type operator+(type a, type b) { return type(float(a) + float(b)); } \
+    constexpr type operator-(type a, type b) { return type(float(a) - float(b)); } \
+    constexpr type operator*(type a, type b) { return type(float(a) * float(b)); } \
+    constexpr type operator/(type a, type b) { return type(float(a) / float(b)); } \
+    inline type& type::operator+=(type other) { return *this = *this + other; }    \
+    inline type& type::operator-=(type other) { return *this = *this - other; }    \
+    inline type& type::operator*=(type other) { return *this = *this * other; }    \
+    struct alignas(4) type##2 { type x, y; };
 
 EMULATOR_FLOAT16(__nv_bfloat16, float_to_bfloat16, bfloat16_to_float)
 EMULATOR_FLOAT16(__half, float_to_half, half_to_float)
