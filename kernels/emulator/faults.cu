@@ -46,12 +46,6 @@ extern "C" __global__ void healthy_collectives(u32* output) {
 }
 
 extern "C" __global__ void empty_kernel() {}
-extern "C" __global__ void barriers(u32 count) {
-    for (u32 i = 0; i < count; i++) __syncthreads();
-}
-extern "C" __global__ void shuffles(u32 count) {
-    for (u32 i = 0; i < count; i++) __shfl_xor_sync(0xffffffffu, i, 1);
-}
 
 // Parameters of every kind, to compare with what Rust passes.
 extern "C" __global__ void parameters(u32* output, u32 a, Array<u32, 3> b, double c, i32 d) {
@@ -160,8 +154,8 @@ extern "C" __global__ void stack_overflow(u32* output, u32 depth) {
 
 extern "C" __global__ void divide(i32* output, i32 by) { *output = 7 / by; }
 
-KERNELS(faults, KERNEL(healthy_sum), KERNEL(healthy_collectives), KERNEL(empty_kernel), KERNEL(barriers),
-        KERNEL(shuffles), KERNEL(parameters), KERNEL(conversions), KERNEL(missing_barrier), KERNEL(divergent_barrier),
-        KERNEL(early_exit), KERNEL(missing_lane), KERNEL(not_in_mask), KERNEL(misaligned), KERNEL(shared_index),
-        KERNEL(dynamic_overrun), KERNEL(dynamic_underrun), KERNEL(static_limit), KERNEL(global_write),
-        KERNEL(global_read), KERNEL(unwritten_shared), KERNEL(stack_overflow), KERNEL(divide))
+KERNELS(faults, KERNEL(healthy_sum), KERNEL(healthy_collectives), KERNEL(empty_kernel), KERNEL(parameters),
+        KERNEL(conversions), KERNEL(missing_barrier), KERNEL(divergent_barrier), KERNEL(early_exit),
+        KERNEL(missing_lane), KERNEL(not_in_mask), KERNEL(misaligned), KERNEL(shared_index), KERNEL(dynamic_overrun),
+        KERNEL(dynamic_underrun), KERNEL(static_limit), KERNEL(global_write), KERNEL(global_read),
+        KERNEL(unwritten_shared), KERNEL(stack_overflow), KERNEL(divide))

@@ -4,7 +4,6 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use gridgrad::data::Split;
-use gridgrad::models::{CrossFormer, CrossFormerConfig};
 use gridgrad::nn::{BatchNorm, Context, Conv2d, Linear, Parameters, Scope};
 use gridgrad::ops::{self, Conv2dOptions, Pool2dOptions};
 use gridgrad::train::{
@@ -13,7 +12,7 @@ use gridgrad::train::{
 };
 use gridgrad::{DType, Device, Result, Tensor};
 
-use crate::support::{Interrupter, Mlp, Moment, digits, run};
+use crate::support::{Interrupter, Mlp, Moment, crossformer, digits, run};
 
 fn test_device() -> Option<Device> {
     match std::env::var("GRIDGRAD_TEST_DEVICE") {
@@ -63,22 +62,6 @@ impl Classifier for ConvNet {
     fn parameters(&self) -> &Parameters {
         &self.parameters
     }
-}
-
-/// Two stages of short and long attention on images of 8×8, with stochastic depth.
-fn crossformer() -> CrossFormer {
-    let config = CrossFormerConfig {
-        img_size: [8, 8],
-        in_chans: 1,
-        patch_stride: 2,
-        patch_kernels: vec![2, 4],
-        embed_dim: 16,
-        num_heads: vec![1, 2],
-        group_size: vec![2, 2],
-        drop_path_rate: 0.2,
-        ..CrossFormerConfig::named("micro", 10).unwrap()
-    };
-    CrossFormer::new(config, 3, DType::F32).unwrap()
 }
 
 /// Keeps what every step measured; stops after some.
@@ -153,7 +136,7 @@ fn a_convolutional_network_follows_the_processors_losses() {
 
 #[test]
 fn a_crossformer_follows_the_processors_losses() {
-    follows_the_processor(|| Box::new(crossformer()), OptimizerConfig::default());
+    follows_the_processor(|| Box::new(crossformer(16, 0.2)), OptimizerConfig::default());
 }
 
 #[test]
@@ -161,10 +144,13 @@ fn recorded_steps_and_other_orders_of_threads_leave_the_same_bits() {
     let Some(device) = test_device() else { return };
     for precision in [Precision::F32, Precision::Bf16] {
         let config = || config(OptimizerConfig::default(), precision);
-        let first = train(&crossformer(), device, config(), 16, false);
-        assert!(first == train(&crossformer(), device, config(), 16, true), "{precision:?}: a recorded step differs");
+        let first = train(&crossformer(16, 0.2), device, config(), 16, false);
+        assert!(
+            first == train(&crossformer(16, 0.2), device, config(), 16, true),
+            "{precision:?}: a recorded step differs"
+        );
         set_schedule(5);
-        let other = train(&crossformer(), device, config(), 16, true);
+        let other = train(&crossformer(16, 0.2), device, config(), 16, true);
         set_schedule(0);
         assert!(first == other, "{precision:?}: the order of threads matters");
     }

@@ -2,14 +2,13 @@
 
 use std::sync::atomic::AtomicBool;
 
+use gridgrad::Result;
 use gridgrad::data::Split;
-use gridgrad::models::{CrossFormer, CrossFormerConfig};
 use gridgrad::train::{
     Classifier, Evaluation, Observer, Precision, ScheduleConfig, StepMetrics, StepReport, TrainConfig, Trainer,
 };
-use gridgrad::{DType, Result};
 
-use crate::support::{Mlp, digits, run};
+use crate::support::{Mlp, crossformer, digits, run};
 
 #[derive(Default)]
 struct Recorder(Vec<StepMetrics>);
@@ -32,25 +31,10 @@ fn trained(model: &dyn Classifier, precision: Precision, epochs: usize) -> (Eval
     (trainer.progress().history.last().unwrap().held_out.unwrap(), recorder.0)
 }
 
-fn crossformer() -> CrossFormer {
-    let config = CrossFormerConfig {
-        img_size: [8, 8],
-        in_chans: 1,
-        patch_stride: 2,
-        patch_kernels: vec![2, 4],
-        embed_dim: 32,
-        num_heads: vec![1, 2],
-        group_size: vec![2, 2],
-        drop_path_rate: 0.0,
-        ..CrossFormerConfig::named("micro", 10).unwrap()
-    };
-    CrossFormer::new(config, 3, DType::F32).unwrap()
-}
-
 #[test]
 fn bf16_reaches_the_accuracy_of_f32() {
-    let (single, _) = trained(&crossformer(), Precision::F32, 8);
-    let (half, steps) = trained(&crossformer(), Precision::Bf16, 8);
+    let (single, _) = trained(&crossformer(32, 0.0), Precision::F32, 8);
+    let (half, steps) = trained(&crossformer(32, 0.0), Precision::Bf16, 8);
     assert!(single.top1 > 0.9, "{single:?}");
     assert!(half.top1 > single.top1 - 0.02, "f32 {single:?}, bf16 {half:?}");
     assert!(steps.iter().all(|step| !step.skipped));

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use gridgrad::data::{self, AugmentConfig, Loader, LoaderConfig, Split};
+use gridgrad::models::{CrossFormer, CrossFormerConfig};
 use gridgrad::nn::{Context, Linear, Parameters, Scope};
 use gridgrad::train::{Batches, Classifier, Observer, StepReport, TrainConfig, TrainingRun};
 use gridgrad::{DType, Error, Result, Tensor, ops};
@@ -51,6 +52,22 @@ impl Classifier for Mlp {
     fn parameters(&self) -> &Parameters {
         &self.parameters
     }
+}
+
+/// Two stages of short and long attention on images of 8×8.
+pub fn crossformer(embed_dim: usize, drop_path_rate: f64) -> CrossFormer {
+    let config = CrossFormerConfig {
+        img_size: [8, 8],
+        in_chans: 1,
+        patch_stride: 2,
+        patch_kernels: vec![2, 4],
+        embed_dim,
+        num_heads: vec![1, 2],
+        group_size: vec![2, 2],
+        drop_path_rate,
+        ..CrossFormerConfig::named("micro", 10).unwrap()
+    };
+    CrossFormer::new(config, 3, DType::F32).unwrap()
 }
 
 pub fn loader(split: Split, batch_size: usize, training: bool, drop_last: bool) -> Loader {

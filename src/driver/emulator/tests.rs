@@ -353,25 +353,3 @@ fn launches_from_inside_rayon_tasks_do_not_disturb_each_other() {
     let emulator = emulator();
     (0..16).into_par_iter().for_each(|_| is_healthy(&emulator));
 }
-
-/// Prints what threads and rendezvous cost here: `cargo test --features emulator -- --ignored speed --nocapture`.
-#[test]
-#[ignore = "a measurement"]
-fn speed() {
-    let emulator = emulator();
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-    let time = |kernel: &str, arguments: Arguments| {
-        pool.install(|| {
-            let best = |_| {
-                let start = std::time::Instant::now();
-                run(&emulator, kernel, 400, 256, arguments.clone()).unwrap();
-                start.elapsed().as_secs_f64() * 1e9 / (400.0 * 256.0)
-            };
-            (0..5).map(best).fold(f64::INFINITY, f64::min)
-        })
-    };
-    let thread = time("empty_kernel", arguments![]);
-    let barrier = (time("barriers", arguments![21u32]) - time("barriers", arguments![1u32])) / 20.0;
-    let shuffle = (time("shuffles", arguments![21u32]) - time("shuffles", arguments![1u32])) / 20.0;
-    println!("ns per thread {thread:.1}, per barrier {barrier:.1}, per shuffle {shuffle:.1}");
-}
