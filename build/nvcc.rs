@@ -163,9 +163,12 @@ impl Compiler {
     fn new(program: PathBuf, version: &str, out: &Path) -> Result<Self, String> {
         let targets =
             variable("GRIDGRAD_CUDA_TARGETS").map_or(TARGETS.into(), |value| value.to_string_lossy().into_owned());
-        // Compressed for size, which any driver of CUDA 13 reads.
-        let fixed = "-fatbin -std=c++20 -I kernels -lineinfo -Xptxas -v -compress-mode=size";
+        // Compressed for size, which any driver of CUDA 13 reads. Line numbers would double the fatbins.
+        let fixed = "-fatbin -std=c++20 -I kernels -Xptxas -v -compress-mode=size";
         let mut flags: Vec<String> = fixed.split(' ').map(String::from).collect();
+        if variable("GRIDGRAD_CUDA_LINEINFO").is_some() {
+            flags.push("-lineinfo".into());
+        }
         // Later releases have new warnings, and those must not keep anyone from building.
         if release(version) == Some(RELEASE) {
             flags.extend(["--Werror".into(), "all-warnings".into()]);

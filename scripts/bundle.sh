@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Packs what a machine with a GPU and without Rust needs to test and measure the crate: executables with the kernels in
-# them, fixtures, and a run.sh that runs them and writes a report. Any x86-64 Linux with an NVIDIA driver runs it, if its
-# glibc is as new as the one printed at the end.
+# Packs what a machine with a GPU and without Rust needs to test and measure the crate: fixtures, executables with the
+# kernels in them, compressed since each holds all kernels, and a run.sh that unpacks and runs them and writes a report.
+# Any x86-64 Linux with an NVIDIA driver runs it, if its glibc is as new as the one printed at the end.
 #
 #     scripts/bundle.sh [FOLDER]                # FOLDER is gridgrad-bundle where absent, and must not exist
 #     PROFILE=dev scripts/bundle.sh [FOLDER]    # debug builds, which are larger and slow: for trying this script
@@ -9,9 +9,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Targets of `cargo test`, beside the unit tests, that run on GRIDGRAD_TEST_DEVICE, and of `cargo bench`. Each executable
-# holds all kernels, so no others.
-tests=(ops gpu train)
+# Targets of `cargo test`, beside the unit tests, and of `cargo bench`. Each executable holds all kernels, so no others.
+tests=(device)
 benches=(ops)
 limit_megabytes="${LIMIT_MEGABYTES:-60}"
 
@@ -30,7 +29,7 @@ mkdir -p "$part/bin"
 executables() {
     local kind="$1"
     shift
-    cargo "$@" --locked --features emulator --message-format json-render-diagnostics | python3 -c '
+    cargo "$@" --locked --message-format json-render-diagnostics | python3 -c '
 import json, sys
 for line in sys.stdin:
     message = json.loads(line) if line.startswith("{") else {}
@@ -39,7 +38,7 @@ for line in sys.stdin:
 ' "$kind"
 }
 
-# take NAME LIST AS: copies the executable that LIST has under NAME, without what debuggers need.
+# take NAME LIST AS: packs the executable that LIST has under NAME, without what debuggers need.
 take() {
     local path
     path="$(awk -v name="$1" '$1 == name { print $2 }' <<<"$2")"
@@ -48,8 +47,11 @@ take() {
         return 1
     fi
     strip -o "$part/bin/$3" "$path"
+    glibc+=" $(objdump -T "$part/bin/$3" | grep -o 'GLIBC_[0-9.]*' | sort -uV | tail -1)"
+    gzip -9 --no-name "$part/bin/$3"
 }
 
+glibc=
 built="$(executables lib test --no-run --profile "$profile" --lib)"
 take gridgrad "$built" test-gridgrad
 built="$(executables test test --no-run --profile "$profile" "${tests[@]/#/--test=}")"
@@ -65,7 +67,7 @@ take gridgrad "$built" gridgrad
 mkdir -p "$part/tests"
 cp -r tests/fixtures "$part/tests/fixtures"
 
-glibc="$(objdump -T "$part"/bin/* | grep -o 'GLIBC_[0-9.]*' | sort -uV | tail -1)"
+glibc="$(tr ' ' '\n' <<<"$glibc" | sort -V | tail -1)"
 version="$(git describe --always --dirty 2>/dev/null || echo unknown)"
 cat >"$part/README.txt" <<END
 gridgrad $version: tests and benchmarks for a machine with an NVIDIA GPU.
@@ -81,6 +83,11 @@ cat >"$part/run.sh" <<'END'
 # Runs the tests, the tests under compute-sanitizer, and the benchmarks on this machine's GPU. Exit code 1 if any fails.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+
+for packed in bin/*.gz; do
+    [[ -e "$packed" ]] || continue # unpacked before
+    gunzip "$packed" && chmod +x "${packed%.gz}" || exit 1
+done
 
 export GRIDGRAD_TEST_DEVICE=cuda
 export CARGO_MANIFEST_DIR="$PWD" # where tests look for fixtures
@@ -110,15 +117,17 @@ step() {
 } | tee "$report/summary.txt"
 step doctor bin/gridgrad doctor
 if [[ " $parts " == *" tests "* ]]; then
-    for test in bin/test-*; do
-        step "${test#bin/}" "$test"
+    step unit bin/test-gridgrad
+    # By themselves: those of `gpu` count the memory of the process.
+    for module in gpu ops train; do
+        step "$module" bin/test-device "$module::"
     done
 fi
 if [[ " $parts " == *" sanitizer "* ]]; then
     if command -v compute-sanitizer >/dev/null; then
         # One thread: a report then belongs to the test named before it.
         for tool in memcheck racecheck initcheck synccheck; do
-            step "$tool-ops" compute-sanitizer --tool "$tool" --error-exitcode 9 bin/test-ops --test-threads=1 --nocapture
+            step "$tool-ops" compute-sanitizer --tool "$tool" --error-exitcode 9 bin/test-device ops:: --test-threads=1 --nocapture
         done
     else
         echo 'skipped compute-sanitizer: it is not on PATH' | tee -a "$report/summary.txt"

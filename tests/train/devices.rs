@@ -12,7 +12,7 @@ use gridgrad::train::{
 };
 use gridgrad::{DType, Device, Result, Tensor};
 
-use crate::support::{Interrupter, Mlp, Moment, crossformer, digits, run};
+use super::support::{Interrupter, Mlp, Moment, crossformer, digits, run};
 
 fn test_device() -> Option<Device> {
     match std::env::var("GRIDGRAD_TEST_DEVICE") {

@@ -10,7 +10,7 @@ use gridgrad::train::{
 };
 use gridgrad::{DType, Error, Result, Tensor};
 
-use crate::support::{Interrupter, Mlp, Moment, digits, run};
+use super::support::{Interrupter, Mlp, Moment, digits, run};
 
 fn config() -> TrainConfig {
     TrainConfig { epochs: 2, checkpoint_every: Span::Steps(3), ..TrainConfig::default() }

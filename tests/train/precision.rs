@@ -8,7 +8,7 @@ use gridgrad::train::{
     Classifier, Evaluation, Observer, Precision, ScheduleConfig, StepMetrics, StepReport, TrainConfig, Trainer,
 };
 
-use crate::support::{Mlp, crossformer, digits, run};
+use super::support::{Mlp, crossformer, digits, run};
 
 #[derive(Default)]
 struct Recorder(Vec<StepMetrics>);

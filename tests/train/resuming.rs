@@ -9,7 +9,7 @@ use gridgrad::train::{
     Span, TrainConfig, Trainer, read_weights,
 };
 
-use crate::support::{Interrupter, Mlp, Moment, digits, run};
+use super::support::{Interrupter, Mlp, Moment, digits, run};
 
 /// Six steps an epoch, the last of one batch; checkpoints at steps 4, 8, 12, 16 and at the end.
 fn config() -> TrainConfig {
