@@ -20,6 +20,7 @@
 //! ```
 
 mod float;
+pub mod block_gemm;
 pub mod gemm;
 pub mod lanes;
 pub mod parallel;
