@@ -44,18 +44,35 @@ pub fn multiply(rows: Rows<'_>, panel: &[f32], width: usize, to: (&mut [f32], &[
     simd::with_vectors(Multiply { rows, panel, width, data: to.0, places: to.1, onto });
 }
 
-/// `sums += leftᵀ · right`: `left` holds groups of [`GROUP`] columns one behind the other, each row-major, and `right` is
-/// row-major with `width` columns, which is [`LANES`] or [`PANEL`]; so is `sums`.
+/// Rows of `columns` contiguous elements, `stride` apart.
+#[derive(Clone, Copy)]
+pub struct Strided<'a> {
+    /// Where all rows lie.
+    pub data: &'a [f32],
+    /// Distance of rows.
+    pub stride: usize,
+    /// Elements of a row that count.
+    pub columns: usize,
+}
+
+impl Strided<'_> {
+    fn holds(&self, rows: usize) -> bool {
+        rows == 0 || (rows - 1) * self.stride + self.columns <= self.data.len()
+    }
+}
+
+/// `sums += leftᵀ · right`, over `depth` rows: `left` has a multiple of [`GROUP`] columns, `right` [`LANES`] or [`PANEL`];
+/// `sums` is row-major without gaps.
 ///
 /// # Panics
 /// Where extents do not match.
 #[inline(never)]
-pub fn multiply_transposed(left: &[f32], right: &[f32], width: usize, sums: &mut [f32]) {
-    let depth = right.len() / width;
-    assert!((width == LANES || width == PANEL) && right.len() == depth * width, "right");
-    assert!(sums.len().is_multiple_of(GROUP * width) && left.len() == depth * (sums.len() / width), "left");
+pub fn multiply_transposed(left: Strided<'_>, right: Strided<'_>, depth: usize, sums: &mut [f32]) {
+    assert!(left.columns.is_multiple_of(GROUP) && left.holds(depth), "left");
+    assert!((right.columns == LANES || right.columns == PANEL) && right.holds(depth), "right");
+    assert_eq!(sums.len(), left.columns * right.columns, "sums");
     if depth > 0 {
-        simd::with_vectors(MultiplyTransposed { left, right, width, sums });
+        simd::with_vectors(MultiplyTransposed { left, right, depth, sums });
     }
 }
 
@@ -145,9 +162,9 @@ impl Multiply<'_> {
 }
 
 struct MultiplyTransposed<'a> {
-    left: &'a [f32],
-    right: &'a [f32],
-    width: usize,
+    left: Strided<'a>,
+    right: Strided<'a>,
+    depth: usize,
     sums: &'a mut [f32],
 }
 
@@ -156,54 +173,46 @@ impl WithSimd for MultiplyTransposed<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        match (S::F32_LANES, self.width) {
-            (16.., PANEL) => self.all_groups::<S, 8, 2>(simd),
-            (16.., _) => self.all_groups::<S, 8, 1>(simd),
-            (8.., _) => self.all_groups::<S, 4, 2>(simd),
-            (4.., _) => self.all_groups::<S, 4, 4>(simd),
-            _ => self.all_groups::<S, 2, 4>(simd),
+        match (S::F32_LANES, self.right.columns) {
+            (16.., PANEL) => self.all_blocks::<S, 8, 2>(simd),
+            (16.., _) => self.all_blocks::<S, 8, 1>(simd),
+            (8.., _) => self.all_blocks::<S, 4, 2>(simd),
+            (4.., _) => self.all_blocks::<S, 4, 4>(simd),
+            _ => self.all_blocks::<S, 2, 4>(simd),
         }
     }
 }
 
 impl MultiplyTransposed<'_> {
     #[inline(always)]
-    fn all_groups<S: Simd, const R: usize, const V: usize>(&mut self, simd: S) {
-        let depth = self.right.len() / self.width;
-        let groups = self.left.chunks_exact(depth * GROUP).zip(self.sums.chunks_exact_mut(GROUP * self.width));
-        for (left, sums) in groups {
-            for first in (0..GROUP).step_by(R) {
-                for column in (0..self.width).step_by(V * S::F32_LANES) {
-                    transposed_block::<S, R, V>(simd, left, self.right, self.width, [first, column], sums);
+    fn all_blocks<S: Simd, const R: usize, const V: usize>(&mut self, simd: S) {
+        for first in (0..self.left.columns).step_by(R) {
+            for column in (0..self.right.columns).step_by(V * S::F32_LANES) {
+                self.block::<S, R, V>(simd, first, column);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn block<S: Simd, const R: usize, const V: usize>(&mut self, simd: S, first: usize, column: usize) {
+        let mut sums = [[simd.splat_f32s(0.0); V]; R];
+        let (left, right) = (&self.left.data[first..], &self.right.data[column..]);
+        for t in 0..self.depth {
+            let left = &left[t * self.left.stride..][..R];
+            let right = S::as_simd_f32s(&right[t * self.right.stride..][..V * S::F32_LANES]).0;
+            let right = &right[..V];
+            for r in 0..R {
+                let factor = simd.splat_f32s(left[r]);
+                for v in 0..V {
+                    sums[r][v] = simd.mul_add_e_f32s(factor, right[v], sums[r][v]);
                 }
             }
         }
-    }
-}
-
-#[inline(always)]
-fn transposed_block<S: Simd, const R: usize, const V: usize>(
-    simd: S,
-    left: &[f32],
-    right: &[f32],
-    width: usize,
-    [first, column]: [usize; 2],
-    out: &mut [f32],
-) {
-    let mut sums = [[simd.splat_f32s(0.0); V]; R];
-    for (left, right) in left.chunks_exact(GROUP).zip(right.chunks_exact(width)) {
-        let (left, right) = (&left[first..first + R], &S::as_simd_f32s(&right[column..]).0[..V]);
-        for r in 0..R {
-            let factor = simd.splat_f32s(left[r]);
-            for v in 0..V {
-                sums[r][v] = simd.mul_add_e_f32s(factor, right[v], sums[r][v]);
+        for (r, sums) in sums.into_iter().enumerate() {
+            for (v, sum) in sums.into_iter().enumerate() {
+                let at = (first + r) * self.right.columns + column + v * S::F32_LANES;
+                store::<S>(self.sums, at, simd.add_f32s(load::<S>(self.sums, at), sum));
             }
-        }
-    }
-    for (r, sums) in sums.into_iter().enumerate() {
-        for (v, sum) in sums.into_iter().enumerate() {
-            let at = (first + r) * width + column + v * S::F32_LANES;
-            store::<S>(out, at, simd.add_f32s(load::<S>(out, at), sum));
         }
     }
 }

@@ -10,6 +10,7 @@ mod depthwise;
 pub(crate) mod depthwise_gpu;
 mod geometry;
 pub(crate) mod gpu;
+mod packed;
 mod scatter;
 mod winograd;
 

@@ -18,7 +18,7 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 
 use super::Geometry;
-use crate::cpu::block_gemm::{GROUP, LANES, Onto, PANEL, Rows, load, multiply, multiply_transposed, store};
+use crate::cpu::block_gemm::{GROUP, LANES, Onto, PANEL, Rows, Strided, load, multiply, multiply_transposed, store};
 use crate::cpu::{Float, parallel, simd};
 use crate::tensor::{Buffer, DType};
 
@@ -31,8 +31,8 @@ const PRODUCTS: usize = POINTS * POINTS;
 const SCALE: [f32; POINTS] = [1.0, 0.25, 0.25, 0.5, 0.5, 0.5, 1.0];
 /// Elements between planes of products, so that they do not all fall into the same sets of a cache.
 const GAP: usize = LANES;
-/// Terms that are summed before they join a longer sum, which keeps errors small.
-const DEPTH: usize = 64;
+/// Terms that are summed at most before they join a longer sum, which keeps errors small.
+const DEPTH: usize = 96;
 
 /// Vectors of N × N positions or products.
 type Square<V, const N: usize> = [[V; N]; N];
@@ -151,7 +151,7 @@ impl Map<'_> {
         // A block's operands should stay in the second-level cache, and be many beside a large weight.
         const BYTES: usize = 1 << 20;
         const LARGE: usize = 1 << 15;
-        let fitting = BYTES / (PRODUCTS * size_of::<f32>() * (self.depth + self.columns));
+        let fitting = BYTES / (PRODUCTS * size_of::<f32>() * (self.depth + PANEL));
         let tiles = if self.depth * self.columns < LARGE { fitting.clamp(32, 64) } else { 64 };
         let [height, width] = self.result;
         let [lines, across] = self.tiles::<M>();
@@ -182,28 +182,27 @@ impl Map<'_> {
         (out, offset): (&mut [f32], usize),
     ) {
         let (depth, columns, count) = (self.depth, self.columns, tiles.len());
-        let planes = [count * depth + GAP, count * columns + GAP];
-        let mut inputs = Buffer::<f32>::recycled(PRODUCTS * planes[0]);
-        let to = InputPlanes { data: &mut inputs, plane: planes[0], tile: depth, group: LANES };
-        simd::with_vectors(SpreadInput::<M> { map: self, tiles: tiles.clone(), to });
-        let mut products = Buffer::<f32>::recycled(PRODUCTS * planes[1]);
-        let mut starts = vec![0; count];
-        let mut places = vec![0; count];
-        for p in 0..PRODUCTS {
-            let products = &mut products[p * planes[1]..][..planes[1]];
-            for first in (0..columns).step_by(PANEL) {
-                let width = PANEL.min(columns - first);
+        let mut inputs = Buffer::<f32>::recycled(count * PRODUCTS * depth);
+        simd::with_vectors(SpreadInput::<M> { map: self, tiles: tiles.clone(), to: Operands::Rows(&mut inputs) });
+        let chunk_depth = depth.div_ceil(depth.div_ceil(DEPTH));
+        // For one panel of columns after the other, in the order (tile, product, column of the panel).
+        let mut products = Buffer::<f32>::recycled(count * PRODUCTS * PANEL.min(columns));
+        let (mut starts, mut places) = (vec![0; count], vec![0; count]);
+        for first in (0..columns).step_by(PANEL) {
+            let width = PANEL.min(columns - first);
+            for p in 0..PRODUCTS {
                 let panel = &weight[(first * PRODUCTS + p * width) * depth..][..depth * width];
-                places.iter_mut().enumerate().for_each(|(t, place)| *place = t * columns + first);
-                for (chunk, panel) in panel.chunks(DEPTH * width).enumerate() {
-                    let from = p * planes[0] + chunk * DEPTH;
-                    starts.iter_mut().enumerate().for_each(|(t, start)| *start = from + t * depth);
+                places.iter_mut().enumerate().for_each(|(t, place)| *place = (t * PRODUCTS + p) * width);
+                for (chunk, panel) in panel.chunks(chunk_depth * width).enumerate() {
+                    let start = p * depth + chunk * chunk_depth;
+                    starts.iter_mut().enumerate().for_each(|(t, place)| *place = start + t * PRODUCTS * depth);
                     let onto = if chunk == 0 { Onto::Nothing } else { Onto::Itself };
-                    multiply(Rows { data: &inputs, starts: &starts }, panel, width, (products, &places), onto);
+                    multiply(Rows { data: &inputs, starts: &starts }, panel, width, (&mut products, &places), onto);
                 }
             }
+            let (tiles, products) = (tiles.clone(), &products[..count * PRODUCTS * width]);
+            simd::with_vectors(CollectOutput::<M> { map: self, tiles, products, first, bias, out, offset });
         }
-        simd::with_vectors(CollectOutput::<M> { map: self, tiles, products: &products, plane: planes[1], bias, out, offset });
     }
 
     /// Σ (A y) ⊙ (Bᵀ x), in the order (product, panel of columns, depth, column of the panel): sums over blocks of a
@@ -228,7 +227,7 @@ impl Map<'_> {
                 let start = first + index * BLOCK;
                 let tiles = start..last.min(start + BLOCK);
                 let (inputs, grads) = block.split_at_mut(PRODUCTS * planes[0]);
-                let to = InputPlanes { data: inputs, plane: planes[0], tile: GROUP, group: GROUP };
+                let to = Operands::Groups(inputs, planes[0]);
                 simd::with_vectors(SpreadInput::<M> { map: self, tiles: tiles.clone(), to });
                 simd::with_vectors(SpreadGrad::<M> { map: self, tiles, grad, data: grads, plane: planes[1] });
             });
@@ -243,7 +242,10 @@ impl Map<'_> {
                     let count = BLOCK.min(last - first - index * BLOCK);
                     let inputs = &block[*p * planes[0]..][..count * depth];
                     let grads = PRODUCTS * planes[0] + *p * planes[1] + *column * count;
-                    multiply_transposed(inputs, &block[grads..][..count * width], width, sums);
+                    let right = Strided { data: &block[grads..][..count * width], stride: width, columns: width };
+                    for (data, sums) in inputs.chunks_exact(count * GROUP).zip(sums.chunks_exact_mut(GROUP * width)) {
+                        multiply_transposed(Strided { data, stride: GROUP, columns: GROUP }, right, count, sums);
+                    }
                 }
             });
         }
@@ -291,45 +293,47 @@ fn window<const N: usize>(
     window
 }
 
-/// Where transformed inputs go: planes of products; channels in groups, the elements of a group `tile` apart from tile
-/// to tile.
-struct InputPlanes<'a> {
-    data: &'a mut [f32],
-    plane: usize,
-    tile: usize,
-    group: usize,
+/// Where transformed inputs go.
+enum Operands<'a> {
+    /// In the order (tile, product, channel).
+    Rows(&'a mut [f32]),
+    /// Planes of products, so far apart, each in the order (group of channels, tile, channel of the group).
+    Groups(&'a mut [f32], usize),
 }
 
 /// Bᵀ x B of some tiles.
 struct SpreadInput<'a, const M: usize> {
     map: &'a Map<'a>,
     tiles: Range<usize>,
-    to: InputPlanes<'a>,
+    to: Operands<'a>,
 }
 
 impl<const M: usize> WithSimd for SpreadInput<'_, M> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let (count, to) = (self.tiles.len(), self.to);
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        let (depth, count) = (self.map.depth, self.tiles.len());
         for (t, tile) in self.tiles.enumerate() {
             let window = self.map.input_window::<M>(tile);
-            for channel in (0..self.map.depth).step_by(S::F32_LANES) {
+            for channel in (0..depth).step_by(S::F32_LANES) {
                 let square = input_square(simd, self.map.source, &window, channel);
-                // Rows of all channels, or groups of few behind one another.
-                let grouped = to.group == to.tile;
-                let start = if grouped { channel / GROUP * GROUP * count + t * GROUP } else { t * to.tile + channel };
-                for (p, &value) in square.as_flattened().iter().enumerate() {
-                    let at = p * to.plane + start;
-                    if grouped && S::F32_LANES > GROUP {
-                        let lanes: &[f32] = bytemuck::cast_slice(std::slice::from_ref(&value));
-                        for (group, lanes) in lanes.chunks_exact(GROUP).enumerate() {
-                            to.data[at + group * GROUP * count..][..GROUP].copy_from_slice(lanes);
+                match &mut self.to {
+                    Operands::Rows(data) => {
+                        for (p, &value) in square.as_flattened().iter().enumerate() {
+                            store::<S>(data, (t * PRODUCTS + p) * depth + channel, value);
                         }
-                    } else {
-                        let within = if grouped { channel % GROUP } else { 0 };
-                        store::<S>(to.data, at + within, value);
+                    }
+                    Operands::Groups(data, plane) => {
+                        let lanes = S::F32_LANES.min(GROUP);
+                        for (p, value) in square.as_flattened().iter().enumerate() {
+                            let values: &[f32] = bytemuck::cast_slice(std::slice::from_ref(value));
+                            for (part, values) in values.chunks_exact(lanes).enumerate() {
+                                let channel = channel + part * lanes;
+                                let at = p * *plane + (channel / GROUP * count + t) * GROUP + channel % GROUP;
+                                data[at..at + lanes].copy_from_slice(values);
+                            }
+                        }
                     }
                 }
             }
@@ -374,12 +378,13 @@ impl<const M: usize> WithSimd for SpreadGrad<'_, M> {
     }
 }
 
-/// Aᵀ z A of some tiles, with the bias.
+/// Aᵀ z A of a panel of some tiles, with the bias.
 struct CollectOutput<'a, const M: usize> {
     map: &'a Map<'a>,
     tiles: Range<usize>,
     products: &'a [f32],
-    plane: usize,
+    /// The panel's first column.
+    first: usize,
     bias: Option<&'a [f32]>,
     out: &'a mut [f32],
     offset: usize,
@@ -390,15 +395,16 @@ impl<const M: usize> WithSimd for CollectOutput<'_, M> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let columns = self.map.columns;
-        for (t, tile) in self.tiles.enumerate() {
+        let width = self.products.len() / (self.tiles.len() * PRODUCTS);
+        let zero = simd.splat_f32s(0.0);
+        for (tile, products) in self.tiles.zip(self.products.chunks_exact(PRODUCTS * width)) {
             let window = self.map.output_window::<M>(tile);
-            for column in (0..columns).step_by(S::F32_LANES) {
-                let zero = simd.splat_f32s(0.0);
+            for within in (0..width).step_by(S::F32_LANES) {
+                let column = self.first + within;
                 let bias = self.bias.map_or(zero, |bias| load::<S>(bias, column));
                 let mut square = [[zero; POINTS]; POINTS];
                 for (p, value) in square.as_flattened_mut().iter_mut().enumerate() {
-                    *value = load::<S>(self.products, p * self.plane + t * columns + column);
+                    *value = load::<S>(products, p * width + within);
                 }
                 let values: Square<S::f32s, M> = collect_square(simd, &square);
                 for y in 0..M {
