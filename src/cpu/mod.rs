@@ -19,8 +19,8 @@
 //! assert!(sums[0] < sums[1]);
 //! ```
 
-mod float;
 pub mod block_gemm;
+mod float;
 pub mod gemm;
 pub mod lanes;
 pub mod parallel;

@@ -1,4 +1,4 @@
-//! Convolutions as matrix products of patches, a tile of rows at a time.
+//! Convolutions as matrix products of patches, a tile of rows at a time; those of stride 1 by [`winograd`].
 //!
 //! A tile is some hundred positions of the result. The patches that they read are copied into a panel (position, tap,
 //! channel) that fits the second-level cache, and multiplied with the weight in the order (tap, channel, out). The input
@@ -69,8 +69,7 @@ impl<T: Float> Source<'_, T> {
                             let inside = (0..height).contains(&y);
                             let first = if inside { (-x).clamp(0, taps as isize) } else { taps as isize };
                             let last = (width - x).clamp(first, taps as isize);
-                            let [first, copied] =
-                                [first, last - first].map(|taps| taps as usize * self.group_channels);
+                            let [first, copied] = [first, last - first].map(|taps| taps as usize * self.group_channels);
                             panel[at..at + first].fill(T::ZERO);
                             if copied > 0 {
                                 let line = (anchor.image * self.extents[0] + y as usize) * self.extents[1];
@@ -162,7 +161,7 @@ pub(super) fn output<T: Float>(g: &Geometry, input: &[T], weight: &[T], bias: Op
     if g.is_depthwise() {
         return depthwise::output(g, input, weight, bias);
     }
-    if winograd::applies::<T>(g) {
+    if winograd::applies_forward::<T>(g) {
         return winograd::output(g, input, weight, bias);
     }
     let mut output = Buffer::recycled(rows * features);

@@ -17,7 +17,7 @@ mod winograd;
 use geometry::Geometry;
 
 use crate::autograd::{Backward, Function, record};
-use crate::tensor::{Place, Shape, place};
+use crate::tensor::{Place, place};
 use crate::{Error, Result, Tensor, dispatch_float};
 
 /// How a kernel moves over a map. Pairs are (vertical, horizontal).

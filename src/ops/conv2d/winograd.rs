@@ -32,7 +32,7 @@ const SCALE: [f32; POINTS] = [1.0, 0.25, 0.25, 0.5, 0.5, 0.5, 1.0];
 /// Elements between planes of products, so that they do not all fall into the same sets of a cache.
 const GAP: usize = LANES;
 /// Terms that are summed at most before they join a longer sum, which keeps errors small.
-const DEPTH: usize = 96;
+const DEPTH: usize = 64;
 
 /// Vectors of N × N positions or products.
 type Square<V, const N: usize> = [[V; N]; N];
@@ -45,6 +45,13 @@ pub(super) fn applies<T: Float>(g: &Geometry) -> bool {
     let whole = [g.in_channels, g.out_channels].iter().all(|&channels| channels.is_multiple_of(LANES));
     let fits = options.padding.iter().all(|&padding| padding < g.kernel[0]);
     T::DTYPE == DType::F32 && plain && whole && fits && (g.kernel == [3; 2] || g.kernel == [5; 2])
+}
+
+/// Whether that holds for the output, too. Where an image is one tile, many images have to share a transformed weight of
+/// 5 times the weight's size. Training has them, inference may not; and their number must not decide, or the result of
+/// an image would depend on it.
+pub(super) fn applies_forward<T: Float>(g: &Geometry) -> bool {
+    applies::<T>(g) && g.output.iter().any(|&extent| extent > TILE - 2)
 }
 
 pub(super) fn output<T: Float>(g: &Geometry, input: &[T], weight: &[T], bias: Option<&[T]>) -> Buffer<T> {
