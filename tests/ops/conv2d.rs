@@ -390,3 +390,148 @@ fn bad_arguments_of_the_transpose_are_errors() {
     assert!(refuse([6, 2, 3, 3], Conv2dOptions { stride: [usize::MAX / 16; 2], ..PLAIN }, [0; 2]).contains("too many"));
     assert!(refuse([6, 2, 3, 3], Conv2dOptions { stride: [0; 2], ..PLAIN }, [0; 2]).contains("must be positive"));
 }
+
+/// Shapes at the edges of the processor's blocks in `f32`: 8, 6 and 4 rows, panels of 32 and 16 columns, groups of 8
+/// terms, tiles of 6 × 6 inputs; kernels that are filtered minimally, and those beside them that are not.
+fn blocks() -> Vec<Conv2d> {
+    let case = |input, out_channels, kernel, padding, options: Conv2dOptions| {
+        let options = Conv2dOptions { padding: [padding; 2], ..options };
+        Conv2d { input, out_channels, kernel: [kernel; 2], bias: true, options }
+    };
+    let strided = Conv2dOptions { stride: [2; 2], ..PLAIN };
+    vec![
+        case([2, 9, 7, 16], 32, 3, 1, PLAIN),
+        case([3, 4, 4, 48], 16, 3, 1, PLAIN),
+        case([1, 13, 6, 64], 48, 3, 0, PLAIN),
+        case([2, 5, 8, 112], 80, 3, 2, PLAIN),
+        case([2, 14, 13, 32], 48, 5, 2, PLAIN),
+        case([1, 7, 9, 80], 16, 5, 4, PLAIN),
+        case([1, 5, 5, 16], 16, 5, 0, PLAIN),
+        case([11, 12, 12, 16], 16, 3, 1, PLAIN),
+        // No multiple of 16, other kernels, strides, groups.
+        case([2, 7, 6, 24], 33, 3, 1, PLAIN),
+        case([3, 7, 5, 16], 16, 4, 1, PLAIN),
+        case([2, 9, 8, 16], 40, 3, 1, strided),
+        case([2, 9, 8, 32], 17, 1, 0, strided),
+        case([1, 11, 13, 40], 47, 1, 0, PLAIN),
+        case([2, 13, 11, 1], 33, 5, 2, PLAIN),
+        case([1, 12, 12, 3], 64, 3, 1, PLAIN),
+        case([2, 6, 7, 20], 36, 3, 1, Conv2dOptions { groups: 2, ..PLAIN }),
+        case([1, 35, 37, 5], 9, 3, 1, PLAIN),
+    ]
+}
+
+/// Output and gradients, in the dtype of `inputs`.
+fn output_and_gradients(case: &Conv2d, inputs: &[Tensor], grad_output: &Tensor) -> Vec<Tensor> {
+    let inputs: Vec<Tensor> = inputs.iter().map(|input| input.variable().unwrap()).collect();
+    let output = case.run(&inputs).unwrap();
+    let options = GradOptions { grad_output: Some(grad_output.clone()), ..GradOptions::default() };
+    let gradients = grad(&output, &inputs.iter().collect::<Vec<_>>(), options).unwrap();
+    [output.detach()].into_iter().chain(gradients.into_iter().flatten()).collect()
+}
+
+fn single(tensor: &Tensor) -> Tensor {
+    tensor.cast(DType::F32).unwrap()
+}
+
+/// The case's inputs and a gradient of its output, rounded to `f32`.
+fn rounded(case: &Conv2d) -> (Vec<Tensor>, Tensor) {
+    let [height, width] = case.output();
+    let grad_output = randn(&[case.input[0], height, width, case.out_channels], 7);
+    (case.inputs().iter().map(single).collect(), single(&grad_output))
+}
+
+fn root_mean_square(values: impl Iterator<Item = f64>) -> f64 {
+    let (sum, count) = values.fold((0.0, 0.0), |(sum, count), value| (sum + value * value, count + 1.0));
+    f64::sqrt(sum / f64::max(count, 1.0))
+}
+
+#[test]
+fn blocks_in_single_precision_agree_with_double_for_any_number_of_threads() {
+    for case in blocks() {
+        let (inputs, grad_output) = rounded(&case);
+        let run = || output_and_gradients(&case, &inputs, &grad_output);
+        let got = run();
+        let wide: Vec<Tensor> = inputs.iter().map(|input| input.cast(DType::F64).unwrap()).collect();
+        let exact = output_and_gradients(&case, &wide, &grad_output.cast(DType::F64).unwrap());
+        for (number, (got, exact)) in got.iter().zip(&exact).enumerate() {
+            let (got, exact) = (got.to_f64_vec().unwrap(), exact.to_f64_vec().unwrap());
+            let scale = root_mean_square(exact.iter().copied());
+            let error = got.iter().zip(&exact).fold(0f64, |worst, (a, b)| worst.max((a - b).abs()));
+            assert!(error <= 4e-6 * scale, "{case}, result {number}: error {error:e}, values of {scale:e}");
+        }
+        for threads in [1, 2, 3] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            for (number, (got, again)) in got.iter().zip(pool.install(run)).enumerate() {
+                let (got, again) = (got.to_vec::<f32>().unwrap(), again.to_vec::<f32>().unwrap());
+                assert_eq!(got, again, "{case}, result {number}, {threads} threads");
+            }
+        }
+    }
+}
+
+/// A plain sum in `f32`, term by term, has larger errors: minimal filtering loses no accuracy.
+#[test]
+fn errors_stay_below_those_of_plain_sums() {
+    for case in
+        blocks().into_iter().filter(|case| case.options == Conv2dOptions { padding: case.options.padding, ..PLAIN })
+    {
+        let (inputs, grad_output) = rounded(&case);
+        let got = output_and_gradients(&case, &inputs, &grad_output)[0].to_f64_vec().unwrap();
+        let values: Vec<Vec<f64>> = inputs.iter().map(|input| input.to_f64_vec().unwrap()).collect();
+        let exact = case.reference(&values);
+        let plain = plain_sums(&case, &values);
+        let error = |values: &[f64]| root_mean_square(values.iter().zip(&exact).map(|(a, b)| a - b));
+        let (error, plain) = (error(&got), error(&plain));
+        assert!(error <= 1.05 * plain, "{case}: error {error:e}, of plain sums {plain:e}");
+    }
+}
+
+/// The definition, every operation rounded to `f32`.
+fn plain_sums(case: &Conv2d, inputs: &[Vec<f64>]) -> Vec<f64> {
+    let ([batch, height, width, channels], [kh, kw]) = (case.input, case.kernel);
+    let [out_height, out_width] = case.output();
+    let padding = case.options.padding;
+    let mut output = Vec::new();
+    for (b, y) in (0..batch).flat_map(|b| (0..out_height).map(move |y| (b, y))) {
+        for (x, o) in (0..out_width).flat_map(|x| (0..case.out_channels).map(move |o| (x, o))) {
+            let mut sum = inputs[2][o] as f32;
+            for (i, j) in (0..kh).flat_map(|i| (0..kw).map(move |j| (i, j))) {
+                let (row, column) = ((y + i).wrapping_sub(padding[0]), (x + j).wrapping_sub(padding[1]));
+                if row >= height || column >= width {
+                    continue;
+                }
+                for c in 0..channels {
+                    let value = inputs[0][((b * height + row) * width + column) * channels + c] as f32;
+                    let weight = inputs[1][((o * channels + c) * kh + i) * kw + j] as f32;
+                    sum = value.mul_add(weight, sum);
+                }
+            }
+            output.push(f64::from(sum));
+        }
+    }
+    output
+}
+
+/// An ensemble is certified by training on batches that are filled up: images whose output has no gradient change no bit
+/// of the weight's gradient, and an image's own results are the same in every batch.
+#[test]
+fn images_without_gradient_change_no_bit() {
+    let more = |case: &Conv2d, batch| Conv2d { input: [batch, case.input[1], case.input[2], case.input[3]], ..*case };
+    for case in blocks() {
+        for batch in [case.input[0], 13, 40] {
+            let (few, many) = (more(&case, batch), more(&case, batch + 9));
+            let (inputs, grad_output) = rounded(&many);
+            let images = |tensor: &Tensor| tensor.narrow(0, 0, batch).unwrap();
+            let zeros = grad_output.narrow(0, batch, 9).unwrap().scale(0.0).unwrap();
+            let filled = gridgrad::ops::concat(&[&images(&grad_output), &zeros], 0).unwrap();
+            let fewer: Vec<Tensor> = [images(&inputs[0])].into_iter().chain(inputs[1..].iter().cloned()).collect();
+            let expected = output_and_gradients(&few, &fewer, &images(&grad_output));
+            let got = output_and_gradients(&many, &inputs, &filled);
+            let bits = |tensor: &Tensor| tensor.to_vec::<f32>().unwrap();
+            assert_eq!(bits(&got[2]), bits(&expected[2]), "{case}, batch {batch}: weight gradient");
+            assert_eq!(bits(&images(&got[0])), bits(&expected[0]), "{case}, batch {batch}: output");
+            assert_eq!(bits(&images(&got[1])), bits(&expected[1]), "{case}, batch {batch}: input gradient");
+        }
+    }
+}

@@ -1,4 +1,4 @@
-//! Convolutions as matrix products of patches, a tile of rows at a time.
+//! Convolutions as matrix products of patches, a tile of rows at a time; those of stride 1 by [`winograd`].
 //!
 //! A tile is some hundred positions of the result. The patches that they read are copied into a panel (position, tap,
 //! channel) that fits the second-level cache, and multiplied with the weight in the order (tap, channel, out). The input
@@ -7,8 +7,9 @@
 //! used once, and no two tiles write to the same place. Depthwise convolutions and gradients of images have ways of
 //! their own.
 
-use super::{Geometry, depthwise, scatter};
-use crate::cpu::gemm::{Into, Matrix, Threads, gemm};
+use super::packed::{Packed, add_product, patch_stride, sum_place, sums_len};
+use super::{Geometry, depthwise, scatter, winograd};
+use crate::cpu::gemm::Into;
 use crate::cpu::{Float, parallel, simd};
 use crate::tensor::Buffer;
 
@@ -49,35 +50,38 @@ impl<T: Float> Source<'_, T> {
         xs.len() * self.group_channels
     }
 
-    /// Writes the patches of `anchors`, one row each, in the order (y, x, channel), with zeros outside of the map.
-    fn fill_panel(&self, panel: &mut [T], anchors: &[Anchor], ys: &[isize], xs: &[isize]) {
+    /// Writes the patches of `anchors`, one row each, `stride` apart, in the order (y, x, channel), with zeros outside of
+    /// the map and behind a patch.
+    fn fill_panel(&self, panel: &mut [T], stride: usize, anchors: &[Anchor], ys: &[isize], xs: &[isize]) {
         let [height, width] = self.extents.map(|extent| extent as isize);
         let dense = self.group_channels == self.channels && xs.windows(2).all(|pair| pair[1] - pair[0] == 1);
         // Neighbouring taps are neighbours in memory: one run per line, else one run per tap.
         let runs: Vec<(isize, usize)> =
             if dense { vec![(xs[0], xs.len())] } else { xs.iter().map(|&x| (x, 1)).collect() };
-        let lines = anchors.iter().flat_map(|&anchor| ys.iter().map(move |&y| (anchor, anchor.y + y)));
-        let mut at = 0;
         simd::dispatch(
             #[inline(always)]
             || {
-                for (anchor, y) in lines {
-                    for &(offset, taps) in &runs {
-                        let (x, end) = (anchor.x + offset, at + taps * self.group_channels);
-                        let inside = (0..height).contains(&y);
-                        let first = if inside { (-x).clamp(0, taps as isize) } else { taps as isize };
-                        let last = (width - x).clamp(first, taps as isize);
-                        let [first, copied] = [first, last - first].map(|taps| taps as usize * self.group_channels);
-                        panel[at..at + first].fill(T::ZERO);
-                        if copied > 0 {
-                            let line = (anchor.image * self.extents[0] + y as usize) * self.extents[1];
-                            let position = line + x.max(0) as usize;
-                            let from = position * self.channels + self.group * self.group_channels;
-                            copy_run(&self.data[from..], &mut panel[at + first..], copied);
+                for (row, &anchor) in anchors.iter().enumerate() {
+                    let mut at = row * stride;
+                    for y in ys.iter().map(|y| anchor.y + y) {
+                        for &(offset, taps) in &runs {
+                            let (x, end) = (anchor.x + offset, at + taps * self.group_channels);
+                            let inside = (0..height).contains(&y);
+                            let first = if inside { (-x).clamp(0, taps as isize) } else { taps as isize };
+                            let last = (width - x).clamp(first, taps as isize);
+                            let [first, copied] = [first, last - first].map(|taps| taps as usize * self.group_channels);
+                            panel[at..at + first].fill(T::ZERO);
+                            if copied > 0 {
+                                let line = (anchor.image * self.extents[0] + y as usize) * self.extents[1];
+                                let position = line + x.max(0) as usize;
+                                let from = position * self.channels + self.group * self.group_channels;
+                                copy_run(&self.data[from..], &mut panel[at + first..], copied);
+                            }
+                            panel[at + first + copied..end].fill(T::ZERO);
+                            at = end;
                         }
-                        panel[at + first + copied..end].fill(T::ZERO);
-                        at = end;
                     }
+                    panel[at..(row + 1) * stride].fill(T::ZERO);
                 }
             },
         );
@@ -88,20 +92,18 @@ impl<T: Float> Source<'_, T> {
         &self,
         taps: &Taps,
         anchors: &[Anchor],
-        weight: &[T],
-        columns: usize,
+        weight: &Packed<T>,
         (destination, row_stride, mut into): (&mut [T], usize, Into),
     ) {
         let line = self.line_columns(&taps.xs);
         let lines = (PANEL_COLUMNS / line).max(1);
         let mut panel = Buffer::recycled(anchors.len() * line * lines.min(taps.ys.len()));
-        for (ys, weight) in taps.ys.chunks(lines).zip(weight.chunks(lines * line * columns)) {
+        for (index, ys) in taps.ys.chunks(lines).enumerate() {
             let depth = ys.len() * line;
             let panel = &mut panel[..anchors.len() * depth];
-            self.fill_panel(panel, anchors, ys, &taps.xs);
-            let (left, right) =
-                (Matrix::row_major(panel, anchors.len(), depth), Matrix::row_major(weight, depth, columns));
-            gemm(destination, row_stride, left, right, into, Threads::One);
+            self.fill_panel(panel, depth, anchors, ys, &taps.xs);
+            let rows = (index * lines * line, depth);
+            weight.multiply((panel, depth), rows, anchors.len(), (destination, row_stride, into));
             into = Into::Add;
         }
     }
@@ -159,32 +161,39 @@ pub(super) fn output<T: Float>(g: &Geometry, input: &[T], weight: &[T], bias: Op
     if g.is_depthwise() {
         return depthwise::output(g, input, weight, bias);
     }
+    if winograd::applies_forward::<T>(g) {
+        return winograd::output(g, input, weight, bias);
+    }
     let mut output = Buffer::recycled(rows * features);
     let tile = tile_rows(rows);
-    if g.is_pointwise() {
-        parallel::pieces_mut(&mut output, tile * features, |_, piece| _ = start(piece, bias));
-        let (into, weight) = (after(bias), Matrix::row_major(weight, features, g.in_channels).transposed());
-        gemm(&mut output, features, Matrix::row_major(input, rows, g.in_channels), weight, into, Threads::All);
-        return output;
-    }
     let (group_inputs, group_outputs, taps) = (g.group_inputs(), g.group_outputs(), g.taps());
     let order: Vec<usize> = (0..taps).collect();
-    let group_weights = taps * group_inputs * group_outputs;
-    let mut packed = Buffer::recycled(weight.len());
-    for (weight, packed) in weight.chunks(group_weights).zip(packed.chunks_mut(group_weights)) {
-        repack(weight, [group_inputs, group_outputs], [taps, group_inputs * taps], &order, packed);
-    }
+    let group = taps * group_inputs * group_outputs;
+    let extents = [group_inputs, group_outputs];
+    let weights: Vec<Packed<T>> =
+        weight.chunks(group).map(|weight| packed(weight, extents, [taps, group_inputs * taps], &order)).collect();
     let taps = forward_taps(g);
     parallel::pieces_mut(&mut output, tile * features, |index, out| {
         let into = start(out, bias);
-        let anchors: Vec<Anchor> =
-            (index * tile..index * tile + out.len() / features).map(|row| forward_anchor(g, row)).collect();
-        for (group, packed) in packed.chunks(group_weights).enumerate() {
+        let (first, rows) = (index * tile, out.len() / features);
+        if g.is_pointwise() {
+            let depth = g.in_channels;
+            return weights[0].multiply((&input[first * depth..], depth), (0, depth), rows, (out, features, into));
+        }
+        let anchors: Vec<Anchor> = (first..first + rows).map(|row| forward_anchor(g, row)).collect();
+        for (group, weight) in weights.iter().enumerate() {
             let destination = (&mut out[group * group_outputs..], features, into);
-            input_source(g, input, group).multiply(&taps, &anchors, packed, group_outputs, destination);
+            input_source(g, input, group).multiply(&taps, &anchors, weight, destination);
         }
     });
     output
+}
+
+/// One group's weight: see [`repack`].
+fn packed<T: Float>(weight: &[T], extents: [usize; 2], strides: [usize; 2], order: &[usize]) -> Packed<T> {
+    let mut repacked = Buffer::recycled(order.len() * extents[0] * extents[1]);
+    repack(weight, extents, strides, order, &mut repacked);
+    Packed::new(repacked, order.len() * extents[0], extents[1])
 }
 
 fn input_source<'a, T>(g: &Geometry, data: &'a [T], group: usize) -> Source<'a, T> {
@@ -228,11 +237,11 @@ fn phases(kernel: usize, stride: usize, dilation: usize) -> Vec<Phase> {
     phases
 }
 
-/// A vertical and a horizontal phase, with their weight in the order (group, tap, out, in).
+/// A vertical and a horizontal phase, with each group's weight in the order (tap, out, in).
 struct PhasePair<T> {
     remainders: [usize; 2],
     taps: Taps,
-    weight: Buffer<T>,
+    weights: Vec<Packed<T>>,
 }
 
 fn phase_pairs<T: Float>(g: &Geometry, weight: &[T]) -> Vec<PhasePair<T>> {
@@ -244,13 +253,11 @@ fn phase_pairs<T: Float>(g: &Geometry, weight: &[T]) -> Vec<PhasePair<T>> {
         for x in &horizontal {
             let order: Vec<usize> =
                 y.taps.iter().flat_map(|i| x.taps.iter().map(move |j| i * g.kernel[1] + j)).collect();
-            let mut packed = Buffer::recycled(order.len() * group_inputs * g.out_channels);
             let groups = weight.chunks(taps * group_inputs * group_outputs);
-            for (weight, packed) in groups.zip(packed.chunks_mut(order.len() * group_inputs * group_outputs)) {
-                repack(weight, [group_outputs, group_inputs], [group_inputs * taps, taps], &order, packed);
-            }
+            let (extents, strides) = ([group_outputs, group_inputs], [group_inputs * taps, taps]);
+            let weights = groups.map(|weight| packed(weight, extents, strides, &order)).collect();
             let taps = Taps { ys: y.offsets.clone(), xs: x.offsets.clone() };
-            pairs.push(PhasePair { remainders: [y.remainder, x.remainder], taps, weight: packed });
+            pairs.push(PhasePair { remainders: [y.remainder, x.remainder], taps, weights });
         }
     }
     pairs
@@ -261,13 +268,19 @@ pub(super) fn input_gradient<T: Float>(g: &Geometry, grad: &[T], weight: &[T], b
     if g.is_depthwise() {
         return depthwise::input_gradient(g, grad, weight, bias);
     }
+    if winograd::applies::<T>(g) {
+        return winograd::input_gradient(g, grad, weight, bias);
+    }
     let mut output = Buffer::recycled(g.input_shape().elements());
     if g.is_pointwise() {
-        let rows = g.batch * g.input[0] * g.input[1];
-        parallel::pieces_mut(&mut output, tile_rows(rows) * channels, |_, piece| _ = start(piece, bias));
-        let (grad, weight) =
-            (Matrix::row_major(grad, rows, g.out_channels), Matrix::row_major(weight, g.out_channels, channels));
-        gemm(&mut output, channels, grad, weight, after(bias), Threads::All);
+        let (rows, depth) = (g.batch * g.input[0] * g.input[1], g.out_channels);
+        let tile = tile_rows(rows);
+        let weight = Packed::new(Buffer::copy_of(weight), depth, channels);
+        parallel::pieces_mut(&mut output, tile * channels, |index, out| {
+            let into = start(out, bias);
+            let grad = (&grad[index * tile * depth..], depth);
+            weight.multiply(grad, (0, depth), out.len() / channels, (out, channels, into));
+        });
         return output;
     }
     if scatter::pays(g) {
@@ -307,21 +320,20 @@ fn input_gradient_lines<T: Float>(
     if !direct && bias.is_none() {
         out.fill(T::ZERO);
     }
-    for PhasePair { remainders, taps, weight } in pairs {
+    for PhasePair { remainders, taps, weights } in pairs {
         let (anchors, places) = phase_positions(g, *remainders, first, out.len() / (g.input[1] * channels));
         if anchors.is_empty() {
             continue;
         }
         let mut scratch = Buffer::recycled(if direct { 0 } else { anchors.len() * group_inputs });
-        let group_weights = taps.ys.len() * taps.xs.len() * group_outputs * group_inputs;
-        for (group, weight) in weight.chunks(group_weights).enumerate() {
+        for (group, weight) in weights.iter().enumerate() {
             let (source, at) = (source(group), group * group_inputs);
             if direct {
-                source.multiply(taps, &anchors, weight, group_inputs, (&mut out[at..], channels, into));
+                source.multiply(taps, &anchors, weight, (&mut out[at..], channels, into));
                 continue;
             }
             let into = start(&mut scratch, bias.map(|bias| &bias[at..at + group_inputs]));
-            source.multiply(taps, &anchors, weight, group_inputs, (&mut scratch, group_inputs, into));
+            source.multiply(taps, &anchors, weight, (&mut scratch, group_inputs, into));
             for (row, place) in scratch.chunks(group_inputs).zip(&places) {
                 out[place * channels + at..][..group_inputs].copy_from_slice(row);
             }
@@ -354,7 +366,7 @@ struct Share<'a, T> {
     group: usize,
     ys: &'a [isize],
     rows: std::ops::Range<usize>,
-    /// (out, tap, in)
+    /// As [`add_product`] has them.
     sums: &'a mut [T],
 }
 
@@ -362,65 +374,89 @@ pub(super) fn weight_gradient<T: Float>(g: &Geometry, input: &[T], grad: &[T]) -
     if g.is_depthwise() {
         return depthwise::weight_gradient(g, input, grad);
     }
+    if winograd::applies::<T>(g) {
+        return winograd::weight_gradient(g, input, grad);
+    }
     let rows = g.batch * g.output[0] * g.output[1];
     let (group_inputs, group_outputs) = (g.group_inputs(), g.group_outputs());
     let taps = forward_taps(g);
     let line = taps.xs.len() * group_inputs;
     let lines = (PANEL_COLUMNS / line).max(1).min(g.kernel[0]);
-    let weights = g.weight_shape().elements();
-    let rows_per_part = rows.div_ceil(parts(rows, weights, g.options.groups * g.kernel[0].div_ceil(lines))).max(1);
-    let parts = rows.div_ceil(rows_per_part).max(1);
-    let mut partial = Buffer::zeroed(parts * weights);
-    let mut shares = Vec::new();
-    for (part, sums) in partial.chunks_mut(weights).enumerate() {
-        let rows = part * rows_per_part..rows.min((part + 1) * rows_per_part);
-        for (group, sums) in sums.chunks_mut(group_outputs * g.taps() * group_inputs).enumerate() {
-            let blocks = taps.ys.chunks(lines).zip(sums.chunks_mut(lines * line * group_outputs));
-            shares.extend(blocks.map(|(ys, sums)| Share { group, ys, rows: rows.clone(), sums }));
+    // Of a group, blocks of lines of taps; the last one may have fewer.
+    let block_len = |ys: usize| sums_len::<T>(ys * line, group_outputs);
+    let group_len: usize = taps.ys.chunks(lines).map(|ys| block_len(ys.len())).sum();
+    let part_len = group_len * g.options.groups;
+    let parts = concurrent_parts(part_len).min(rows.div_ceil(PART_ROWS)).max(1);
+    let mut partial = Buffer::recycled(parts * part_len);
+    let mut total = Buffer::zeroed(part_len);
+    for first in (0..rows).step_by(parts * PART_ROWS) {
+        let used = (rows - first).div_ceil(PART_ROWS).min(parts);
+        let mut shares = Vec::new();
+        for (part, sums) in partial.chunks_mut(part_len).take(used).enumerate() {
+            let start = first + part * PART_ROWS;
+            let mut rest = sums;
+            for group in 0..g.options.groups {
+                for ys in taps.ys.chunks(lines) {
+                    let (sums, behind) = rest.split_at_mut(block_len(ys.len()));
+                    shares.push(Share { group, ys, rows: start..rows.min(start + PART_ROWS), sums });
+                    rest = behind;
+                }
+            }
         }
+        parallel::pieces_mut(&mut shares, 1, |_, share| add_share(g, input, grad, &taps.xs, &mut share[0]));
+        parallel::pieces_mut(&mut total, parallel::PIECE, |index, total| {
+            for part in partial.chunks(part_len).take(used) {
+                let part = &part[index * parallel::PIECE..][..total.len()];
+                total.iter_mut().zip(part).for_each(|(total, &sum)| *total += sum);
+            }
+        });
     }
-    parallel::pieces_mut(&mut shares, 1, |_, share| add_share(g, input, grad, &taps.xs, &mut share[0]));
-    // Sums over parts, from (group, block of lines, out, tap, in) to (out, in, tap).
-    let mut output = Buffer::recycled(weights);
+    let mut output = Buffer::recycled(g.weight_shape().elements());
     parallel::pieces_mut(&mut output, g.taps() * group_inputs, |feature, out| {
         let (group, feature) = (feature / group_outputs, feature % group_outputs);
-        for first in (0..g.kernel[0]).step_by(lines) {
-            let columns = lines.min(g.kernel[0] - first) * line;
-            let start = (group * g.kernel[0] + first) * line * group_outputs + feature * columns;
+        let mut start = group * group_len;
+        for (index, ys) in taps.ys.chunks(lines).enumerate() {
+            let columns = ys.len() * line;
             for column in 0..columns {
-                let sum = (0..parts).map(|part| partial[part * weights + start + column]).sum();
-                out[column % group_inputs * g.taps() + first * taps.xs.len() + column / group_inputs] = sum;
+                let place = start + sum_place::<T>(columns, group_outputs, (column, feature));
+                let tap = index * lines * taps.xs.len() + column / group_inputs;
+                out[column % group_inputs * g.taps() + tap] = total[place];
             }
+            start += block_len(ys.len());
         }
     });
     output
 }
 
-/// Into how many parts the rows are cut: enough to keep threads busy, while partial sums stay small and are worth it.
-fn parts(rows: usize, weights: usize, shares_per_part: usize) -> usize {
-    const SHARES: usize = 32;
-    const PARTIAL_SUMS: usize = 1 << 23;
-    const ROWS: usize = 256;
-    (SHARES / shares_per_part).min(PARTIAL_SUMS / weights).min(rows / ROWS).max(1)
+/// Output positions of a part of the weight gradient. Parts are counted from the first image and added in order, so
+/// images whose gradient is zero, behind the others, add zeros and change no bit.
+const PART_ROWS: usize = 1024;
+
+/// How many parts are summed at a time: enough to keep threads busy, while their sums stay small.
+fn concurrent_parts(part_len: usize) -> usize {
+    const PARTIAL_SUMS: usize = 1 << 22;
+    (PARTIAL_SUMS / part_len.max(1)).clamp(4, 32)
 }
 
 fn add_share<T: Float>(g: &Geometry, input: &[T], grad: &[T], xs: &[isize], share: &mut Share<'_, T>) {
+    const TILE: usize = 128;
     let source = input_source(g, input, share.group);
     let (features, group_outputs) = (g.out_channels, g.group_outputs());
     let columns = share.ys.len() * source.line_columns(xs);
-    let tile = 256;
-    let mut panel = Buffer::recycled(if g.is_pointwise() { 0 } else { tile.min(share.rows.len()) * columns });
-    for first in share.rows.clone().step_by(tile) {
-        let rows = tile.min(share.rows.end - first);
-        let grad = &grad[first * features + share.group * group_outputs..];
-        let grad = Matrix::strided(grad, rows, group_outputs, features, 1).transposed();
-        let patches = if g.is_pointwise() {
-            &input[first * columns..][..rows * columns]
+    let stride = patch_stride::<T>(columns);
+    // The rows of a map are patches, if they fill whole groups.
+    let in_place = g.is_pointwise() && stride == columns;
+    let mut panel = Buffer::recycled(if in_place { 0 } else { TILE.min(share.rows.len()) * stride });
+    share.sums.fill(T::ZERO);
+    for first in share.rows.clone().step_by(TILE) {
+        let rows = TILE.min(share.rows.end - first);
+        let grad = (&grad[first * features + share.group * group_outputs..], features, group_outputs);
+        if in_place {
+            add_product((&input[first * columns..], columns), grad, rows, share.sums);
         } else {
             let anchors: Vec<Anchor> = (first..first + rows).map(|row| forward_anchor(g, row)).collect();
-            source.fill_panel(&mut panel[..rows * columns], &anchors, share.ys, xs);
-            &panel[..rows * columns]
-        };
-        gemm(share.sums, columns, grad, Matrix::row_major(patches, rows, columns), Into::Add, Threads::One);
+            source.fill_panel(&mut panel[..rows * stride], stride, &anchors, share.ys, xs);
+            add_product((&panel[..rows * stride], columns), grad, rows, share.sums);
+        }
     }
 }
