@@ -47,7 +47,7 @@ pub use loss::{CrossEntropyOptions, Reduction, Targets, binary_cross_entropy_wit
 pub use lsda::lsda;
 pub use matmul::Transposed;
 pub use pool::{Pool2dOptions, adaptive_avg_pool2d, avg_pool2d, global_avg_pool2d, max_pool2d};
-pub use position_bias::dynamic_position_bias;
+pub use position_bias::{dynamic_position_bias, dynamic_position_biases};
 pub use softmax::{log_softmax, softmax};
 
 pub(crate) use elementwise::add_in_place;
