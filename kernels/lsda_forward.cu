@@ -48,10 +48,10 @@ template <u32 D> struct Running {
         }
     }
 
-    __device__ __forceinline__ void normalise() {
+    __device__ __forceinline__ void normalise(float scale) {
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
-            const float share = 1 / sum[half];
+            const float share = scale / sum[half];
 #pragma unroll
             for (u32 c = 0; c < D / 8; ++c) {
                 output[c][half * 2] *= share;
@@ -62,7 +62,7 @@ template <u32 D> struct Running {
 };
 
 template <class T, u32 D>
-__device__ void lsda_forward(T* output, const T* qkv, const T* bias, const Problem& problem) {
+__device__ void lsda_forward(T* output, const T* qkv, const T* bias, const Problem& problem, const Dropout& dropout) {
     constexpr u32 TILE = Tiling<T, D>::TOKENS, THREADS = Tiling<T, D>::THREADS;
     DYNAMIC_SHARED(memory);
     const Slot<T, D> slot(problem);
@@ -70,7 +70,8 @@ __device__ void lsda_forward(T* output, const T* qkv, const T* bias, const Probl
     T* query = reinterpret_cast<T*>(memory) + (slot.active() ? slot.number : 0) * 3 * tile_size;
     T* key = query + tile_size;
     T* value = key + tile_size;
-    u32* numbers = reinterpret_cast<u32*>(reinterpret_cast<T*>(memory) + slot.count * 3 * tile_size);
+    u64* stream = reinterpret_cast<u64*>(reinterpret_cast<T*>(memory) + slot.count * 3 * tile_size);
+    u32* numbers = reinterpret_cast<u32*>(stream) + STREAM_BYTES / 4;
     float* table = reinterpret_cast<float*>(numbers + slot.count * 2 * capacity);
     numbers += (slot.active() ? slot.number : 0) * 2 * capacity;
     const Tokens tokens{numbers, reinterpret_cast<i32*>(numbers + capacity)};
@@ -79,6 +80,7 @@ __device__ void lsda_forward(T* output, const T* qkv, const T* bias, const Probl
     const u64 channels = problem.channels(), image_tokens = u64(problem.height) * problem.width;
     const float scale = LOG2_E / sqrtf(float(width));
     load_table(table, bias, problem, head, THREADS);
+    dropout.resolve(stream);
 
     for (u64 first = u64(blockIdx.x / problem.heads) * slot.count; first < problem.groups();
          first += u64(problem.blocks) * slot.count) {
@@ -117,13 +119,20 @@ __device__ void lsda_forward(T* output, const T* qkv, const T* bias, const Probl
                                              tokens.position + j * TILE, centre(problem)};
                     finish_logits(logits, pair_bias, row, keys, scale);
                     running.weigh(logits);
+                    if (dropout.there()) {
+                        const u64 first_query = (group.image * problem.heads + head) * image_tokens;
+                        const u32* tokens = numbers + i * TILE + row;
+                        const u32 kept =
+                            dropout.kept<TILE / 8>(problem, stream, first_query, tokens, j * TILE, keys);
+                        Dropout::apply(logits, kept, 1.0f);
+                    }
                 }
                 async_wait<0>();
                 __syncthreads();
                 if (busy) multiply_registers<T, D>(running.output, logits, value, 0, keys);
             }
             if (busy) {
-                running.normalise();
+                running.normalise(dropout.there() ? dropout.scale : 1);
                 store_sums<T, D>(query, row, 0, running.output);  // in place of the warp's own queries
                 __syncwarp();
                 store_tokens<T, D>(target, channels, numbers + i * TILE, query, row, queries, width);
@@ -132,10 +141,11 @@ __device__ void lsda_forward(T* output, const T* qkv, const T* bias, const Probl
     }
 }
 
-#define INSTANCE(suffix, T, D)                                                                 \
-    extern "C" __global__ void __launch_bounds__(Tiling<T, D>::THREADS, D == 128 ? 4 : 3)      \
-        lsda_forward_##suffix##_##D(T* output, const T* qkv, const T* bias, Problem problem) { \
-        lsda_forward<T, D>(output, qkv, bias, problem);                                        \
+#define INSTANCE(suffix, T, D)                                                                                  \
+    extern "C" __global__ void __launch_bounds__(Tiling<T, D>::THREADS, D == 128 ? 4 : 3)                       \
+        lsda_forward_##suffix##_##D(T* output, const T* qkv, const T* bias, const __grid_constant__ Problem problem, \
+                                    const __grid_constant__ Dropout dropout) {                                  \
+        lsda_forward<T, D>(output, qkv, bias, problem, dropout);                                                \
     }
 #define WIDTHS(suffix, T) \
     INSTANCE(suffix, T, 16) INSTANCE(suffix, T, 32) INSTANCE(suffix, T, 64) INSTANCE(suffix, T, 128)

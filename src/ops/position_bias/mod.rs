@@ -48,7 +48,7 @@ pub struct PositionBiasNetwork {
 
 impl PositionBiasNetwork {
     /// Parameters in the order of gradients: projection, then norm and linear of each layer, weight before bias.
-    fn tensors(&self) -> Vec<&Tensor> {
+    pub(crate) fn tensors(&self) -> Vec<&Tensor> {
         let layers = self.layers.iter().flat_map(|layer| [&layer.norm, &layer.linear]);
         std::iter::once(&self.projection).chain(layers).flat_map(|affine| [&affine.weight, &affine.bias]).collect()
     }
