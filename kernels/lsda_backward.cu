@@ -1,23 +1,28 @@
 // Long/short-distance attention with a position bias, backward. With S the logits, P their softmax and dO the gradient
 // of the output, for each group and head:
 //
-//   dV = Pᵀ dO    dP = dO Vᵀ    dS = P ∘ (dP − rowsum(P ∘ dP))    dQ = dS K / sqrt d    dK = dSᵀ Q / sqrt d
+//   dV = (P ∘ M)ᵀ dO   dP = dO Vᵀ ∘ M   dS = P ∘ (dP − rowsum(P ∘ dP))   dQ = dS K / sqrt d   dK = dSᵀ Q / sqrt d
 //   dT[y_i − y_j, x_i − x_j] = the sum of dS_ij over images, groups and pairs
+//
+// where M is 1, or the factors of dropout, which are drawn again: 32 bits in a register of each lane.
 //
 // tensor cores: lsda_backward_bf16, lsda_backward_f16
 // Tiling: as forward (lsda_forward.cu). S and P are computed again from q, k and T; nothing of them was saved. P and dS
-// pass through shared memory, since the gradients of keys sum over queries, which lie in other warps; both are rounded
-// to the storage type there.
+// pass through shared memory, rounded to the storage type, since the gradients of keys sum over queries, which lie in
+// other warps; dQ takes dS from there too, so that its registers are free.
 // A group of one tile (up to 64 tokens, 32 for 256-byte heads) is read once: 5 products. Larger groups take two passes,
-// the first for each query's maximum, sum and rowsum(P ∘ dP): 7 products. Then dK and dV stay in registers while queries
-// stream by; dQ is added up in f32 in device memory, always by the same thread and in the order of the keys.
-// The table's gradient: dS of groups of equal shape is added up in registers, group after group, and goes to the warp's
-// table in shared memory when the shape changes (at once for larger groups and heads of 128): one query at a time,
-// whose keys all have different rows. The tables of
-// a block are added in order, and those of the blocks of a head by `lsda_table_gradient`. Every order is fixed.
+// the first for each query's maximum, sum and rowsum(P ∘ dP): 7 products. Queries stream by the tile of keys, whose dK
+// and dV are parked in shared memory between them, in device memory where there is no room; dQ is added up in f32 in
+// device memory, always by the same thread and in the order of the keys.
+// The table's gradient: where all groups have one tile, each thread adds up its dS of groups of equal shape in shared
+// memory, and it goes to the warp's table there when the shape changes (at once for larger groups and heads of 128): one
+// query at a time, whose keys all have different rows. The tables of a block are added in order, and those of the blocks
+// of a head by `lsda_table_gradient`. Every order is fixed.
 //   useful part of the products, 49 tokens: as forward; 59 % of dV, dK and dQ
 // Bytes: 7 values per token, head and channel (q, k, v, dO, dq, dk, dv). FLOPs: 10 N d per token and head: at N = 49 35
 // per byte in 2-byte types, 57 with the padding, where an H200 has 180 (4.3 TB/s, 790 TFLOP/s): bound by memory.
+// Roofline: CrossFormer-S, first stage, batch 256 in bf16 (802,816 tokens, 3 heads of 32): 1.08 GB, 251 us; 38 GFLOP, or
+// 61 with the padding, 77 us. Memory binds, 3.2 times over.
 
 #include "common/lsda.cuh"
 
@@ -389,11 +394,11 @@ template <class T> __device__ void lsda_table_gradient(T* table_grad, const floa
     table_grad[u64(row) * heads + head] = from_float<T>(sum);
 }
 
-// Of a multiprocessor, for which the compiler is to leave registers.
-template <class T> constexpr u32 WARPS_WANTED = sizeof(T) == 2 ? 12 : 8;
+// Warps of a multiprocessor for which the compiler is to leave registers: 168 each, or all 255.
+template <class T, u32 D> constexpr u32 WARPS_WANTED = sizeof(T) == 2 && D <= 32 ? 12 : 8;
 
 #define INSTANCE(suffix, T, D)                                                                                   \
-    extern "C" __global__ void __launch_bounds__(Tiling<T, D>::THREADS, WARPS_WANTED<T> / Tiling<T, D>::WARPS)\
+    extern "C" __global__ void __launch_bounds__(Tiling<T, D>::THREADS, WARPS_WANTED<T, D> / Tiling<T, D>::WARPS)\
         lsda_backward_##suffix##_##D(T* qkv_grad, float* tables, float* query_sums, float* parking, const T* qkv, \
                                      const T* bias, const T* grad, const __grid_constant__ Problem problem,       \
                                      const __grid_constant__ Dropout dropout) {                                  \

@@ -23,8 +23,8 @@
 // Bytes: the parameters once per block of 8 rows and heads values per row; backward also 4 bytes per parameter and
 // block, twice.
 // Roofline: the six tables of CrossFormer-S's third stage (p = 24, 12 heads, 169 rows) are 3.0 MFLOP and 0.1 MB from
-// memory: 0.02 us at 4.3 TB/s of an H200, less in arithmetic. Bound by latency: that of one launch, of staging the
-// weights, and of three short products one after the other for one row.
+// memory: 0.02 us at 4.3 TB/s of an H200, and as little in arithmetic. Neither binds, but latency: that of one launch,
+// of staging the weights, and of three short products one after the other for one row.
 
 #include "common/kernel.cuh"
 

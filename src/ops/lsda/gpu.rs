@@ -227,3 +227,26 @@ pub(super) fn backward(
 fn address(tensor: Option<&Tensor>) -> Result<Address> {
     tensor.map_or(Ok(Address::NULL), Tensor::address)
 }
+
+#[cfg(all(test, feature = "emulator"))]
+mod tests {
+    use super::*;
+    use crate::Device;
+    use crate::ops::lsda::Grouping;
+
+    #[test]
+    fn every_group_of_the_papers_fits_on_the_smallest_gpus() {
+        // Of compute capability 8.6, 8.9 and 12.0.
+        const SMALLEST: usize = 99 * 1024;
+        let gpu = Gpu::open(Device::Emulated).unwrap();
+        for (side, head_width) in (2..=16).flat_map(|side| [16, 32, 64, 128].map(|width| (side, width))) {
+            for dtype in [DType::F32, DType::Bf16, DType::F16] {
+                let grouping = Grouping::long(side, 2);
+                let problem = Problem { extents: [1, 64, 64], heads: 1, head_width, grouping, dropout: None };
+                let plan = Plan::new(gpu, &problem, dtype, true).unwrap();
+                assert!(plan.backward_bytes(dtype) <= SMALLEST, "{side} {head_width} {dtype}");
+                assert!(plan.forward_bytes(dtype) <= plan.backward_bytes(dtype), "{side} {head_width} {dtype}");
+            }
+        }
+    }
+}
