@@ -176,8 +176,8 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, flo
     float* table_grad = table_grads + warp() * problem.table_rows();
     // Sums of each thread that outlive a tile: dS where it is kept, dV and dK of groups of several tiles.
     const u64 parked_size = keep ? TILE * TILE : 2 * TILE * D;
-    float* parked = parking ? parking + blockIdx.x * parked_size
-                            : table_grads + (bias ? WARPS * problem.table_rows() : 0);
+    float* parked =
+        parking ? parking + blockIdx.x * parked_size : table_grads + (bias ? WARPS * problem.table_rows() : 0);
 
     const u32 head = blockIdx.x % problem.heads, width = problem.head_width;
     const u64 channels = problem.channels(), image_tokens = u64(problem.height) * problem.width;
@@ -253,8 +253,7 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, flo
                     u32 kept_bits = 0;
                     if (busy && dropout.there()) {
                         const u64 first = (group.image * problem.heads + head) * image_tokens;
-                        kept_bits =
-                            dropout.kept<TILE / 8>(problem, stream, first, query_numbers + row, j * TILE, keys);
+                        kept_bits = dropout.kept<TILE / 8>(problem, stream, first, query_numbers + row, j * TILE, keys);
                     }
                     async_wait<1>();
                     __syncthreads();
@@ -397,12 +396,12 @@ template <class T> __device__ void lsda_table_gradient(T* table_grad, const floa
 // Warps of a multiprocessor for which the compiler is to leave registers: 168 each, or all 255.
 template <class T, u32 D> constexpr u32 WARPS_WANTED = sizeof(T) == 2 && D <= 32 ? 12 : 8;
 
-#define INSTANCE(suffix, T, D)                                                                                   \
-    extern "C" __global__ void __launch_bounds__(Tiling<T, D>::THREADS, WARPS_WANTED<T, D> / Tiling<T, D>::WARPS)\
+#define INSTANCE(suffix, T, D)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(Tiling<T, D>::THREADS, WARPS_WANTED<T, D> / Tiling<T, D>::WARPS) \
         lsda_backward_##suffix##_##D(T* qkv_grad, float* tables, float* query_sums, float* parking, const T* qkv, \
                                      const T* bias, const T* grad, const __grid_constant__ Problem problem,       \
-                                     const __grid_constant__ Dropout dropout) {                                  \
-        lsda_backward<T, D>(qkv_grad, tables, query_sums, parking, qkv, bias, grad, problem, dropout);           \
+                                     const __grid_constant__ Dropout dropout) {                                   \
+        lsda_backward<T, D>(qkv_grad, tables, query_sums, parking, qkv, bias, grad, problem, dropout);            \
     }
 #define INSTANCES(suffix, T)                                                                                \
     INSTANCE(suffix, T, 16)                                                                                 \

@@ -115,6 +115,12 @@ __device__ void lsda_forward(T* output, const T* qkv, const T* bias, const Probl
                     load_tokens<T, D>(value, source + 2 * channels, 3 * channels, key_numbers, keys, width, slot);
                     async_commit();
                 }
+                u32 kept = 0;
+                if (busy && dropout.there()) {
+                    const u64 first_query = (group.image * problem.heads + head) * image_tokens;
+                    kept =
+                        dropout.kept<TILE / 8>(problem, stream, first_query, numbers + i * TILE + row, j * TILE, keys);
+                }
                 async_wait<1>();
                 __syncthreads();
                 float logits[TILE / 8][4];
@@ -125,13 +131,7 @@ __device__ void lsda_forward(T* output, const T* qkv, const T* bias, const Probl
                                              tokens.position + j * TILE, centre(problem)};
                     finish_logits(logits, pair_bias, row, keys, scale);
                     running.weigh(logits);
-                    if (dropout.there()) {
-                        const u64 first_query = (group.image * problem.heads + head) * image_tokens;
-                        const u32* tokens = numbers + i * TILE + row;
-                        const u32 kept =
-                            dropout.kept<TILE / 8>(problem, stream, first_query, tokens, j * TILE, keys);
-                        Dropout::apply(logits, kept, 1.0f);
-                    }
+                    if (dropout.there()) Dropout::apply(logits, kept, 1.0f);
                 }
                 async_wait<0>();
                 __syncthreads();
@@ -147,11 +147,14 @@ __device__ void lsda_forward(T* output, const T* qkv, const T* bias, const Probl
     }
 }
 
-#define INSTANCE(suffix, T, D)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(Tiling<T, D>::THREADS, D == 128 ? 4 : 3)                       \
+// Warps of a multiprocessor for which the compiler is to leave registers: 128 each, 168, or all 255.
+template <class T, u32 D> constexpr u32 WARPS_WANTED = D == 128 ? 8 : sizeof(T) == 2 && D == 32 ? 16 : 12;
+
+#define INSTANCE(suffix, T, D)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(Tiling<T, D>::THREADS, WARPS_WANTED<T, D> / Tiling<T, D>::WARPS)    \
         lsda_forward_##suffix##_##D(T* output, const T* qkv, const T* bias, const __grid_constant__ Problem problem, \
-                                    const __grid_constant__ Dropout dropout) {                                  \
-        lsda_forward<T, D>(output, qkv, bias, problem, dropout);                                                \
+                                    const __grid_constant__ Dropout dropout) {                                       \
+        lsda_forward<T, D>(output, qkv, bias, problem, dropout);                                                     \
     }
 #define WIDTHS(suffix, T) \
     INSTANCE(suffix, T, 16) INSTANCE(suffix, T, 32) INSTANCE(suffix, T, 64) INSTANCE(suffix, T, 128)

@@ -323,28 +323,26 @@ __device__ void backward(const Parameters<T>& gradients, float* partials, u32* a
 }
 
 // T is the type of parameters, U that of tables.
-#define POSITION_BIAS(suffix, T, U)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256, 2) position_bias_forward_##suffix(                             \
-        const __grid_constant__ Tables<U> tables, u32* arrivals,                                                     \
-        const __grid_constant__ Networks<const T> parameters, const __grid_constant__ Groups groups,                 \
-        Description description) {                                                                                   \
-        DYNAMIC_SHARED(shared);                                                                                      \
-        const u32 number = blockIdx.y;                                                                               \
-        if (arrivals != nullptr && blockIdx.x == 0 && linear_thread() == 0) arrivals[number] = 0;                    \
-        forward<T, U>(tables[number], parameters[number], Network(description, groups[number]),                      \
-                      reinterpret_cast<float*>(shared));                                                             \
-    }                                                                                                                \
-    extern "C" __global__ void __launch_bounds__(256, 2) position_bias_backward_##suffix(                            \
-        const __grid_constant__ Networks<T> gradients, float* partials, u32* arrivals,                               \
-        const __grid_constant__ Tables<const U> table_gradients,                                                     \
-        const __grid_constant__ Networks<const T> parameters, const __grid_constant__ Groups groups,                 \
-        Description description) {                                                                                   \
-        DYNAMIC_SHARED(shared);                                                                                      \
-        const u32 number = blockIdx.y;                                                                               \
-        const Network network(description, groups[number]);                                                          \
-        backward<T, U>(gradients[number], partials + u64(number) * gridDim.x * network.before(TENSORS),              \
-                       arrivals + number, table_gradients[number], parameters[number], network,                      \
-                       reinterpret_cast<float*>(shared));                                                            \
+#define POSITION_BIAS(suffix, T, U)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256, 2) position_bias_forward_##suffix(                               \
+        const __grid_constant__ Tables<U> tables, u32* arrivals, const __grid_constant__ Networks<const T> parameters, \
+        const __grid_constant__ Groups groups, Description description) {                                              \
+        DYNAMIC_SHARED(shared);                                                                                        \
+        const u32 number = blockIdx.y;                                                                                 \
+        if (arrivals != nullptr && blockIdx.x == 0 && linear_thread() == 0) arrivals[number] = 0;                      \
+        forward<T, U>(tables[number], parameters[number], Network(description, groups[number]),                        \
+                      reinterpret_cast<float*>(shared));                                                               \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(256, 2) position_bias_backward_##suffix(                              \
+        const __grid_constant__ Networks<T> gradients, float* partials, u32* arrivals,                                 \
+        const __grid_constant__ Tables<const U> table_gradients, const __grid_constant__ Networks<const T> parameters, \
+        const __grid_constant__ Groups groups, Description description) {                                              \
+        DYNAMIC_SHARED(shared);                                                                                        \
+        const u32 number = blockIdx.y;                                                                                 \
+        const Network network(description, groups[number]);                                                            \
+        backward<T, U>(gradients[number], partials + u64(number) * gridDim.x * network.before(TENSORS),                \
+                       arrivals + number, table_gradients[number], parameters[number], network,                        \
+                       reinterpret_cast<float*>(shared));                                                              \
     }
 POSITION_BIAS(f32, f32, f32)
 POSITION_BIAS(bf16, bf16, bf16)

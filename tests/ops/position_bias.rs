@@ -220,12 +220,14 @@ fn stages() -> Vec<Box<dyn OpCase>> {
     ]
 }
 
-/// The tables of CrossFormer-S's first and last stage and of CrossFormer++'s third.
+/// The tables of CrossFormer-S's first and last stage and of CrossFormer++'s third, and those of the six blocks of
+/// CrossFormer-S's third stage together.
 pub fn benchmarks() -> Vec<Box<dyn OpCase>> {
     let case = |width, heads, side| {
         Box::new(PositionBias { width, heads, group: [side; 2], residual: false }) as Box<dyn OpCase>
     };
-    vec![case(6, 3, 7), case(48, 24, 7), case(16, 8, 14)]
+    let stage = Several { width: 24, heads: 12, groups: vec![[7, 7]; 6], residual: false };
+    vec![case(6, 3, 7), case(48, 24, 7), case(16, 8, 14), Box::new(stage)]
 }
 
 #[test]
