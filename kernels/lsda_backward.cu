@@ -1,23 +1,28 @@
 // Long/short-distance attention with a position bias, backward. With S the logits, P their softmax and dO the gradient
 // of the output, for each group and head:
 //
-//   dV = Pᵀ dO    dP = dO Vᵀ    dS = P ∘ (dP − rowsum(P ∘ dP))    dQ = dS K / sqrt d    dK = dSᵀ Q / sqrt d
+//   dV = (P ∘ M)ᵀ dO   dP = dO Vᵀ ∘ M   dS = P ∘ (dP − rowsum(P ∘ dP))   dQ = dS K / sqrt d   dK = dSᵀ Q / sqrt d
 //   dT[y_i − y_j, x_i − x_j] = the sum of dS_ij over images, groups and pairs
+//
+// where M is 1, or the factors of dropout, which are drawn again: 32 bits in a register of each lane.
 //
 // tensor cores: lsda_backward_bf16, lsda_backward_f16
 // Tiling: as forward (lsda_forward.cu). S and P are computed again from q, k and T; nothing of them was saved. P and dS
-// pass through shared memory, since the gradients of keys sum over queries, which lie in other warps; both are rounded
-// to the storage type there.
+// pass through shared memory, rounded to the storage type, since the gradients of keys sum over queries, which lie in
+// other warps; dQ takes dS from there too, so that its registers are free.
 // A group of one tile (up to 64 tokens, 32 for 256-byte heads) is read once: 5 products. Larger groups take two passes,
-// the first for each query's maximum, sum and rowsum(P ∘ dP): 7 products. Then dK and dV stay in registers while queries
-// stream by; dQ is added up in f32 in device memory, always by the same thread and in the order of the keys.
-// The table's gradient: dS of groups of equal shape is added up in registers, group after group, and goes to the warp's
-// table in shared memory when the shape changes (at once for larger groups and heads of 128): one query at a time,
-// whose keys all have different rows. The tables of
-// a block are added in order, and those of the blocks of a head by `lsda_table_gradient`. Every order is fixed.
+// the first for each query's maximum, sum and rowsum(P ∘ dP): 7 products. Queries stream by the tile of keys, whose dK
+// and dV are parked in shared memory between them, in device memory where there is no room; dQ is added up in f32 in
+// device memory, always by the same thread and in the order of the keys.
+// The table's gradient: where all groups have one tile, each thread adds up its dS of groups of equal shape in shared
+// memory, and it goes to the warp's table there when the shape changes (at once for larger groups and heads of 128): one
+// query at a time, whose keys all have different rows. The tables of a block are added in order, and those of the blocks
+// of a head by `lsda_table_gradient`. Every order is fixed.
 //   useful part of the products, 49 tokens: as forward; 59 % of dV, dK and dQ
 // Bytes: 7 values per token, head and channel (q, k, v, dO, dq, dk, dv). FLOPs: 10 N d per token and head: at N = 49 35
 // per byte in 2-byte types, 57 with the padding, where an H200 has 180 (4.3 TB/s, 790 TFLOP/s): bound by memory.
+// Roofline: CrossFormer-S, first stage, batch 256 in bf16 (802,816 tokens, 3 heads of 32): 1.08 GB, 251 us; 38 GFLOP, or
+// 61 with the padding, 77 us. Memory binds, 3.2 times over.
 
 #include "common/lsda.cuh"
 
@@ -131,12 +136,29 @@ struct PartialSums {
     }
 };
 
+// Sums of a thread in shared memory, THREADS apart so that the banks are all different.
+template <u32 THREADS, u32 N> __device__ __forceinline__ void park(float* parked, const float (&sums)[N][4]) {
+#pragma unroll
+    for (u32 e = 0; e < N * 4; ++e) parked[e * THREADS + threadIdx.x] = sums[e / 4][e % 4];
+}
+
+template <u32 THREADS, u32 N> __device__ __forceinline__ void fetch(float (&sums)[N][4], const float* parked) {
+#pragma unroll
+    for (u32 e = 0; e < N * 4; ++e) sums[e / 4][e % 4] = parked[e * THREADS + threadIdx.x];
+}
+
+template <u32 N> __device__ __forceinline__ void multiply(float (&sums)[N][4], float factor) {
+#pragma unroll
+    for (u32 e = 0; e < N * 4; ++e) sums[e / 4][e % 4] *= factor;
+}
+
 template <class T, u32 D>
-__device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, const T* qkv, const T* bias, const T* grad,
-                              const Problem& problem) {
+__device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, float* parking, const T* qkv,
+                              const T* bias, const T* grad, const Problem& problem, const Dropout& dropout) {
     constexpr u32 TILE = Tiling<T, D>::TOKENS, WARPS = Tiling<T, D>::WARPS, THREADS = Tiling<T, D>::THREADS;
     constexpr u32 COLUMNS = D == 16 || D * sizeof(T) == 512 ? 16 : 32;  // of dQ at once, as registers allow
-    constexpr bool KEEP = D < 128;  // dS of group after group in registers, of which wide heads leave too few
+    // Whether dS is added up over groups: where all have one tile, and wide heads leave room.
+    const bool keep = bias != nullptr && D < 128 && problem.tokens <= TILE;
     DYNAMIC_SHARED(memory);
     const Slot<T, D> slot(problem);
     const u32 mine = slot.active() ? slot.number : 0;
@@ -145,31 +167,40 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
     T* query = reinterpret_cast<T*>(memory) + mine * slot_size;
     T *key = query + tile_size, *value = key + tile_size, *output_grad = value + tile_size;
     T *weights_tile = output_grad + tile_size, *grads_tile = weights_tile + pairs_size;
-    u32* numbers = reinterpret_cast<u32*>(reinterpret_cast<T*>(memory) + slot.count * slot_size) + mine * 5 * capacity;
+    u64* stream = reinterpret_cast<u64*>(reinterpret_cast<T*>(memory) + slot.count * slot_size);
+    u32* numbers = reinterpret_cast<u32*>(stream) + STREAM_BYTES / 4 + mine * 5 * capacity;
     const Tokens tokens{numbers, reinterpret_cast<i32*>(numbers + capacity)};
     float* kept = reinterpret_cast<float*>(numbers + 2 * capacity);
     float* table = reinterpret_cast<float*>(numbers + (slot.count - mine) * 5 * capacity);
-    float* table_grads = table + problem.table_rows();
+    float* table_grads = table + (bias ? problem.table_rows() : 0);
     float* table_grad = table_grads + warp() * problem.table_rows();
+    // Sums of each thread that outlive a tile: dS where it is kept, dV and dK of groups of several tiles.
+    const u64 parked_size = keep ? TILE * TILE : 2 * TILE * D;
+    float* parked =
+        parking ? parking + blockIdx.x * parked_size : table_grads + (bias ? WARPS * problem.table_rows() : 0);
 
     const u32 head = blockIdx.x % problem.heads, width = problem.head_width;
     const u64 channels = problem.channels(), image_tokens = u64(problem.height) * problem.width;
     const float scale = 1 / sqrtf(float(width));
     load_table(table, bias, problem, head, THREADS);
+    dropout.resolve(stream);
     if (bias) {
         for (u32 i = threadIdx.x; i < WARPS * problem.table_rows(); i += THREADS) table_grads[i] = 0;
     }
 
     PairBias pair_bias{table, bias != nullptr, tokens.position, tokens.position, centre(problem)};
     float* staging = reinterpret_cast<float*>(weights_tile);
-    float score_sums[TILE / 8][4];  // of groups of one tile that have the shape `summed`
-    clear(score_sums);
-    u32 summed[2] = {0, 0};
+    u32 summed[2] = {0, 0};  // the shape of the groups whose dS is kept
     const auto fold_summed = [&] {
         const u32 count = summed[0] * summed[1];
+        float sums[TILE / 8][4];
         pair_bias.query_position = pair_bias.key_position = tokens.position;
-        if (count <= TILE && row < count) fold<TILE>(table_grad, staging, score_sums, row, count, count, pair_bias);
-        clear(score_sums);
+        if (row < count) {
+            fetch<THREADS>(sums, parked);
+            fold<TILE>(table_grad, staging, sums, row, count, count, pair_bias);
+        }
+        clear(sums);
+        park<THREADS>(parked, sums);
     };
 
 #pragma unroll 1
@@ -180,12 +211,12 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
         const u64 first_token = group.image * image_tokens * problem.heads + head;
         const u64 first_value = first_token * width;
         const u64 first_query = first_value + 2 * group.image * image_tokens * channels;
-        // Wide heads have no registers for pointers that live through all products: they are computed at each use.
-        const auto offset = [](u64 elements) { return KEEP ? elements : warp_product::fresh(elements); };
+        // Pointers that live through all products would take registers: they are computed at each use.
+        const auto offset = [](u64 elements) { return warp_product::fresh(elements); };
         const auto of_group = [&](auto* tensor) { return tensor + offset(first_value); };
         const auto query_of = [&](auto* tensor) { return tensor + offset(first_query); };
         __syncthreads();  // no warp needs anything of the last group
-        if (KEEP && bias) {
+        if (keep) {
             if (group.rows.count != summed[0] || group.columns.count != summed[1]) fold_summed();
             summed[0] = group.rows.count;
             summed[1] = group.columns.count;
@@ -199,9 +230,6 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
             for (u32 j = 0; j < tiles; ++j) {
                 const u32 keys = count - j * TILE < TILE ? count - j * TILE : TILE;
                 const u32* key_numbers = numbers + j * TILE;
-                float key_grad[D / 8][4], value_grad[D / 8][4];
-                clear(key_grad);
-                clear(value_grad);
 #pragma unroll 1
                 for (u32 i = 0; i < tiles; ++i) {
                     const u32 queries = count - i * TILE < TILE ? count - i * TILE : TILE;
@@ -222,6 +250,11 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
                         }
                         async_commit();
                     }
+                    u32 kept_bits = 0;
+                    if (busy && dropout.there()) {
+                        const u64 first = (group.image * problem.heads + head) * image_tokens;
+                        kept_bits = dropout.kept<TILE / 8>(problem, stream, first, query_numbers + row, j * TILE, keys);
+                    }
                     async_wait<1>();
                     __syncthreads();
                     float weights[TILE / 8][4], grads[TILE / 8][4];
@@ -237,6 +270,7 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
                     if (busy) {
                         clear(grads);
                         multiply_by_transposed<T, D>(grads, output_grad, row, value, keys);
+                        if (dropout.there()) Dropout::apply(grads, kept_bits, dropout.scale);
                         Statistics statistics;
                         if (tiles > 1 && (pass == 1 || j > 0)) statistics.restore(kept + i * TILE * 3, row);
                         if (pass == 0 || tiles == 1) {
@@ -250,24 +284,49 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
                             statistics.save(kept + i * TILE * 3, row);
                         } else {
                             statistics.finish(weights, grads, row, queries);
-                            store_sums<T, TILE>(weights_tile, row, 0, weights);
-                            store_sums<T, TILE>(grads_tile, row, 0, grads);
+                            if (dropout.there()) Dropout::apply(weights, kept_bits, dropout.scale);
                         }
                     }
                     if (pass == 0) continue;
+                    if (bias && !keep) {
+                        if (busy) fold<TILE>(table_grad, staging, grads, row, queries, keys, pair_bias);
+                        __syncthreads();  // no warp needs its staging, which lies in the tiles of others
+                    } else if (keep && busy) {
+#pragma unroll
+                        for (u32 e = 0; e < TILE / 2; ++e) parked[e * THREADS + threadIdx.x] += grads[e / 4][e % 4];
+                    }
+                    if (busy) {
+                        store_sums<T, TILE>(weights_tile, row, 0, weights);
+                        store_sums<T, TILE>(grads_tile, row, 0, grads);
+                    }
                     __syncthreads();
+                    // dV, then dK: what is done goes out by the warp's lines of the values, which nobody needs any more.
                     if (slot.active() && row < keys) {
-                        multiply_transposed<T, D, TILE>(value_grad, weights_tile, row, output_grad, queries);
-                        multiply_transposed<T, D, TILE>(key_grad, grads_tile, row, query, queries);
+                        const bool last = i + 1 == tiles;
+                        const auto add_up = [&](float* parked, const T* pairs, const T* tile, u32 part, float factor) {
+                            float sums[D / 8][4];
+                            if (i == 0) {
+                                clear(sums);
+                            } else {
+                                fetch<THREADS>(sums, parked);
+                            }
+                            multiply_transposed<T, D, TILE>(sums, pairs, row, tile, queries);
+                            if (last) {
+                                multiply(sums, factor);
+                                __syncwarp();
+                                store_sums<T, D>(value, row, 0, sums);
+                                __syncwarp();
+                                store_tokens<T, D>(query_of(qkv_grad) + part * channels, 3 * channels, key_numbers,
+                                                   value, row, keys, width);
+                            } else {
+                                park<THREADS>(parked, sums);
+                            }
+                        };
+                        add_up(parked, weights_tile, output_grad, 2, 1);
+                        add_up(parked + TILE * D, grads_tile, query, 1, scale);
                     }
                     __syncthreads();
                     if (!busy) continue;
-                    if (bias && (tiles > 1 || !KEEP)) {
-                        fold<TILE>(table_grad, staging, grads, row, queries, keys, pair_bias);
-                    } else if (bias) {
-#pragma unroll
-                        for (u32 e = 0; e < TILE / 2; ++e) score_sums[e / 4][e % 4] += grads[e / 4][e % 4];
-                    }
 #pragma unroll 1
                     for (u32 column = 0; column < D; column += COLUMNS) {
                         const PartialSums partial{
@@ -282,7 +341,7 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
                                 partial.at(column + e / 4 * 8, e % 4, [&](const float& before) { sum = before; });
                             }
                         }
-                        multiply_registers<T, D>(query_grad, grads, key, column, keys);
+                        multiply_rows<T, D, TILE>(query_grad, grads_tile, row, key, column, keys);
                         const bool last = j + 1 == tiles;
 #pragma unroll
                         for (u32 e = 0; e < COLUMNS / 2; ++e) {
@@ -301,23 +360,12 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, con
                         store_tokens<T, D>(query_of(qkv_grad), 3 * channels, query_numbers, query, row, queries, width);
                     }
                 }
-                if (pass == 0) continue;
-                __syncthreads();  // no warp needs the keys and values
-                if (!slot.active() || row >= keys) continue;
-#pragma unroll
-                for (u32 e = 0; e < D / 2; ++e) key_grad[e / 4][e % 4] *= scale;
-                store_sums<T, D>(key, row, 0, key_grad);
-                store_sums<T, D>(value, row, 0, value_grad);
-                __syncwarp();
-                store_tokens<T, D>(query_of(qkv_grad) + channels, 3 * channels, key_numbers, key, row, keys, width);
-                store_tokens<T, D>(query_of(qkv_grad) + 2 * channels, 3 * channels, key_numbers, value, row, keys,
-                                   width);
             }
         }
     }
     if (bias == nullptr) return;
     __syncthreads();
-    if (KEEP) fold_summed();
+    if (keep) fold_summed();
     __syncthreads();
     for (u32 i = threadIdx.x; i < problem.table_rows(); i += THREADS) {
         float sum = 0;
@@ -345,11 +393,15 @@ template <class T> __device__ void lsda_table_gradient(T* table_grad, const floa
     table_grad[u64(row) * heads + head] = from_float<T>(sum);
 }
 
-#define INSTANCE(suffix, T, D)                                                                                   \
-    extern "C" __global__ void __launch_bounds__(Tiling<T, D>::THREADS, D == 128 ? 4 : 2)                        \
-        lsda_backward_##suffix##_##D(T* qkv_grad, float* tables, float* query_sums, const T* qkv, const T* bias, \
-                                     const T* grad, Problem problem) {                                           \
-        lsda_backward<T, D>(qkv_grad, tables, query_sums, qkv, bias, grad, problem);                             \
+// Warps of a multiprocessor for which the compiler is to leave registers: 168 each, or all 255.
+template <class T, u32 D> constexpr u32 WARPS_WANTED = sizeof(T) == 2 && D <= 32 ? 12 : 8;
+
+#define INSTANCE(suffix, T, D)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(Tiling<T, D>::THREADS, WARPS_WANTED<T, D> / Tiling<T, D>::WARPS) \
+        lsda_backward_##suffix##_##D(T* qkv_grad, float* tables, float* query_sums, float* parking, const T* qkv, \
+                                     const T* bias, const T* grad, const __grid_constant__ Problem problem,       \
+                                     const __grid_constant__ Dropout dropout) {                                   \
+        lsda_backward<T, D>(qkv_grad, tables, query_sums, parking, qkv, bias, grad, problem, dropout);            \
     }
 #define INSTANCES(suffix, T)                                                                                \
     INSTANCE(suffix, T, 16)                                                                                 \

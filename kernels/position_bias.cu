@@ -10,14 +10,21 @@
 //   g_l = (n - mean n - z_l mean (n z_l)) / sqrt(variance h_l + eps), n = scale_l m_l, with `residual` + g_l+1
 //   dW_l+1 = sum over rows g_l+1 r_l^T    db_l+1 = sum g_l+1    dscale_l = sum m_l z_l    dshift_l = sum m_l
 //
-// Tiling: a warp for each row, a lane for every 32nd unit; a block's warps take rows side by side, the grid strides over
-// the rows. Weights lie in shared memory as f32, in rows of odd length, so that lanes reading down a column of W and
-// along a row of it both meet 32 banks; weights that do not fit are read where they are. Everything is computed in f32.
+// All networks of a launch have the same p and heads, and groups of their own: grid y counts networks, those of the
+// blocks of a stage. Their addresses come by value.
+// Tiling: a warp for each row, a lane for every 32nd unit; a block's warps take rows side by side, a network's blocks
+// stride over its rows. Weights lie in shared memory as f32, in rows of odd length, so that lanes reading down a column
+// of W and along a row of it both meet 32 banks; weights that do not fit are read where they are. Everything is computed
+// in f32. The table is rounded to the type in which attention reads it, which may be narrower than the parameters'.
 // The backward pass recomputes the activations, and its blocks add the products of their rows, in order, to sums of
-// their own in device memory; `position_bias_add_partials` adds those, in order.
-// FLOPs of a row: 2 (2 p^2 + 2 p + p heads) forward, three times that backward. Bytes: the parameters once per block and
-// heads values per row; backward also 4 bytes per parameter and block, twice. A table of 169 rows is 0.2 to 2 MFLOP:
-// bound by the latency of three short matrix products one after the other.
+// their own in device memory; the block of a network that is last to finish adds these up, in order, so that it does not
+// matter which one that is.
+// FLOPs of a row: 2 (2 p^2 + 2 p + p heads) forward, three times that backward, without the forward pass repeated.
+// Bytes: the parameters once per block of 8 rows and heads values per row; backward also 4 bytes per parameter and
+// block, twice.
+// Roofline: the six tables of CrossFormer-S's third stage (p = 24, 12 heads, 169 rows) are 3.0 MFLOP and 0.1 MB from
+// memory: 0.02 us at 4.3 TB/s of an H200, and as little in arithmetic. Neither binds, but latency: that of one launch,
+// of staging the weights, and of three short products one after the other for one row.
 
 #include "common/kernel.cuh"
 
@@ -30,10 +37,27 @@ template <class T> struct Parameters {
     T* tensors[TENSORS];
 };
 
-// As `Description` in src/ops/position_bias/gpu.rs.
-struct Network {
-    u32 width, heads, group_height, group_width, residual, staged;
+// Networks of a launch, at most.
+constexpr u32 MOST = 32;
+template <class T> using Networks = Array<Parameters<T>, MOST>;
+// Null where a network's table has no gradient.
+template <class T> using Tables = Array<T*, MOST>;
+struct Group {
+    u32 height, width;
+};
+using Groups = Array<Group, MOST>;
+
+// What the networks have in common, as `Description` in src/ops/position_bias/gpu.rs.
+struct Description {
+    u32 width, heads, residual, staged;
     float eps;
+};
+
+struct Network : Description {
+    u32 group_height, group_width;
+
+    __device__ __forceinline__ Network(const Description& description, const Group& group)
+        : Description(description), group_height(group.height), group_width(group.width) {}
 
     __device__ __forceinline__ u32 columns() const { return 2 * group_width - 1; }
     // Of the table: at most 65535 squared.
@@ -190,11 +214,12 @@ template <class T> struct Pass {
     }
 };
 
-template <class T>
-__device__ void forward(T* table, const Parameters<const T>& parameters, const Network& network, float* shared) {
+template <class T, class U>
+__device__ void forward(U* table, const Parameters<const T>& parameters, const Network& network, float* shared) {
     const Pass<T> pass{parameters, network, shared};
     const Row row = pass.row(warp(), false);
     const u32 warps = block_threads() / 32;
+    if (blockIdx.x * warps >= network.rows()) return;
     pass.stage();
     // Every warp of the block takes part in its barriers, the last rows' idle ones too.
     for (u32 first = blockIdx.x * warps; first < network.rows(); first += gridDim.x * warps) {
@@ -205,7 +230,7 @@ __device__ void forward(T* table, const Parameters<const T>& parameters, const N
         pass.template normalise<false, 2>(row);
         __syncthreads();
         pass.template affine<2>(row, [&](u32 head, float value) {
-            if (number < network.rows()) table[u64(number) * network.heads + head] = from_float<T>(value);
+            if (number < network.rows()) table[u64(number) * network.heads + head] = from_float<U>(value);
         });
         __syncthreads();
     }
@@ -238,16 +263,38 @@ __device__ __forceinline__ void add_products(float* sums, const Pass<T>& pass, u
     }
 }
 
+// Adds the sums of `blocks` blocks, in order. All threads of a block.
 template <class T>
-__device__ void backward(float* partials, const T* table_gradient, const Parameters<const T>& parameters,
-                         const Network& network, float* shared) {
+__device__ __forceinline__ void add_partials(const Parameters<T>& gradients, const float* partials, u32 blocks,
+                                             const Network& network) {
+    const u64 size = network.before(TENSORS);
+#pragma unroll 1
+    for (u32 tensor = 0; tensor < TENSORS; ++tensor) {
+        T* gradient = gradients.tensors[tensor];
+        for (u32 i = linear_thread(); i < network.elements(tensor); i += block_threads()) {
+            float sum = 0;
+#pragma unroll 4
+            for (u32 block = 0; block < blocks; ++block) sum += partials[block * size + i];
+            gradient[i] = from_float<T>(sum);
+        }
+        partials += network.elements(tensor);
+    }
+}
+
+// `partials` has gridDim.x sums of all parameters; `arrivals`, 0 before and after, counts the blocks that have theirs.
+template <class T, class U>
+__device__ void backward(const Parameters<T>& gradients, float* partials, u32* arrivals, const U* table_gradient,
+                         const Parameters<const T>& parameters, const Network& network, float* shared) {
+    SHARED_ARRAY(u32, arrived, [1]);
     const Pass<T> pass{parameters, network, shared};
     const Row row = pass.row(warp(), true);
-    const u32 warps = block_threads() / 32;
-    partials += blockIdx.x * network.before(TENSORS);
+    const u32 warps = block_threads() / 32, needed = divide_up(network.rows(), warps);
+    const u32 blocks = needed < gridDim.x ? needed : gridDim.x;
+    if (table_gradient == nullptr || blockIdx.x >= blocks) return;
+    float* sums = partials + blockIdx.x * network.before(TENSORS);
     pass.stage();
     bool fresh = true;
-    for (u32 first = blockIdx.x * warps; first < network.rows(); first += gridDim.x * warps) {
+    for (u32 first = blockIdx.x * warps; first < network.rows(); first += blocks * warps) {
         const u32 number = first + warp(), left = network.rows() - first;
         pass.project(row, number);
         const float inverse_0 = pass.template hidden_layer<true, 0>(row);
@@ -261,46 +308,47 @@ __device__ void backward(float* partials, const T* table_gradient, const Paramet
         pass.template layer_backward<2>(row, inverse_2);
         pass.template layer_backward<1>(row, inverse_1);
         pass.template layer_backward<0>(row, inverse_0);
-        add_products(partials, pass, first, left < warps ? left : warps, fresh);
+        add_products(sums, pass, first, left < warps ? left : warps, fresh);
         fresh = false;
         __syncthreads();
     }
+    __threadfence();  // the sums are there for whoever counts this block
+    __syncthreads();
+    if (linear_thread() == 0) arrived[0] = atomicAdd(arrivals, 1u);
+    __syncthreads();
+    if (arrived[0] + 1 < blocks) return;
+    __threadfence();
+    if (linear_thread() == 0) *arrivals = 0;
+    add_partials(gradients, partials, blocks, network);
 }
 
-// Adds the blocks' sums, in order. A tensor for each blockIdx.y.
-template <class T>
-__device__ void add_partials(const Parameters<T>& gradients, const float* partials, u32 blocks,
-                             const Network& network) {
-    const u32 tensor = blockIdx.y;
-    const u64 size = network.before(TENSORS);
-    // Chosen by comparisons: pointers among the parameters that are indexed would first be copied to the stack.
-    T* gradient = gradients.tensors[0];
-#pragma unroll
-    for (u32 i = 1; i < TENSORS; ++i) gradient = tensor == i ? gradients.tensors[i] : gradient;
-    partials += network.before(tensor);
-    for (u64 i = grid_thread(); i < network.elements(tensor); i += grid_threads()) {
-        float sum = 0;
-        for (u32 block = 0; block < blocks; ++block) sum += partials[block * size + i];
-        gradient[i] = from_float<T>(sum);
+// T is the type of parameters, U that of tables.
+#define POSITION_BIAS(suffix, T, U)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256, 2) position_bias_forward_##suffix(                               \
+        const __grid_constant__ Tables<U> tables, u32* arrivals, const __grid_constant__ Networks<const T> parameters, \
+        const __grid_constant__ Groups groups, Description description) {                                              \
+        DYNAMIC_SHARED(shared);                                                                                        \
+        const u32 number = blockIdx.y;                                                                                 \
+        if (arrivals != nullptr && blockIdx.x == 0 && linear_thread() == 0) arrivals[number] = 0;                      \
+        forward<T, U>(tables[number], parameters[number], Network(description, groups[number]),                        \
+                      reinterpret_cast<float*>(shared));                                                               \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(256, 2) position_bias_backward_##suffix(                              \
+        const __grid_constant__ Networks<T> gradients, float* partials, u32* arrivals,                                 \
+        const __grid_constant__ Tables<const U> table_gradients, const __grid_constant__ Networks<const T> parameters, \
+        const __grid_constant__ Groups groups, Description description) {                                              \
+        DYNAMIC_SHARED(shared);                                                                                        \
+        const u32 number = blockIdx.y;                                                                                 \
+        const Network network(description, groups[number]);                                                            \
+        backward<T, U>(gradients[number], partials + u64(number) * gridDim.x * network.before(TENSORS),                \
+                       arrivals + number, table_gradients[number], parameters[number], network,                        \
+                       reinterpret_cast<float*>(shared));                                                              \
     }
-}
+POSITION_BIAS(f32, f32, f32)
+POSITION_BIAS(bf16, bf16, bf16)
+POSITION_BIAS(f16, f16, f16)
+POSITION_BIAS(f32_bf16, f32, bf16)
+POSITION_BIAS(f32_f16, f32, f16)
 
-#define POSITION_BIAS(suffix, T)                                                                      \
-    extern "C" __global__ void __launch_bounds__(256, 2)                                              \
-        position_bias_forward_##suffix(T* table, Parameters<const T> parameters, Network network) {   \
-        DYNAMIC_SHARED(shared);                                                                       \
-        forward<T>(table, parameters, network, reinterpret_cast<float*>(shared));                     \
-    }                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256, 2) position_bias_backward_##suffix(             \
-        float* partials, const T* table_gradient, Parameters<const T> parameters, Network network) {  \
-        DYNAMIC_SHARED(shared);                                                                       \
-        backward<T>(partials, table_gradient, parameters, network, reinterpret_cast<float*>(shared)); \
-    }                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256) position_bias_add_partials_##suffix(            \
-        Parameters<T> gradients, const float* partials, u32 blocks, Network network) {                \
-        add_partials<T>(gradients, partials, blocks, network);                                        \
-    }
-FOR_EACH_FLOAT(POSITION_BIAS)
-
-KERNELS(position_bias, KERNEL_FLOATS(position_bias_forward), KERNEL_FLOATS(position_bias_backward),
-        KERNEL_FLOATS(position_bias_add_partials))
+#define ENTRIES(name) KERNEL_FLOATS(name), KERNEL(name##_f32_bf16), KERNEL(name##_f32_f16)
+KERNELS(position_bias, ENTRIES(position_bias_forward), ENTRIES(position_bias_backward))

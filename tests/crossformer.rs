@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use gridgrad::autograd::no_grad;
 use gridgrad::models::crossformer::{AttentionPattern, CrossFormerConfig, GroupSchedule, Kind, PositionBias};
 use gridgrad::models::{CrossFormer, crossformer};
 use gridgrad::nn::{Context, StateDict, state_dict};
@@ -306,12 +307,43 @@ fn published_maps_group_as_published() {
 }
 
 #[test]
-fn stochastic_depth_is_for_training_alone() {
-    let model = small(|config| config.drop_path_rate = 0.5);
+fn dropped_branches_and_probabilities_are_for_training_alone() {
+    dropped_in_training_alone(&small(|config| config.drop_path_rate = 0.5));
+    dropped_in_training_alone(&small(|config| config.attn_drop_rate = 0.2));
+    dropped_in_training_alone(&small(|config| {
+        (config.attn_drop_rate, config.no_mask, config.group_size) = (0.2, true, vec![4, 3]);
+    }));
+}
+
+fn dropped_in_training_alone(model: &CrossFormer) {
     let run = |context: &Context| model.logits(&images(40, 40), context).unwrap().to_f64_vec().unwrap();
     let stream = Philox::new(4);
     assert_eq!(run(&Context::eval()), run(&Context::eval()));
     assert_eq!(run(&Context::train(stream)), run(&Context::train(stream)));
     assert_ne!(run(&Context::train(stream)), run(&Context::train(stream.fork(1))));
     assert_ne!(run(&Context::train(stream)), run(&Context::eval()));
+}
+
+#[test]
+fn tables_kept_without_gradients_follow_parameters_sizes_and_dtypes() {
+    let model = small(|_| ());
+    let other = small(|_| ());
+    let kept = |images: &Tensor| no_grad(|| model.logits(images, &Context::eval())).unwrap().to_f64_vec().unwrap();
+    let anew = |images: &Tensor| model.logits(images, &Context::eval()).unwrap().to_f64_vec().unwrap();
+    // Groups of the smaller map are smaller.
+    let sizes = [images(40, 40), images(16, 24), images(40, 40)];
+    let check = || sizes.iter().for_each(|images| assert_eq!(kept(images), anew(images)));
+    check();
+    let before = kept(&sizes[0]);
+    for name in ["layers.0.blocks.1.attn.pos.pos_proj.weight", "layers.1.blocks.0.attn.pos.pos3.2.bias"] {
+        let parameter = model.parameters().get(name).unwrap();
+        parameter.update::<f64>(|values| values.iter_mut().zip(1..).for_each(|(v, i)| *v += f64::from(i))).unwrap();
+        check();
+    }
+    assert_ne!(kept(&sizes[0]), before);
+    model.parameters().load_state_dict(&other.parameters().state_dict()).unwrap();
+    check();
+    assert_eq!(kept(&sizes[0]), before);
+    let rounded = sizes[0].cast(DType::F32).unwrap();
+    assert_eq!(kept(&rounded), anew(&rounded));
 }

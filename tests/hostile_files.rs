@@ -160,6 +160,7 @@ const KEYS: [&str; 26] = [
     "pad_type",
     "no_mask",
     "drop_path_rate",
+    "attn_drop_rate",
     "group_type",
     "attention",
     "position_bias",

@@ -1,6 +1,7 @@
 // What both directions of long/short-distance attention share: which tokens form a group, their way between memory and
 // tiles, and the logits.
 #pragma once
+#include "common/philox.cuh"
 #include "common/warp_product.cuh"
 
 // As the arguments of src/ops/lsda/gpu.rs.
@@ -204,3 +205,61 @@ template <u32 N> __device__ __forceinline__ float row_max(const float (&logits)[
 
 // What to subtract from logits before exp2: their maximum, or 0 where all of them are −∞.
 __device__ __forceinline__ float shift_of(float largest) { return largest == -INFINITY ? 0 : largest; }
+
+// Dropout of probabilities, as an argument of both kernels. A number of 16 bits decides on a pair, so that a block of
+// Philox serves eight of them. For a query with the number t in its image and the key in place k of its group:
+//
+//   block  ((image heads + head) tokens of an image + t) 4 ceil(tokens of a group / 32) + k / 32 * 4 + k % 8 / 2
+//   word   k / 8 % 4, its lower half where k is even
+//
+// In the places of a warp's product a lane then needs whole blocks. src/ops/lsda/dropout.rs draws the same numbers.
+struct Dropout {
+    RandomStream stream;
+    u32 threshold;  // of 65536: the smallest number that keeps; 0 where there is no dropout
+    float scale;    // of what is kept
+
+    __device__ __forceinline__ bool there() const { return threshold > 0; }
+
+    // Finds the stream's number, for all threads after a barrier.
+    __device__ __forceinline__ void resolve(u64* number) const {
+        if (there() && threadIdx.x == 0) *number = stream.resolve().stream;
+    }
+
+    // What a lane keeps of a tile of the warp's 16 queries and 8 N keys: bit 16 h + 2 n + i for sums[n][2 h + i].
+    // `first` is the number of the head's first query, `tokens` those of the tile's queries from the warp's row on, `key`
+    // the first key's place in the group, a multiple of 32, and `keys` how many there are.
+    template <u32 N>
+    __device__ __forceinline__ u32 kept(const Problem& problem, const u64* number, u64 first, const u32* tokens,
+                                        u32 key, u32 keys) const {
+        const Philox generator{{stream.key[0], stream.key[1]}, *number};
+        const u64 blocks = divide_up(problem.tokens, 32u) * 4;
+        const u32 lane = warp_product::fresh_lane();
+        u32 bits = 0;
+#pragma unroll 1
+        for (u32 part = 0; part < N / 2; ++part) {
+            const u32 half = part % 2, n = part / 2 * 4;
+            if (n * 8 >= keys) break;
+            const u64 row = first + tokens[lane / 4 + half * 8];
+            const uint4 words = generator.block(row * blocks + (key + n * 8) / 32 * 4 + lane % 4);
+            const u32 low = half * 16 + n * 2;
+            bits |= (pair(words.x) | pair(words.y) << 2 | pair(words.z) << 4 | pair(words.w) << 6) << low;
+        }
+        return bits;
+    }
+
+    // Multiplies by 0 what is not kept, and the rest by `scale`.
+    template <u32 N> static __device__ __forceinline__ void apply(float (&sums)[N][4], u32 bits, float scale) {
+#pragma unroll
+        for (u32 e = 0; e < N * 4; ++e) {
+            sums[e / 4][e % 4] = (bits >> (e % 4 / 2 * 16 + e / 4 * 2 + e % 2) & 1) ? sums[e / 4][e % 4] * scale : 0;
+        }
+    }
+
+  private:
+    __device__ __forceinline__ u32 pair(u32 word) const {
+        return u32((word & 0xFFFFu) >= threshold) | u32(word >> 16 >= threshold) << 1;
+    }
+};
+static_assert(sizeof(Dropout) == 64);
+// What the number of the dropout's stream takes of shared memory, with its alignment.
+constexpr u32 STREAM_BYTES = 16;

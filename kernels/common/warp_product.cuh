@@ -135,6 +135,44 @@ __device__ __forceinline__ void multiply_registers(float (&sums)[C][4], const fl
     }
 }
 
+// sums += A B: A the 16 rows from `row` on of tile `a` (LENGTH to a line), B the first `depth` rows of tile `b`, its
+// columns from `column` on.
+template <class T, u32 D, u32 LENGTH, u32 C>
+__device__ __forceinline__ void multiply_rows(float (&sums)[C][4], const T* a, u32 row, const T* b, u32 column,
+                                              u32 depth) {
+    using Left = SharedTile<T, 16, LENGTH>;
+    using Right = SharedTile<T, 16, D>;
+    const u32 lane = warp_product::fresh_lane();
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll 1
+        for (u32 k = 0; k < depth; k += 16) {
+            u32 left[4], right[4];
+            ldmatrix_x4(left, a + Left::offset(row + lane % 16, k / 8 + lane / 16));
+#pragma unroll
+            for (u32 c = 0; c < C; c += 2) {
+                ldmatrix_x4_transposed(right, b + Right::offset(k + lane % 16, column / 8 + c + lane / 16));
+                warp_product::multiply_pair<T>(sums[c], sums[c + 1], left, right, true);
+            }
+        }
+    } else {
+        const u32 g = lane / 4, t = lane % 4;
+#pragma unroll 1
+        for (u32 k = 0; k < depth; k += 4) {
+            const Vector<float, 4> low = load<4>(a + Left::offset(row + g, k / 4));
+            const Vector<float, 4> high = load<4>(a + Left::offset(row + g + 8, k / 4));
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+#pragma unroll
+                for (u32 c = 0; c < C; ++c) {
+                    const u32 at = column + c * 8 + 2 * t;
+                    const Vector<float, 2> pair = load<2>(b + Right::offset(k + i, at / 4) + at % 4);
+                    warp_product::multiply_outer(sums[c], low[i], high[i], pair[0], pair[1]);
+                }
+            }
+        }
+    }
+}
+
 // sums += Aᵀ B: A the columns from `row` on of tile `a` (LENGTH to a line), B all D columns of tile `b`; `depth` lines
 // of each.
 template <class T, u32 D, u32 LENGTH, u32 C>

@@ -21,7 +21,7 @@ mod node;
 mod walk;
 
 pub use check::{GradientCheck, check_gradients};
-pub use node::{Backward, Function, SavedOutput, no_grad, record};
+pub use node::{Backward, Function, SavedOutput, no_grad, record, record_all};
 pub use walk::{GradOptions, Gradients, grad};
 
 pub(crate) use node::{Node, records};

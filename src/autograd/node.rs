@@ -48,14 +48,14 @@ pub(super) enum Edge {
     Constant,
     /// A variable.
     Leaf(TensorId),
-    /// The result of another op.
-    Node(Arc<Node>),
+    /// A result of another op.
+    Node(TensorId, Arc<Node>),
 }
 
 impl Edge {
     fn of(tensor: &Tensor) -> Self {
         match tensor.node() {
-            Some(node) => Edge::Node(Arc::clone(node)),
+            Some(node) => Edge::Node(tensor.id(), Arc::clone(node)),
             None if tensor.is_variable() => Edge::Leaf(tensor.id()),
             None => Edge::Constant,
         }
@@ -65,21 +65,31 @@ impl Edge {
     pub(super) fn target(&self) -> Option<TensorId> {
         match self {
             Edge::Constant => None,
-            Edge::Leaf(id) => Some(*id),
-            Edge::Node(node) => Some(node.output),
+            Edge::Leaf(id) | Edge::Node(id, _) => Some(*id),
         }
     }
 }
 
 /// One application of a function.
 pub(crate) struct Node {
-    pub(super) output: TensorId,
+    /// At least one, oldest first; all of them newer than the inputs and older than whatever is computed from any.
+    pub(super) outputs: Vec<TensorId>,
     pub(super) edges: Vec<Edge>,
     /// Taken by a backward walk that does not retain the graph, which frees what the rule saved.
     function: Mutex<Option<Arc<dyn Function>>>,
 }
 
 impl Node {
+    fn new(outputs: Vec<TensorId>, inputs: &[&Tensor], function: impl Function) -> Self {
+        let edges = inputs.iter().map(|input| Edge::of(input)).collect();
+        Node { outputs, edges, function: Mutex::new(Some(Arc::new(function))) }
+    }
+
+    /// The number by which walks know the node.
+    pub(super) fn id(&self) -> TensorId {
+        self.outputs[0]
+    }
+
     /// The rule; with `take`, the node's own hold on it ends.
     pub(super) fn function(&self, take: bool) -> Result<Arc<dyn Function>> {
         let mut slot = self.function.lock().unwrap_or_else(PoisonError::into_inner);
@@ -97,7 +107,7 @@ impl Drop for Node {
         *self.function.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
         let mut pending = std::mem::take(&mut self.edges);
         while let Some(edge) = pending.pop() {
-            if let Edge::Node(node) = edge
+            if let Edge::Node(_, node) = edge
                 && let Some(mut node) = Arc::into_inner(node)
             {
                 *node.function.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
@@ -141,12 +151,49 @@ pub fn record<F: Function>(output: Tensor, inputs: &[&Tensor], function: impl Fn
     // A fresh identity, newer than every input: the walk goes by age.
     let saved = output.share(output.shape().clone());
     let id = saved.id();
-    let node = Node {
-        output: id,
-        edges: inputs.iter().map(|input| Edge::of(input)).collect(),
-        function: Mutex::new(Some(Arc::new(function(SavedOutput(saved))))),
-    };
-    output.attach(id, Arc::new(node))
+    let function = function(SavedOutput(saved));
+    output.attach(id, Arc::new(Node::new(vec![id], inputs, function)))
+}
+
+/// Puts `outputs` on the tape as the results of one function of `inputs`, if any of these needs a gradient. Its rule
+/// runs once for all of them, with [`Backward::grads`].
+///
+/// ```
+/// use gridgrad::autograd::{Backward, Function, record_all};
+/// use gridgrad::{Result, Tensor};
+///
+/// struct SumAndDifferenceRule;
+///
+/// impl Function for SumAndDifferenceRule {
+///     fn name(&self) -> &'static str {
+///         "sum_and_difference"
+///     }
+///     fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+///         Ok(match backward.grads() {
+///             [Some(sum), Some(difference)] => vec![Some(sum.add(difference)?), Some(sum.sub(difference)?)],
+///             [Some(sum), _] => vec![Some(sum.clone()), Some(sum.clone())],
+///             [_, Some(difference)] => vec![Some(difference.clone()), Some(difference.neg()?)],
+///             _ => vec![None, None],
+///         })
+///     }
+/// }
+///
+/// let (x, y) = (Tensor::scalar(5.0f32).variable()?, Tensor::scalar(3.0f32).variable()?);
+/// let outputs = vec![x.detach().add(&y.detach())?, x.detach().sub(&y.detach())?];
+/// let outputs = record_all(outputs, &[&x, &y], || SumAndDifferenceRule);
+/// let product = outputs[0].mul(&outputs[1])?; // x² − y²
+/// let gradients = product.backward()?;
+/// assert_eq!(gradients.get(&x).unwrap().item()?, 10.0);
+/// assert_eq!(gradients.get(&y).unwrap().item()?, -6.0);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
+pub fn record_all<F: Function>(outputs: Vec<Tensor>, inputs: &[&Tensor], function: impl FnOnce() -> F) -> Vec<Tensor> {
+    if outputs.is_empty() || !records(inputs) {
+        return outputs;
+    }
+    let ids: Vec<TensorId> = outputs.iter().map(|output| output.share(output.shape().clone()).id()).collect();
+    let node = Arc::new(Node::new(ids.clone(), inputs, function()));
+    outputs.iter().zip(ids).map(|(output, id)| output.attach(id, Arc::clone(&node))).collect()
 }
 
 /// Whether [`record`] would put a function of `inputs` on the tape.
@@ -157,14 +204,20 @@ pub(crate) fn records(inputs: &[&Tensor]) -> bool {
 /// What a backward rule is given.
 pub struct Backward<'a> {
     pub(super) grad: &'a Tensor,
+    pub(super) grads: &'a [Option<Tensor>],
     pub(super) node: &'a Arc<Node>,
     pub(super) create_graph: bool,
 }
 
 impl Backward<'_> {
-    /// The gradient of the output: same shape and dtype as the output.
+    /// The gradient of the output: same shape and dtype as the output. Of several, of the first that has one.
     pub fn grad(&self) -> &Tensor {
         self.grad
+    }
+
+    /// The gradients of all outputs of a function recorded by [`record_all`]; `None` for those that nothing depends on.
+    pub fn grads(&self) -> &[Option<Tensor>] {
+        self.grads
     }
 
     /// Whether input `index` needs a gradient.
@@ -174,7 +227,7 @@ impl Backward<'_> {
 
     /// The saved output, on the tape.
     pub fn output(&self, saved: &SavedOutput) -> Tensor {
-        if self.create_graph { saved.0.attach(self.node.output, Arc::clone(self.node)) } else { saved.0.clone() }
+        if self.create_graph { saved.0.attach(self.node.id(), Arc::clone(self.node)) } else { saved.0.clone() }
     }
 
     /// Whether the gradients will be differentiated again: then they must be made of recorded ops.

@@ -124,18 +124,18 @@ fn leading_to(wanted: &HashSet<TensorId>, output: &Tensor) -> HashSet<TensorId> 
     let mut reached: BTreeMap<TensorId, Arc<Node>> = BTreeMap::new();
     let mut pending: Vec<Arc<Node>> = output.node().into_iter().map(Arc::clone).collect();
     while let Some(node) = pending.pop() {
-        if reached.insert(node.output, Arc::clone(&node)).is_none() {
+        if reached.insert(node.id(), Arc::clone(&node)).is_none() {
             let inputs =
-                node.edges.iter().filter_map(|edge| if let Edge::Node(node) = edge { Some(node) } else { None });
+                node.edges.iter().filter_map(|edge| if let Edge::Node(_, node) = edge { Some(node) } else { None });
             pending.extend(inputs.cloned());
         }
     }
     // Oldest first: the inputs of a node are decided before it.
     let mut leading = HashSet::new();
-    for (id, node) in &reached {
+    for node in reached.values() {
         let leads = |target: TensorId| wanted.contains(&target) || leading.contains(&target);
         if node.edges.iter().filter_map(Edge::target).any(leads) {
-            leading.insert(*id);
+            leading.extend(&node.outputs);
         }
     }
     leading
@@ -154,25 +154,30 @@ fn walk(
     // Newest first: every consumer of a tensor is younger than it, so its gradient is complete when it is reached.
     let mut pending: BTreeMap<TensorId, Arc<Node>> = BTreeMap::new();
     if let Some(node) = output.node() {
-        pending.insert(output.id(), Arc::clone(node));
+        pending.insert(node.id(), Arc::clone(node));
     }
     while let Some((id, node)) = pending.pop_last() {
-        let Some(grad) = gradients.remove(&id) else { continue };
-        if wanted.is_some_and(|wanted| wanted.contains(&id)) {
-            kept.insert(id, grad.clone());
+        let grads: Vec<Option<Tensor>> = node.outputs.iter().map(|output| gradients.remove(output)).collect();
+        let Some(grad) = grads.iter().flatten().next() else { continue };
+        for (output, grad) in node.outputs.iter().zip(&grads) {
+            if let Some(grad) = grad
+                && wanted.is_some_and(|wanted| wanted.contains(output))
+            {
+                kept.insert(*output, grad.clone());
+            }
         }
         if leading.as_ref().is_some_and(|leading| !leading.contains(&id)) {
             continue;
         }
         let function = node.function(!options.retain_graph && !options.create_graph)?;
-        let backward = Backward { grad: &grad, node: &node, create_graph: options.create_graph };
+        let backward = Backward { grad, grads: &grads, node: &node, create_graph: options.create_graph };
         let inputs = recording(options.create_graph, || function.backward(&backward))?;
         drop(function);
         for (edge, gradient) in node.edges.iter().zip(inputs) {
             let (Some(target), Some(gradient)) = (edge.target(), gradient) else { continue };
             recording(options.create_graph, || add(&mut gradients, target, gradient, options.create_graph))?;
-            if let Edge::Node(node) = edge {
-                pending.entry(target).or_insert_with(|| Arc::clone(node));
+            if let Edge::Node(_, node) = edge {
+                pending.entry(node.id()).or_insert_with(|| Arc::clone(node));
             }
         }
     }

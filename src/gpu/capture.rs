@@ -1,5 +1,7 @@
 //! A piece of work recorded once and run again: a CUDA graph.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use super::Gpu;
 use crate::Result;
 use crate::driver::seam::Graph;
@@ -11,7 +13,21 @@ pub(crate) struct Captured {
     recording: u64,
 }
 
+/// Graphs that have run so far, on any device.
+static REPLAYS: AtomicU64 = AtomicU64::new(0);
+
+/// How often recorded work has been repeated. It writes to memory that tensors hold, without asking them: what was
+/// computed from their values may be out of date when this number has changed.
+pub(crate) fn replays() -> u64 {
+    REPLAYS.load(Ordering::Acquire)
+}
+
 impl Gpu {
+    /// Whether what is launched now is recorded.
+    pub fn is_recording(&self) -> bool {
+        self.pool().is_recording()
+    }
+
     /// Records what `body` launches, without running it. Memory must come from the pool, so `body` has run before.
     ///
     /// # Errors
@@ -42,6 +58,7 @@ impl Captured {
     /// # Errors
     /// Where the device refuses, or earlier work failed.
     pub fn launch(&self) -> Result<()> {
+        REPLAYS.fetch_add(1, Ordering::AcqRel);
         self.graph.launch()
     }
 }

@@ -17,7 +17,7 @@ use crate::driver::seam::{Address, Driver, Properties};
 use crate::tensor::{Device, MemoryStats};
 use crate::{Error, Result};
 
-pub(crate) use capture::Captured;
+pub(crate) use capture::{Captured, replays};
 use kernel::Functions;
 pub(crate) use kernel::{FLOATS, Geometry, Kernel, Signature};
 use pool::Pool;

@@ -122,6 +122,10 @@ impl Pool {
         number
     }
 
+    pub fn is_recording(&self) -> bool {
+        self.current.is_some()
+    }
+
     pub fn end_recording(&mut self) {
         self.current = None;
     }

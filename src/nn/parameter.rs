@@ -1,5 +1,6 @@
 //! Parameters, their names, and the list of all of them.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 
 use super::{Initializer, StateDict};
@@ -34,6 +35,7 @@ struct Inner {
     name: String,
     role: Role,
     value: RwLock<Tensor>,
+    version: AtomicU64,
 }
 
 impl Parameter {
@@ -92,8 +94,16 @@ impl Parameter {
         self.write().swap_values(other);
     }
 
+    /// A number that every change of the value makes larger, but not the changes by repetitions of a recorded graph
+    /// ([`replays`](crate::gpu::replays)).
+    pub(crate) fn version(&self) -> u64 {
+        self.0.version.load(Ordering::Acquire)
+    }
+
     fn write(&self) -> RwLockWriteGuard<'_, Tensor> {
-        self.0.value.write().unwrap_or_else(PoisonError::into_inner)
+        let guard = self.0.value.write().unwrap_or_else(PoisonError::into_inner);
+        self.0.version.fetch_add(1, Ordering::AcqRel);
+        guard
     }
 
     /// The address of the value in device memory, to be changed in place by a kernel.
@@ -287,7 +297,8 @@ impl Scope {
         if list.iter().any(|parameter| parameter.name() == name) {
             return Err(Error::Config(format!("two parameters are named {name}")));
         }
-        let parameter = Parameter(Arc::new(Inner { name, role, value: RwLock::new(value) }));
+        let parameter =
+            Parameter(Arc::new(Inner { name, role, value: RwLock::new(value), version: AtomicU64::new(0) }));
         list.push(parameter.clone());
         Ok(parameter)
     }
@@ -328,6 +339,30 @@ mod tests {
         assert_eq!(a.tensor().id(), id);
         assert_eq!(before.to_vec::<f32>().unwrap(), [1.0, 1.0]);
         assert_eq!(a.tensor().to_vec::<f32>().unwrap(), [9.0, 1.0]);
+    }
+
+    #[test]
+    fn every_way_to_change_a_value_changes_its_version() {
+        let (scope, a, b) = two();
+        let mut seen = vec![a.version()];
+        let mut changed = |what: &str| {
+            assert!(a.version() > *seen.last().unwrap(), "{what}");
+            seen.push(a.version());
+        };
+        a.set(&Tensor::zeros([2], DType::F32).unwrap()).unwrap();
+        changed("set");
+        a.update::<f32>(|values| values[0] = 1.0).unwrap();
+        changed("update");
+        a.swap(&mut Tensor::ones([2], DType::F32).unwrap());
+        changed("swap");
+        a.to_device(Device::Cpu).unwrap();
+        changed("to_device");
+        let _ = a.address_mut();
+        changed("address_mut");
+        scope.parameters().load_state_dict(&scope.parameters().state_dict()).unwrap();
+        changed("load_state_dict");
+        let _ = (a.tensor(), a.shape(), scope.parameters().count());
+        assert_eq!((a.version(), b.version()), (*seen.last().unwrap(), 1));
     }
 
     #[test]

@@ -44,10 +44,10 @@ pub use layer_norm::layer_norm;
 pub use layout::concat;
 pub use linear::{linear, linear_gelu};
 pub use loss::{CrossEntropyOptions, Reduction, Targets, binary_cross_entropy_with_logits, cross_entropy, mse_loss};
-pub use lsda::lsda;
+pub use lsda::{lsda, lsda_dropout};
 pub use matmul::Transposed;
 pub use pool::{Pool2dOptions, adaptive_avg_pool2d, avg_pool2d, global_avg_pool2d, max_pool2d};
-pub use position_bias::dynamic_position_bias;
+pub use position_bias::{dynamic_position_bias, dynamic_position_biases};
 pub use softmax::{log_softmax, softmax};
 
 pub(crate) use elementwise::add_in_place;

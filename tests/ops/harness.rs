@@ -117,7 +117,7 @@ pub fn test_device() -> Option<Device> {
 
 /// Output and gradients on `device` are at most twice as far from those in `f64`, computed from the same rounded
 /// inputs, as the processor's are, or those of the op's composed form: one bound for every dtype.
-fn on_device(case: &dyn OpCase, device: Device, dtype: DType) {
+pub fn on_device(case: &dyn OpCase, device: Device, dtype: DType) {
     let rounded = inputs_as(case, dtype);
     let widen = |input: &Tensor| if input.dtype().is_float() { input.cast(DType::F64).unwrap() } else { input.clone() };
     let wide: Vec<Tensor> = rounded.iter().map(widen).collect();

@@ -2,11 +2,14 @@
 
 use std::fmt;
 
-use gridgrad::ops::lsda::{Group, Grouping, lsda};
+use gridgrad::ops::lsda::{Group, Grouping, lsda, lsda_dropout};
 use gridgrad::ops::{concat, embedding, softmax};
-use gridgrad::{DType, Result, Tensor};
+use gridgrad::random::Philox;
+use gridgrad::{DType, Device, Result, Tensor};
 
-use crate::harness::{Derivatives, OpCase, ROUNDING, Tolerance, Work, check, randn, test_device};
+use crate::harness::{
+    Derivatives, OpCase, ROUNDING, Tolerance, Work, check, check_on_device, on_device, randn, test_device,
+};
 
 #[derive(Debug)]
 struct Lsda {
@@ -17,6 +20,20 @@ struct Lsda {
     bias: bool,
     /// Factor on q and k: large ones make one logit dominate.
     sharpness: f64,
+    /// Rate of dropout.
+    p: f64,
+}
+
+const SEED: u64 = 23;
+
+/// What dropout makes of a probability of 1: query `row` of all images, heads and tokens, key in place `key` of its group
+/// of up to `tokens`.
+fn factor(p: f64, tokens: usize, row: usize, key: usize) -> f64 {
+    let block = row * tokens.div_ceil(32) * 4 + key / 32 * 4 + key % 8 / 2;
+    let word = Philox::new(SEED).block(block as u64)[key / 8 % 4];
+    let number = if key.is_multiple_of(2) { word & 0xFFFF } else { word >> 16 };
+    let threshold = (p * 65536.0).round();
+    if f64::from(number) < threshold { 0.0 } else { 65536.0 / (65536.0 - threshold) }
 }
 
 impl fmt::Display for Lsda {
@@ -37,6 +54,10 @@ impl OpCase for Lsda {
     }
 
     fn run(&self, inputs: &[Tensor]) -> Result<Tensor> {
+        if self.p > 0.0 {
+            let stream = Philox::new(SEED);
+            return lsda_dropout(&inputs[0], inputs.get(1), self.heads, self.grouping, self.p, stream);
+        }
         lsda(&inputs[0], inputs.get(1), self.heads, self.grouping)
     }
 
@@ -74,9 +95,12 @@ impl OpCase for Lsda {
                     let scores: Vec<f64> = keys.iter().map(score).collect();
                     let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                     let sum: f64 = scores.iter().map(|s| (s - largest).exp()).sum();
+                    let row = (image * self.heads + head) * height * width + query;
                     for c in 0..d {
-                        let weighted =
-                            keys.iter().zip(&scores).map(|(&key, s)| (s - largest).exp() / sum * at(key, 2, c));
+                        let weighted = keys.iter().zip(&scores).enumerate().map(|(place, (&key, s))| {
+                            let factor = factor(self.p, self.most_tokens(), row, place);
+                            (s - largest).exp() / sum * factor * at(key, 2, c)
+                        });
                         output[(image * height * width + query) * channels + head * d + c] = weighted.sum();
                     }
                 }
@@ -110,6 +134,27 @@ impl OpCase for Lsda {
 }
 
 impl Lsda {
+    /// Tokens of the largest group that fits on the map.
+    fn most_tokens(&self) -> usize {
+        let along = |axis: usize| {
+            let reach = self.map[axis + 1].div_ceil(self.grouping.interval[axis]);
+            self.grouping.group[axis].min(reach).max(1)
+        };
+        along(0) * along(1)
+    }
+
+    /// The factors of dropout for groups of `n` tokens, whose `members` are tokens of all images: (groups, heads, n, n).
+    fn factors(&self, members: &[i64], n: usize, dtype: DType) -> Result<Tensor> {
+        let image = self.map[1] * self.map[2];
+        let value = |i: usize| {
+            let (group, head, query, key) = (i / (self.heads * n * n), i / (n * n) % self.heads, i / n % n, i % n);
+            let token = members[group * n + query] as usize;
+            let row = (token / image * self.heads + head) * image + token % image;
+            factor(self.p, self.most_tokens(), row, key)
+        };
+        Tensor::from_index([members.len() / n, self.heads, n, n], dtype, value)
+    }
+
     fn composed(&self, inputs: &[Tensor]) -> Result<Tensor> {
         let [batch, height, width] = self.map;
         let (heads, d, channels) = (self.heads, self.head_width, self.heads * self.head_width);
@@ -141,7 +186,11 @@ impl Lsda {
                 let expanded = embedding(&inputs[1], &Tensor::new(&self.table_rows(shape), [n * n])?)?;
                 scores = scores.add(&expanded.transpose(0, 1)?.reshape([1, heads, n, n])?)?;
             }
-            let mixed = softmax(&scores, -1)?.matmul(&part(2)?)?;
+            let mut weights = softmax(&scores, -1)?;
+            if self.p > 0.0 {
+                weights = weights.mul(&self.factors(&members, n, weights.dtype())?)?;
+            }
+            let mixed = weights.matmul(&part(2)?)?;
             outputs.push(mixed.transpose(1, 2)?.reshape([count * n, channels])?);
             order.extend(members);
         }
@@ -203,15 +252,35 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         ([1, 9, 9], 16, 2, short(2), true, 1.0),
     ];
     let case = |(map, heads, head_width, grouping, bias, sharpness)| {
-        Box::new(Lsda { map, heads, head_width, grouping, bias, sharpness }) as Box<dyn OpCase>
+        Box::new(Lsda { map, heads, head_width, grouping, bias, sharpness, p: 0.0 }) as Box<dyn OpCase>
     };
     list.into_iter().map(case).collect()
+}
+
+fn dropout_cases() -> Vec<Box<dyn OpCase>> {
+    let case = |(map, heads, head_width, grouping, bias, p)| {
+        Box::new(Lsda { map, heads, head_width, grouping, bias, sharpness: 1.0, p }) as Box<dyn OpCase>
+    };
+    [
+        ([1, 1, 1], 1, 1, Grouping::short(1), true, 0.5),
+        // Groups of several shapes, several to a block.
+        ([2, 7, 5], 3, 8, Grouping::short(3), true, 0.3),
+        ([1, 9, 7], 2, 16, Grouping::long(3, 2), false, 0.1),
+        ([1, 7, 7], 1, 32, Grouping::short(7), true, 0.1),
+        // Several tiles, of 64 and of 32 tokens.
+        ([1, 9, 8], 1, 20, Grouping::short(9), true, 0.6),
+        ([1, 6, 6], 1, 66, Grouping::short(6), true, 0.2),
+        ([1, 3, 3], 1, 4, Grouping::short(3), true, 1.0),
+    ]
+    .into_iter()
+    .map(case)
+    .collect()
 }
 
 /// The attention of CrossFormer-S at batch 8, and of CrossFormer++-S's third stage.
 pub fn benchmarks() -> Vec<Box<dyn OpCase>> {
     let case = |side, heads, grouping| {
-        let case = Lsda { map: [8, side, side], heads, head_width: 32, grouping, bias: true, sharpness: 1.0 };
+        let case = Lsda { map: [8, side, side], heads, head_width: 32, grouping, bias: true, sharpness: 1.0, p: 0.0 };
         Box::new(case) as Box<dyn OpCase>
     };
     vec![
@@ -226,6 +295,91 @@ pub fn benchmarks() -> Vec<Box<dyn OpCase>> {
 #[test]
 fn attention_agrees_with_its_definition() {
     check(&cases());
+}
+
+#[test]
+fn dropout_agrees_with_its_definition() {
+    check(&dropout_cases());
+}
+
+#[test]
+fn dropout_keeps_the_mean_and_takes_the_share_that_it_should() {
+    // All weights of a group of 16 are 1/16 and all values 1, so that an output is the share of keys that are kept.
+    let qkv = Tensor::from_index([1, 64, 64, 3], DType::F64, |i| f64::from(u8::from(i % 3 == 2))).unwrap();
+    for p in [0.0, 1e-6, 0.1, 0.5, 0.9] {
+        let output = lsda_dropout(&qkv, None, 1, Grouping::long(4, 3), p, Philox::new(4)).unwrap();
+        let values = output.to_f64_vec().unwrap();
+        let mean = values.iter().sum::<f64>() / values.len() as f64;
+        // Four standard deviations.
+        let allowed = 1e-12 + 4.0 * (p / (1.0 - p) / (16 * values.len()) as f64).sqrt();
+        assert!((mean - 1.0).abs() < allowed, "{p}: {mean}");
+        if p == 0.5 {
+            assert!(values.iter().any(|&value| value < 0.8) && values.iter().any(|&value| value > 1.2));
+        }
+    }
+}
+
+#[test]
+fn the_processor_and_a_gpu_drop_the_same_probabilities() {
+    let Some(device) = test_device() else { return };
+    // As above: counts of kept keys, which rounding does not touch.
+    let qkv = Tensor::from_index([2, 9, 10, 6], DType::F32, |i| f64::from(u8::from(i % 6 > 3))).unwrap();
+    for grouping in [Grouping::short(3), Grouping::long(3, 2), Grouping::short(9)] {
+        let counts = |device: Device| -> Vec<f64> {
+            let qkv = qkv.to_device(device).unwrap();
+            let output = lsda_dropout(&qkv, None, 2, grouping, 0.5, Philox::new(8).fork(3)).unwrap();
+            let scaled = output.to_f64_vec().unwrap().into_iter();
+            let tokens = (grouping.group[0] * grouping.group[1]) as f64;
+            // Groups at the edge have fewer tokens: compared as shares of them, to a thousandth of a key.
+            scaled.map(|value| (value * tokens * 1000.0).round()).collect()
+        };
+        assert_eq!(counts(Device::Cpu), counts(device), "{grouping:?}");
+    }
+}
+
+#[test]
+fn streams_decide_what_is_dropped() {
+    let qkv = randn(&[1, 4, 4, 12], 0).cast(DType::F32).unwrap();
+    let run = |stream| lsda_dropout(&qkv, None, 2, Grouping::short(4), 0.3, stream).unwrap().to_vec::<f32>().unwrap();
+    let stream = Philox::new(5).stream("attention");
+    assert_eq!(run(stream), run(stream));
+    assert_ne!(run(stream), run(stream.fork(1)));
+}
+
+#[test]
+fn sums_that_find_no_room_in_shared_memory_are_parked_elsewhere() {
+    // The table of groups of 45 × 45, of which the map has a corner, leaves less than dK and dV of a tile need.
+    let grouping = Grouping::short(45);
+    let case = Lsda { map: [1, 9, 8], heads: 1, head_width: 32, grouping, bias: true, sharpness: 1.0, p: 0.0 };
+    check_on_device(&case);
+}
+
+/// Every group size from 2 to 16 with every head width, in both directions: one group, or as much of it as keeps the
+/// emulator quick, and a second one that is cut off by the map.
+#[test]
+fn every_group_size_and_head_width_has_a_kernel() {
+    let Some(device) = test_device() else { return };
+    for side in 2..=16 {
+        for head_width in [16usize, 32, 64, 128] {
+            for dtype in [DType::F32, DType::Bf16, DType::F16] {
+                // All sizes in one dtype or another; the largest in all.
+                let chosen = (side + head_width.ilog2() as usize + dtype as usize) % 3 == 0;
+                if !chosen && !(side == 16 && head_width == 32) {
+                    continue;
+                }
+                let case = Lsda {
+                    map: [1, side, side + 1],
+                    heads: 1,
+                    head_width,
+                    grouping: Grouping::short(side),
+                    bias: true,
+                    sharpness: 1.0,
+                    p: 0.0,
+                };
+                on_device(&case, device, dtype);
+            }
+        }
+    }
 }
 
 #[test]
@@ -273,4 +427,8 @@ fn bad_arguments_are_errors() {
     assert!(message(lsda(&qkv, None, 1, Grouping::long(2, 0))).contains("at least 1"));
     assert!(message(lsda(&qkv, Some(&randn(&[9, 2], 0)), 1, Grouping::short(2))).contains("expected (9, 1)"));
     assert!(message(lsda(&randn(&[4, 4, 12], 0), None, 1, Grouping::short(2))).contains("(batch, height, width"));
+    for p in [-0.1, 1.1, f64::NAN] {
+        let result = lsda_dropout(&qkv, None, 1, Grouping::short(2), p, Philox::new(0));
+        assert!(message(result).contains("lsda: probability"));
+    }
 }

@@ -2,8 +2,11 @@
 
 use std::fmt;
 
-use gridgrad::ops::position_bias::{Affine, BiasLayer, PositionBiasNetwork, dynamic_position_bias};
-use gridgrad::ops::{layer_norm, linear};
+use gridgrad::ops::position_bias::{
+    Affine, BiasLayer, PositionBiasNetwork, dynamic_position_bias, dynamic_position_biases,
+};
+use gridgrad::ops::{concat, layer_norm, linear};
+use gridgrad::random::Philox;
 use gridgrad::{DType, Device, Result, Tensor, autograd};
 
 use crate::harness::{Derivatives, OpCase, ROUNDING, Tolerance, Work, check, inputs_as, randn, test_device};
@@ -114,6 +117,77 @@ impl OpCase for PositionBias {
     }
 }
 
+/// Networks of one width evaluated together, each for groups of its own; the output is their tables one after the other.
+#[derive(Debug)]
+struct Several {
+    width: usize,
+    heads: usize,
+    groups: Vec<[usize; 2]>,
+    residual: bool,
+}
+
+impl fmt::Display for Several {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self:?}")
+    }
+}
+
+impl Several {
+    fn alone(&self) -> Vec<PositionBias> {
+        let &Several { width, heads, residual, .. } = self;
+        self.groups.iter().map(|&group| PositionBias { width, heads, group, residual }).collect()
+    }
+
+    fn tables(&self, inputs: &[Tensor], dtype: DType) -> Result<Vec<Tensor>> {
+        let networks: Vec<_> = inputs.chunks(14).map(|inputs| network(inputs, self.residual)).collect();
+        let pairs: Vec<_> = networks.iter().zip(self.groups.iter().copied()).collect();
+        dynamic_position_biases(&pairs, dtype)
+    }
+}
+
+fn joined(tables: &[Tensor]) -> Result<Tensor> {
+    concat(&tables.iter().collect::<Vec<_>>(), 0)
+}
+
+impl OpCase for Several {
+    fn inputs(&self) -> Vec<Tensor> {
+        let networks = self.alone().into_iter().zip(1..);
+        networks
+            .flat_map(|(case, factor)| {
+                case.inputs().into_iter().map(move |input| input.scale(1.0 / factor as f64).unwrap())
+            })
+            .collect()
+    }
+
+    fn run(&self, inputs: &[Tensor]) -> Result<Tensor> {
+        joined(&self.tables(inputs, inputs[0].dtype())?)
+    }
+
+    fn reference(&self, inputs: &[Vec<f64>]) -> Vec<f64> {
+        self.alone().iter().zip(inputs.chunks(14)).flat_map(|(case, inputs)| case.reference(inputs)).collect()
+    }
+
+    fn work(&self) -> Work {
+        let add = |sum: Work, work: Work| Work { bytes: sum.bytes + work.bytes, flops: sum.flops + work.flops };
+        self.alone().iter().map(OpCase::work).fold(Work::default(), add)
+    }
+
+    fn tolerance(&self) -> Tolerance {
+        self.alone()[0].tolerance()
+    }
+
+    fn composed(&self, inputs: &[Tensor]) -> Option<Result<Tensor>> {
+        let tables = self.groups.iter().zip(inputs.chunks(14));
+        let tables: Result<Vec<Tensor>> =
+            tables.map(|(&group, inputs)| composed(inputs, group, self.residual)).collect();
+        Some(tables.and_then(|tables| joined(&tables)))
+    }
+
+    fn derivatives(&self) -> Derivatives {
+        Derivatives::First
+    }
+}
+
 fn cases() -> Vec<Box<dyn OpCase>> {
     let case =
         |(width, heads, group, residual)| Box::new(PositionBias { width, heads, group, residual }) as Box<dyn OpCase>;
@@ -134,17 +208,97 @@ fn cases() -> Vec<Box<dyn OpCase>> {
     .collect()
 }
 
-/// The tables of CrossFormer-S's first and last stage and of CrossFormer++'s third.
+fn stages() -> Vec<Box<dyn OpCase>> {
+    let case = |width, heads, groups: &[[usize; 2]], residual| {
+        Box::new(Several { width, heads, groups: groups.to_vec(), residual }) as Box<dyn OpCase>
+    };
+    vec![
+        case(4, 2, &[[3, 3], [2, 5]], false),
+        case(7, 3, &[[1, 1], [4, 3], [2, 2]], true),
+        // More networks than a launch takes.
+        case(3, 1, &[[1, 2]; 33], false),
+    ]
+}
+
+/// The tables of CrossFormer-S's first and last stage and of CrossFormer++'s third, and those of the six blocks of
+/// CrossFormer-S's third stage together.
 pub fn benchmarks() -> Vec<Box<dyn OpCase>> {
     let case = |width, heads, side| {
         Box::new(PositionBias { width, heads, group: [side; 2], residual: false }) as Box<dyn OpCase>
     };
-    vec![case(6, 3, 7), case(48, 24, 7), case(16, 8, 14)]
+    let stage = Several { width: 24, heads: 12, groups: vec![[7, 7]; 6], residual: false };
+    vec![case(6, 3, 7), case(48, 24, 7), case(16, 8, 14), Box::new(stage)]
 }
 
 #[test]
 fn tables_agree_with_their_definition() {
     check(&cases());
+    check(&stages());
+}
+
+fn bits(tensor: &Tensor) -> Vec<u8> {
+    tensor.to_device(Device::Cpu).unwrap().raw_bytes().unwrap().to_vec()
+}
+
+/// The bits of the gradients of all inputs by the sum of `tables`, weighted; none for those without one.
+fn gradient_bits(tables: &[Tensor], inputs: &[Tensor], retain_graph: bool) -> Vec<Option<Vec<u8>>> {
+    let table = joined(tables).unwrap();
+    let weights = Tensor::randn(table.shape(), DType::F32, Philox::new(3)).unwrap();
+    let weights = weights.cast(table.dtype()).unwrap().to_device(table.device()).unwrap();
+    let options =
+        autograd::GradOptions { grad_output: Some(weights), retain_graph, ..autograd::GradOptions::default() };
+    let gradients = autograd::grad(&table, &inputs.iter().collect::<Vec<_>>(), options).unwrap();
+    gradients.iter().map(|gradient| gradient.as_ref().map(bits)).collect()
+}
+
+#[test]
+fn networks_together_have_the_bits_of_each_alone() {
+    let case = Several { width: 5, heads: 3, groups: vec![[7, 7], [2, 3], [4, 4]], residual: false };
+    for device in [Some(Device::Cpu), test_device()].into_iter().flatten() {
+        let variable = |input: &Tensor| input.to_device(device).unwrap().variable().unwrap();
+        let inputs: Vec<Tensor> = inputs_as(&case, DType::F32).iter().map(variable).collect();
+        for dtype in [DType::F32, DType::Bf16, DType::F16] {
+            let together = case.tables(&inputs, dtype).unwrap();
+            let alone = case.alone().into_iter().zip(inputs.chunks(14));
+            let alone: Vec<Tensor> =
+                alone.map(|(case, inputs)| case.run(inputs).unwrap().cast(dtype).unwrap()).collect();
+            assert!(together.iter().map(bits).eq(alone.iter().map(bits)), "{device} {dtype}");
+            let expected = gradient_bits(&alone, &inputs, false);
+            assert!(expected.iter().all(Option::is_some));
+            // The second walk finds everything as the first did.
+            assert!(gradient_bits(&together, &inputs, true) == expected, "{device} {dtype}");
+            assert!(gradient_bits(&together, &inputs, false) == expected, "{device} {dtype}");
+        }
+    }
+}
+
+#[test]
+fn a_table_that_nothing_depends_on_has_no_gradient() {
+    let case = Several { width: 3, heads: 2, groups: vec![[2, 2]; 3], residual: true };
+    for device in [Some(Device::Cpu), test_device()].into_iter().flatten() {
+        let variable = |input: &Tensor| input.to_device(device).unwrap().variable().unwrap();
+        let inputs: Vec<Tensor> = inputs_as(&case, DType::F32).iter().map(variable).collect();
+        let tables = case.tables(&inputs, DType::F32).unwrap();
+        let gradients = gradient_bits(&[tables[0].clone(), tables[2].clone()], &inputs, false);
+        for (network, gradients) in gradients.chunks(14).enumerate() {
+            assert!(gradients.iter().all(|gradient| gradient.is_some() == (network != 1)), "{device} {network}");
+        }
+    }
+}
+
+#[test]
+fn networks_of_different_kinds_are_an_error() {
+    let networks = [(4, 2, true), (4, 3, true), (4, 2, false)].map(|(width, heads, residual)| {
+        network(&PositionBias { width, heads, group: [1, 1], residual }.inputs(), residual)
+    });
+    for other in [1, 2] {
+        let pairs = [(&networks[0], [2, 2]), (&networks[other], [2, 2])];
+        let message = dynamic_position_biases(&pairs, DType::F64).unwrap_err().to_string();
+        assert!(message.contains("network 1 has") && message.contains("expected the same"), "{message}");
+    }
+    assert!(dynamic_position_biases(&[], DType::F32).unwrap().is_empty());
+    let message = dynamic_position_biases(&[(&networks[0], [2, 0])], DType::F64).unwrap_err().to_string();
+    assert!(message.contains("[2, 0]"), "{message}");
 }
 
 #[test]

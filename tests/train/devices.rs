@@ -3,9 +3,12 @@
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use gridgrad::autograd::no_grad;
 use gridgrad::data::Split;
+use gridgrad::models::CrossFormer;
 use gridgrad::nn::{BatchNorm, Context, Conv2d, Linear, Parameters, Scope};
 use gridgrad::ops::{self, Conv2dOptions, Pool2dOptions};
+use gridgrad::random::Philox;
 use gridgrad::train::{
     Batches, Classifier, Decay, Observer, OptimizerConfig, Precision, ScheduleConfig, Sgd, StepMetrics, StepReport,
     TrainConfig, Trainer,
@@ -158,6 +161,40 @@ fn recorded_steps_and_other_orders_of_threads_leave_the_same_bits() {
     assert!(
         train(&ConvNet::new(2), device, config(), 16, false) == train(&ConvNet::new(2), device, config(), 16, true)
     );
+}
+
+/// Looks at the model after every step: with what it keeps of earlier looks, and with all computed anew.
+struct Looking<'a> {
+    model: &'a CrossFormer,
+    images: &'a Tensor,
+    looks: usize,
+}
+
+impl Observer for Looking<'_> {
+    fn on_step(&mut self, _report: &StepReport) -> Result<()> {
+        let look = || self.model.logits(self.images, &Context::eval())?.to_device(Device::Cpu)?.to_vec::<f32>();
+        assert_eq!(no_grad(look)?, look()?, "look {}", self.looks);
+        self.looks += 1;
+        Ok(())
+    }
+}
+
+#[test]
+fn position_biases_that_are_kept_are_never_those_of_earlier_weights() {
+    for device in [Some(Device::Cpu), test_device()].into_iter().flatten() {
+        for graph in [false, true] {
+            let model = crossformer(16, 0.0);
+            model.parameters().to_device(device).unwrap();
+            let images = Tensor::randn([2, 8, 8, 1], DType::F32, Philox::new(1)).unwrap().to_device(device).unwrap();
+            let batches = digits(Split::Train, 240, true);
+            let config = config(OptimizerConfig::default(), Precision::F32);
+            let mut trainer = Trainer::new(run(&model, &batches, None, config, None)).unwrap();
+            trainer.repeat_recorded_steps(graph && device != Device::Cpu);
+            let mut looking = Looking { model: &model, images: &images, looks: 0 };
+            trainer.run(&mut looking, &AtomicBool::new(false)).unwrap();
+            assert!(looking.looks > 8, "{} looks", looking.looks);
+        }
+    }
 }
 
 #[test]

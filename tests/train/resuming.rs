@@ -9,7 +9,7 @@ use gridgrad::train::{
     Span, TrainConfig, Trainer, read_weights,
 };
 
-use super::support::{Interrupter, Mlp, Moment, digits, run};
+use super::support::{Interrupter, Mlp, Moment, crossformer, digits, run};
 
 /// Six steps an epoch, the last of one batch; checkpoints at steps 4, 8, 12, 16 and at the end.
 fn config() -> TrainConfig {
@@ -76,6 +76,29 @@ fn a_run_that_is_stopped_anywhere_and_resumed_leaves_the_same_bytes() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(1 + step % 3).build().unwrap();
         assert!(pool.install(|| finish(folder.path())) == expected, "{moment:?}");
     }
+}
+
+#[test]
+fn dropped_probabilities_and_branches_are_the_same_after_resuming() {
+    let (train, _) = data();
+    let go = |folder: &Path, resume: bool, stop_at: Option<usize>| {
+        let model = crossformer(16, 0.4);
+        let mut trainer = Trainer::new(run(&model, &train, None, config(), Some(folder))).unwrap();
+        if resume {
+            trainer.resume(folder.join(LAST_CHECKPOINT)).unwrap();
+        }
+        let stop = AtomicBool::new(false);
+        match stop_at {
+            Some(step) => trainer.run(&mut Interrupter::new(Moment::Step(step), Some(&stop)), &stop),
+            None => trainer.run(&mut (), &stop),
+        }
+        .unwrap();
+        std::fs::read(folder.join(LAST_CHECKPOINT)).unwrap()
+    };
+    let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let expected = go(whole.path(), false, None);
+    go(parts.path(), false, Some(7));
+    assert!(go(parts.path(), true, None) == expected);
 }
 
 #[test]

@@ -54,7 +54,7 @@ impl Classifier for Mlp {
     }
 }
 
-/// Two stages of short and long attention on images of 8×8.
+/// Two stages of short and long attention on images of 8×8. Probabilities are dropped at half the rate of branches.
 pub fn crossformer(embed_dim: usize, drop_path_rate: f64) -> CrossFormer {
     let config = CrossFormerConfig {
         img_size: [8, 8],
@@ -65,6 +65,7 @@ pub fn crossformer(embed_dim: usize, drop_path_rate: f64) -> CrossFormer {
         num_heads: vec![1, 2],
         group_size: vec![2, 2],
         drop_path_rate,
+        attn_drop_rate: drop_path_rate / 2.0,
         ..CrossFormerConfig::named("micro", 10).unwrap()
     };
     CrossFormer::new(config, 3, DType::F32).unwrap()

@@ -124,6 +124,8 @@ pub struct CrossFormerConfig {
     pub no_mask: bool,
     /// Largest stochastic depth rate, reached in the last block.
     pub drop_path_rate: f64,
+    /// Rate of dropout on the attention probabilities; 0 in all published models.
+    pub attn_drop_rate: f64,
     /// How the group size grows.
     pub group_type: GroupSchedule,
     /// Which distances attend.
@@ -158,6 +160,7 @@ struct Partial {
     pad_type: usize,
     no_mask: bool,
     drop_path_rate: f64,
+    attn_drop_rate: f64,
     group_type: GroupSchedule,
     attention: AttentionPattern,
     position_bias: PositionBias,
@@ -201,6 +204,7 @@ impl TryFrom<Partial> for CrossFormerConfig {
             pad_type: partial.pad_type,
             no_mask: partial.no_mask,
             drop_path_rate: partial.drop_path_rate,
+            attn_drop_rate: partial.attn_drop_rate,
             group_type: partial.group_type,
             attention: partial.attention,
             position_bias: partial.position_bias,
@@ -352,9 +356,9 @@ impl CrossFormerConfig {
             format!("layer_norm_eps {} is not between 0 and 1", self.layer_norm_eps)
         })?;
         check(self.pad_type <= 1, &|| format!("pad_type {} is not 0 or 1", self.pad_type))?;
-        check((0.0..1.0).contains(&self.drop_path_rate), &|| {
-            format!("drop_path_rate {} is not in 0 to 1", self.drop_path_rate)
-        })?;
+        for (key, rate) in [("drop_path_rate", self.drop_path_rate), ("attn_drop_rate", self.attn_drop_rate)] {
+            check((0.0..1.0).contains(&rate), &|| format!("{key} {rate} is not in 0 to 1"))?;
+        }
         const MOST_PARAMETERS: f64 = 1e11;
         let parameters = self.approximate_parameters();
         check(parameters <= MOST_PARAMETERS, &|| {
@@ -438,6 +442,7 @@ mod tests {
             (r#"{"embed_dim": 65536}"#, "parameters; at most 1e11"),
             (r#"{"layer_norm_eps": 0}"#, "layer_norm_eps 0"),
             (r#"{"drop_path_rate": 1.5}"#, "drop_path_rate 1.5"),
+            (r#"{"attn_drop_rate": 1.0}"#, "attn_drop_rate 1"),
         ] {
             let error = parse(json).unwrap_err();
             assert!(error.contains(message), "{json}: {error}");

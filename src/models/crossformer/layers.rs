@@ -1,17 +1,17 @@
 //! The parts of the network, under the official names.
 
-use super::config::{CrossFormerConfig, PositionBias, split_channels};
+use super::bias::BiasSource;
+use super::config::{CrossFormerConfig, split_channels};
 use crate::nn::{Context, Conv2d, Initializer, LayerNorm, Linear, Parameter, Scope};
-use crate::ops::lsda::{Grouping, attention_weights, lsda};
-use crate::ops::position_bias::{Affine, BiasLayer, PositionBiasNetwork};
+use crate::ops::lsda::{Grouping, attention_weights, lsda, lsda_dropout};
 use crate::tensor::Shape;
-use crate::{DType, Error, Result, Tensor, ops};
+use crate::{Result, Tensor, ops};
 
 /// Every linear layer starts from N(0, 0.02), cut at ±2, with bias 0.
-const LINEAR: Initializer = Initializer::TruncatedNormal { std: 0.02, limit: 2.0 };
+pub(super) const LINEAR: Initializer = Initializer::TruncatedNormal { std: 0.02, limit: 2.0 };
 const ZERO: Initializer = Initializer::Constant(0.0);
 
-fn linear(scope: &Scope, in_features: usize, out_features: usize, bias: bool) -> Result<Linear> {
+pub(super) fn linear(scope: &Scope, in_features: usize, out_features: usize, bias: bool) -> Result<Linear> {
     Linear::with_init(scope, [in_features, out_features], LINEAR, bias.then_some(ZERO))
 }
 
@@ -52,110 +52,12 @@ impl CrossScaleEmbedding {
     }
 }
 
-/// Where the bias of attention scores comes from.
-enum BiasSource {
-    None,
-    /// A table for groups of one size.
-    Table {
-        table: Parameter,
-        group: usize,
-    },
-    Network(Box<BiasNetwork>),
-}
-
-struct BiasNetwork {
-    projection: Linear,
-    layers: Vec<(LayerNorm, Linear)>,
-    residual: bool,
-    eps: f64,
-}
-
-fn affine(weight: &Parameter, bias: Option<&Parameter>) -> Result<Affine> {
-    let missing = || Error::Config(format!("{} has no bias", weight.name()));
-    Ok(Affine { weight: weight.tensor(), bias: bias.ok_or_else(missing)?.tensor() })
-}
-
-impl BiasNetwork {
-    fn new(scope: &Scope, channels: usize, heads: usize, residual: bool, eps: f64) -> Result<Self> {
-        // A sixteenth: the official module is made with a quarter of the channels and takes a quarter of that.
-        let width = channels / 4 / 4;
-        let layer = |name: &str, out: usize| -> Result<(LayerNorm, Linear)> {
-            let scope = scope.child(name);
-            Ok((LayerNorm::new(&scope.child(0), width, eps)?, linear(&scope.child(2), width, out, true)?))
-        };
-        Ok(BiasNetwork {
-            projection: linear(&scope.child("pos_proj"), 2, width, true)?,
-            layers: vec![layer("pos1", width)?, layer("pos2", width)?, layer("pos3", heads)?],
-            residual,
-            eps,
-        })
-    }
-
-    fn table(&self, group: [usize; 2]) -> Result<Tensor> {
-        let layer = |(norm, linear): &(LayerNorm, Linear)| -> Result<BiasLayer> {
-            Ok(BiasLayer {
-                norm: affine(&norm.weight, Some(&norm.bias))?,
-                linear: affine(&linear.weight, linear.bias.as_ref())?,
-            })
-        };
-        let [first, second, third] = &self.layers[..] else {
-            return Err(Error::Config("the position bias network has three layers".into()));
-        };
-        let network = PositionBiasNetwork {
-            projection: affine(&self.projection.weight, self.projection.bias.as_ref())?,
-            layers: [layer(first)?, layer(second)?, layer(third)?],
-            residual: self.residual,
-            eps: self.eps,
-        };
-        ops::dynamic_position_bias(&network, group)
-    }
-}
-
-impl BiasSource {
-    fn new(scope: &Scope, config: &CrossFormerConfig, stage: usize, block: usize) -> Result<Self> {
-        let (channels, heads) = (config.channels(stage), config.num_heads[stage]);
-        let network = |residual| -> Result<Self> {
-            let network = BiasNetwork::new(&scope.child("pos"), channels, heads, residual, config.layer_norm_eps)?;
-            Ok(BiasSource::Network(Box::new(network)))
-        };
-        match config.position_bias {
-            PositionBias::Dynamic => network(false),
-            PositionBias::DynamicResidual => network(true),
-            PositionBias::Absolute | PositionBias::None => Ok(BiasSource::None),
-            PositionBias::Relative => {
-                let group = config.block_group_size(stage, block);
-                let shape = [(2 * group - 1) * (2 * group - 1), heads];
-                let table = scope.parameter("relative_position_bias_table", shape, LINEAR)?;
-                Ok(BiasSource::Table { table, group })
-            }
-        }
-    }
-
-    /// The table for groups of `group` tokens, in `dtype`. It is small, so it is computed in the parameters' own.
-    fn table(&self, group: [usize; 2], dtype: DType) -> Result<Option<Tensor>> {
-        self.full_table(group)?.map(|table| table.cast(dtype)).transpose()
-    }
-
-    fn full_table(&self, [gh, gw]: [usize; 2]) -> Result<Option<Tensor>> {
-        match self {
-            BiasSource::None => Ok(None),
-            BiasSource::Network(network) => network.table([gh, gw]).map(Some),
-            BiasSource::Table { table, group } => {
-                let side = 2 * group - 1;
-                if gh > *group || gw > *group {
-                    let message =
-                        format!("a group of {gh}×{gw} with a relative position bias learned for {group}×{group}");
-                    return Err(Error::Config(message));
-                }
-                // The table of a smaller group is the centre of that of a larger one.
-                let table = table.tensor();
-                let heads = table.shape()[1];
-                let centre = table.reshape([side, side, heads])?.narrow(0, group - gh, 2 * gh - 1)?;
-                let centre = centre.narrow(1, group - gw, 2 * gw - 1)?;
-                centre.reshape([(2 * gh - 1) * (2 * gw - 1), heads]).map(Some)
-            }
-        }
-    }
+/// The groups that a block's attention sees, and the bias table for them.
+#[derive(Clone, Copy)]
+pub(super) struct Groups<'a> {
+    pub grouping: Grouping,
+    /// In the dtype of the block's input.
+    pub table: Option<&'a Tensor>,
 }
 
 /// Attention within groups, with its projections.
@@ -165,6 +67,7 @@ struct Attention {
     proj: Linear,
     heads: usize,
     no_mask: bool,
+    drop_rate: f64,
 }
 
 impl Attention {
@@ -176,34 +79,41 @@ impl Attention {
             proj: linear(&scope.child("proj"), channels, channels, true)?,
             heads: config.num_heads[stage],
             no_mask: config.no_mask,
+            drop_rate: config.attn_drop_rate,
         })
     }
 
     /// What the query of image 0 attends to, per head. `no_mask` padding is left out of the picture.
-    fn weights(&self, input: &Tensor, grouping: Grouping, query: [usize; 2]) -> Result<Vec<Vec<f32>>> {
-        let table = self.bias.table(grouping.group, input.dtype())?;
-        attention_weights(&self.qkv.forward(input)?, table.as_ref(), self.heads, grouping, 0, query)
+    fn weights(&self, input: &Tensor, groups: Groups<'_>, query: [usize; 2]) -> Result<Vec<Vec<f32>>> {
+        attention_weights(&self.qkv.forward(input)?, groups.table, self.heads, groups.grouping, 0, query)
     }
 
-    fn forward(&self, input: &Tensor, grouping: Grouping) -> Result<Tensor> {
-        if self.no_mask {
-            return self.forward_padded(input, grouping);
-        }
-        let table = self.bias.table(grouping.group, input.dtype())?;
-        self.proj.forward(&lsda(&self.qkv.forward(input)?, table.as_ref(), self.heads, grouping)?)
+    fn forward(&self, input: &Tensor, groups: Groups<'_>, context: &Context) -> Result<Tensor> {
+        if self.no_mask { self.forward_padded(input, groups, context) } else { self.attend(input, groups, context) }
+    }
+
+    fn attend(&self, input: &Tensor, Groups { grouping, table }: Groups<'_>, context: &Context) -> Result<Tensor> {
+        let qkv = self.qkv.forward(input)?;
+        // Asked for only where it is used: the streams of other layers do not depend on a rate of 0.
+        let stream = if self.drop_rate > 0.0 { context.next_stream() } else { None };
+        let mixed = match stream {
+            Some(stream) => lsda_dropout(&qkv, table, self.heads, grouping, self.drop_rate, stream),
+            None => lsda(&qkv, table, self.heads, grouping),
+        };
+        self.proj.forward(&mixed?)
     }
 
     /// Pads the map in memory, so that padded tokens take part in attention with the biases of K and V as content.
-    fn forward_padded(&self, input: &Tensor, grouping: Grouping) -> Result<Tensor> {
+    fn forward_padded(&self, input: &Tensor, groups: Groups<'_>, context: &Context) -> Result<Tensor> {
+        let grouping = groups.grouping;
         let mut padded = input.clone();
         for axis in 0..2 {
             let (extent, before) = (input.shape()[axis + 1], grouping.origin[axis]);
             let full = (extent + before).next_multiple_of(grouping.group[axis] * grouping.interval[axis]);
             padded = padded.pad(axis as isize + 1, before, full - extent - before)?;
         }
-        let whole = Grouping { origin: [0; 2], ..grouping };
-        let table = self.bias.table(grouping.group, input.dtype())?;
-        let output = self.proj.forward(&lsda(&self.qkv.forward(&padded)?, table.as_ref(), self.heads, whole)?)?;
+        let whole = Groups { grouping: Grouping { origin: [0; 2], ..grouping }, ..groups };
+        let output = self.attend(&padded, whole, context)?;
         let rows = output.narrow(1, grouping.origin[0], input.shape()[1])?;
         rows.narrow(2, grouping.origin[1], input.shape()[2])
     }
@@ -244,8 +154,8 @@ impl Block {
     }
 
     /// (batch, height, width, channels) to the same shape.
-    pub fn forward(&self, input: &Tensor, grouping: Grouping, context: &Context) -> Result<Tensor> {
-        let attended = self.attention.forward(&self.norm1.forward(input)?, grouping)?;
+    pub fn forward(&self, input: &Tensor, groups: Groups<'_>, context: &Context) -> Result<Tensor> {
+        let attended = self.attention.forward(&self.norm1.forward(input)?, groups, context)?;
         let x = input.add(&self.drop_path(attended, context)?)?;
         let hidden = self.fc1.forward_gelu(&self.norm2.forward(&x)?)?;
         let x = x.add(&self.drop_path(self.fc2.forward(&hidden)?, context)?)?;
@@ -256,8 +166,13 @@ impl Block {
     }
 
     /// What a query of the first image attends to, per head: weights over the map.
-    pub fn attention_weights(&self, input: &Tensor, grouping: Grouping, query: [usize; 2]) -> Result<Vec<Vec<f32>>> {
-        self.attention.weights(&self.norm1.forward(input)?, grouping, query)
+    pub fn attention_weights(&self, input: &Tensor, groups: Groups<'_>, query: [usize; 2]) -> Result<Vec<Vec<f32>>> {
+        self.attention.weights(&self.norm1.forward(input)?, groups, query)
+    }
+
+    /// Where the bias of its attention comes from.
+    pub fn bias(&self) -> &BiasSource {
+        &self.attention.bias
     }
 
     fn drop_path(&self, branch: Tensor, context: &Context) -> Result<Tensor> {

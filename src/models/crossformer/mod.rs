@@ -14,6 +14,7 @@
 //! # Ok::<(), gridgrad::Error>(())
 //! ```
 
+mod bias;
 mod config;
 mod cost;
 mod groups;
@@ -25,9 +26,9 @@ pub use cost::{Cost, StageCost};
 pub use groups::BlockGrouping;
 
 use crate::nn::{Context, Initializer, LayerNorm, Linear, Parameter, Parameters, Scope};
-use crate::ops::lsda::Grouping;
 use crate::{DType, Error, Result, Tensor};
-use layers::{Block, CrossScaleEmbedding};
+use bias::StageBias;
+use layers::{Block, CrossScaleEmbedding, Groups};
 
 /// A block's place in the network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +56,7 @@ pub struct AttentionMap {
 
 struct Stage {
     blocks: Vec<Block>,
+    bias: StageBias,
     /// Layer norm and cross-scale embedding to the next stage.
     merging: Option<(LayerNorm, CrossScaleEmbedding)>,
 }
@@ -124,8 +126,8 @@ impl CrossFormer {
     /// Where the images' channels are not the configuration's, or an image is too small.
     pub fn features(&self, images: &Tensor, context: &Context) -> Result<Vec<Tensor>> {
         let mut features = Vec::with_capacity(self.stages.len());
-        self.run(images, |position, block, x, grouping| {
-            let x = block.forward(x, grouping, context)?;
+        self.run(images, |position, block, x, groups| {
+            let x = block.forward(x, groups, context)?;
             if position.block + 1 == self.config.depths[position.stage] {
                 features.push(x.clone());
             }
@@ -141,12 +143,12 @@ impl CrossFormer {
     /// As [`CrossFormer::features`].
     pub fn attention_maps(&self, images: &Tensor, queries: &[[f64; 2]]) -> Result<Vec<AttentionMap>> {
         let mut maps = Vec::new();
-        self.run(images, |position, block, x, grouping| {
+        self.run(images, |position, block, x, groups| {
             let map = [x.shape()[1], x.shape()[2]];
             for share in queries {
                 let token = |axis: usize| ((share[axis] * map[axis] as f64) as usize).min(map[axis] - 1);
                 let query = [token(0), token(1)];
-                let heads = block.attention_weights(x, grouping, query)?;
+                let heads = block.attention_weights(x, groups, query)?;
                 maps.push(AttentionMap {
                     position,
                     grouping: self.config.block_grouping(position.stage, position.block, map),
@@ -155,7 +157,7 @@ impl CrossFormer {
                     heads,
                 });
             }
-            block.forward(x, grouping, &Context::eval())
+            block.forward(x, groups, &Context::eval())
         })?;
         Ok(maps)
     }
@@ -164,7 +166,7 @@ impl CrossFormer {
     fn run(
         &self,
         images: &Tensor,
-        mut visit: impl FnMut(BlockPosition, &Block, &Tensor, Grouping) -> Result<Tensor>,
+        mut visit: impl FnMut(BlockPosition, &Block, &Tensor, Groups<'_>) -> Result<Tensor>,
     ) -> Result<()> {
         let [_, height, width, channels] =
             images.dims::<4>("crossformer", "images (batch, height, width, channels)")?;
@@ -177,9 +179,13 @@ impl CrossFormer {
         let x = self.embedding_norm.forward(&self.embedding.forward(images)?)?;
         let mut x = self.add_absolute_position(x, maps[0])?;
         for (number, (stage, map)) in self.stages.iter().zip(maps).enumerate() {
-            for (block, layer) in stage.blocks.iter().enumerate() {
-                let grouping = self.config.block_grouping(number, block, map).grouping;
-                x = visit(BlockPosition { stage: number, block }, layer, &x, grouping)?;
+            let grouping = |block: usize| self.config.block_grouping(number, block, map).grouping;
+            let groups: Vec<[usize; 2]> = (0..stage.blocks.len()).map(|block| grouping(block).group).collect();
+            let sources: Vec<_> = stage.blocks.iter().map(Block::bias).collect();
+            let tables = stage.bias.tables(&sources, &groups, x.dtype())?;
+            for (block, (layer, table)) in stage.blocks.iter().zip(&tables).enumerate() {
+                let groups = Groups { grouping: grouping(block), table: table.as_ref() };
+                x = visit(BlockPosition { stage: number, block }, layer, &x, groups)?;
             }
             if let Some((norm, embedding)) = &stage.merging {
                 x = embedding.forward(&norm.forward(&x)?)?;
@@ -225,6 +231,7 @@ fn stage(scope: &Scope, config: &CrossFormerConfig, number: usize) -> Result<Sta
     };
     Ok(Stage {
         blocks: (0..config.depths[number]).map(block).collect::<Result<_>>()?,
+        bias: StageBias::default(),
         merging: config.merge_kernels.get(number).map(merging).transpose()?,
     })
 }

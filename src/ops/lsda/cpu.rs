@@ -6,6 +6,7 @@
 
 use rayon::prelude::*;
 
+use super::dropout::Dropout;
 use super::grouping::{Group, Grouping};
 use crate::cpu::small_gemm::{LANES, Left, multiply};
 use crate::cpu::{Float, parallel, simd};
@@ -21,6 +22,7 @@ pub(super) struct Problem {
     pub heads: usize,
     pub head_width: usize,
     pub grouping: Grouping,
+    pub dropout: Option<Dropout>,
 }
 
 /// A group of one image, with the rows of its tokens in the tensor to be written, in the order of local positions.
@@ -65,6 +67,20 @@ impl Problem {
         sizes.sort_unstable();
         sizes.dedup();
         sizes
+    }
+
+    /// Tokens of the largest group that the map can hold.
+    pub fn most_tokens(&self) -> usize {
+        let [_, height, width] = self.extents;
+        let Grouping { group, interval, .. } = self.grouping;
+        let along = |axis: usize, extent: usize| group[axis].min(extent.div_ceil(interval[axis])).max(1);
+        along(0, height) * along(1, width)
+    }
+
+    /// The number of a query among those of all images and heads.
+    fn query_number(&self, image: usize, head: usize, token: usize) -> usize {
+        let [_, height, width] = self.extents;
+        (image * self.heads + head) * height * width + token
     }
 
     /// The table row for tokens `query` and `key` of a group with `columns` columns.
@@ -173,6 +189,13 @@ fn exponentials<T: Float>(scores: &mut [T]) -> T {
     sums.into_iter().sum()
 }
 
+#[inline(always)]
+fn multiply_elements<T: Float>(values: &mut [T], factors: &[T]) {
+    for (value, &factor) in values.iter_mut().zip(factors) {
+        *value *= factor;
+    }
+}
+
 /// Scratch of one task, for groups of up to `tokens` tokens.
 struct Scratch<T> {
     tokens: Vec<usize>,
@@ -182,6 +205,8 @@ struct Scratch<T> {
     transposed: Buffer<T>,
     scores: Buffer<T>,
     output: Buffer<T>,
+    /// Of the probabilities of one query, by dropout.
+    factors: Buffer<T>,
 }
 
 impl<T: Float> Scratch<T> {
@@ -197,6 +222,7 @@ impl<T: Float> Scratch<T> {
             transposed: Buffer::recycled(padded * problem.head_width),
             scores: Buffer::recycled(QUERIES.min(most) * padded),
             output: rows(),
+            factors: Buffer::recycled(padded),
         }
     }
 }
@@ -251,8 +277,13 @@ fn forward_group<T: Float>(
             let query = Left::rows(&scratch.query[first * padded_d..], padded_d);
             multiply::<T, true>(query, [queries, d, padded], &scratch.transposed, scores);
             let mut shares = [T::ZERO; QUERIES];
-            for (scores, share) in scores.chunks_exact_mut(padded).zip(&mut shares) {
+            for (row, (scores, share)) in scores.chunks_exact_mut(padded).zip(&mut shares).enumerate() {
                 *share = T::ONE / exponentials(scores);
+                if let Some(dropout) = &problem.dropout {
+                    let query = problem.query_number(work.image, head, scratch.tokens[first + row]);
+                    dropout.factors(query, problem.most_tokens(), &mut scratch.factors[..padded]);
+                    multiply_elements(scores, &scratch.factors);
+                }
             }
             let product = [queries, tokens, padded_d];
             multiply::<T, false>(Left::rows(scores, padded), product, &scratch.value, &mut scratch.output);
@@ -361,7 +392,8 @@ fn fold_bias_grads<T: Float>(
     }
 }
 
-/// With P the probabilities: dV = Pᵀ dO, dP = dO Vᵀ, dS = P ∘ (dP − rowsum(P ∘ dP)), dQ = dS K / √d, dK = dSᵀ Q / √d.
+/// With P the probabilities and M the factors of dropout: dV = (P ∘ M)ᵀ dO, dP = dO Vᵀ ∘ M, dS = P ∘ (dP − rowsum(P ∘ dP)),
+/// dQ = dS K / √d, dK = dSᵀ Q / √d.
 #[inline(always)]
 fn backward_group<T: Float>(
     problem: &Problem,
@@ -403,8 +435,17 @@ fn backward_group<T: Float>(
             multiply::<T, true>(Left::rows(query, padded_d), to_scores, &forward.transposed, probabilities);
             let score_grads = &mut scratch.score_grads[..queries * padded];
             multiply::<T, false>(Left::rows(grad, padded_d), to_scores, &scratch.transposed_value, score_grads);
-            for (row, grads) in probabilities.chunks_exact_mut(padded).zip(score_grads.chunks_exact_mut(padded)) {
+            let rows = probabilities.chunks_exact_mut(padded).zip(score_grads.chunks_exact_mut(padded));
+            for (number, (row, grads)) in rows.enumerate() {
+                let Some(dropout) = &problem.dropout else {
+                    softmax_backward(row, grads);
+                    continue;
+                };
+                let query = problem.query_number(work.image, head, forward.tokens[first + number]);
+                dropout.factors(query, problem.most_tokens(), &mut forward.factors[..padded]);
+                multiply_elements(grads, &forward.factors);
                 softmax_backward(row, grads);
+                multiply_elements(row, &forward.factors);
             }
             let over_queries = [tokens, queries, padded_d];
             multiply::<T, true>(Left::transposed(probabilities, padded), over_queries, grad, value_grad);

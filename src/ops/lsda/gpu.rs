@@ -1,6 +1,7 @@
 //! One kernel for each direction; a block for each head and share of the groups.
 
 use super::cpu::Problem;
+use super::dropout::Dropout;
 use crate::driver::seam::Address;
 use crate::gpu::{FLOATS, Geometry, Gpu, Kernel, Signature};
 use crate::{DType, Error, Result, Tensor};
@@ -14,11 +15,15 @@ const INSTANCES: &[&str] = &[
 /// `Problem` of kernels/common/lsda.cuh
 type Description = [u32; 15];
 
-/// output, qkv, bias table or null, problem
-const FORWARD: Kernel<(Address, Address, Address, Description)> =
+/// `Dropout` of kernels/common/lsda.cuh
+type DropoutArgument = [u32; 16];
+
+/// output, qkv, bias table or null, problem, dropout
+const FORWARD: Kernel<(Address, Address, Address, Description, DropoutArgument)> =
     Kernel::new("lsda_forward", "lsda_forward", INSTANCES);
-/// gradient of qkv, tables of the blocks, sums of query gradients, qkv, bias table or null, output gradient, problem
-const BACKWARD: Kernel<(Address, Address, Address, Address, Address, Address, Description)> =
+/// gradient of qkv, tables of the blocks, sums of query gradients, parked sums or null, qkv, bias table or null, output
+/// gradient, problem, dropout
+const BACKWARD: Kernel<(Address, Address, Address, Address, Address, Address, Address, Description, DropoutArgument)> =
     Kernel::new("lsda_backward", "lsda_backward", INSTANCES);
 /// gradient of the bias table, tables of the blocks, rows, heads, blocks for each head
 const TABLE_GRADIENT: Kernel<(Address, Address, u32, u32, u32)> =
@@ -30,6 +35,8 @@ pub(crate) static KERNELS: &[Signature] = &[FORWARD.signature(), BACKWARD.signat
 /// bias tables in device memory.
 const FORWARD_BLOCKS: usize = 128;
 const BACKWARD_BLOCKS: usize = 16;
+/// As `STREAM_BYTES` of kernels/common/lsda.cuh.
+const STREAM_BYTES: usize = 16;
 
 /// How a problem is cut into tiles and blocks: `Tiling` and `Slot` of kernels/common/lsda.cuh.
 struct Plan {
@@ -62,8 +69,7 @@ impl Plan {
         };
         let [batch, height, width_of_map] = problem.extents;
         let (grouping, extents) = (&problem.grouping, [height, width_of_map]);
-        let along = |axis: usize| grouping.group[axis].min(extents[axis].div_ceil(grouping.interval[axis])).max(1);
-        let tokens = along(0) * along(1);
+        let tokens = problem.most_tokens();
         let lines = [0, 1].map(|axis| {
             let period = grouping.group[axis] * grouping.interval[axis];
             (extents[axis] + grouping.origin[axis]).div_ceil(period) * grouping.interval[axis]
@@ -96,13 +102,26 @@ impl Plan {
 
     fn forward_bytes(&self, dtype: DType) -> usize {
         let tiles = 3 * self.rows * self.width * dtype.size();
-        self.slots * (tiles + 2 * 4 * self.capacity) + 4 * self.table
+        self.slots * (tiles + 2 * 4 * self.capacity) + STREAM_BYTES + 4 * self.table
     }
 
+    /// Without what is parked.
     fn backward_bytes(&self, dtype: DType) -> usize {
         let tiles = (4 * self.rows * self.width + 2 * self.rows * self.tile) * dtype.size();
         let warps = self.tile / 16;
-        self.slots * (tiles + 5 * 4 * self.capacity) + 4 * self.table * (1 + warps)
+        self.slots * (tiles + 5 * 4 * self.capacity) + STREAM_BYTES + 4 * self.table * (1 + warps)
+    }
+
+    /// Sums that a block of the backward pass parks: dS of groups of one tile for the table's gradient, otherwise dK and
+    /// dV between tiles.
+    fn parked(&self) -> usize {
+        if self.tokens > self.tile {
+            2 * self.tile * self.width
+        } else if self.table > 0 && self.width < 128 {
+            self.tile * self.tile
+        } else {
+            0
+        }
     }
 
     /// Blocks for each head.
@@ -153,7 +172,8 @@ pub(super) fn forward(gpu: &'static Gpu, problem: &Problem, qkv: &Tensor, bias: 
     let blocks = plan.blocks(gpu, heads, FORWARD_BLOCKS);
     let description = plan.describe(problem, blocks)?;
     let geometry = plan.geometry(blocks, heads, plan.forward_bytes(dtype));
-    let arguments = (output.address()?, qkv.address()?, address(bias)?, description);
+    let dropout = Dropout::argument(problem.dropout);
+    let arguments = (output.address()?, qkv.address()?, address(bias)?, description, dropout);
     FORWARD.launch(gpu, &plan.instance(dtype), geometry, arguments)?;
     Ok(output)
 }
@@ -176,16 +196,23 @@ pub(super) fn backward(
     let tables = Tensor::empty_on(gpu, [blocks, heads, plan.table], DType::F32)?;
     // Groups of one tile finish their query gradients at once.
     let query_sums = Tensor::empty_on(gpu, [if plan.tokens > plan.tile { grad.elements() } else { 0 }], DType::F32)?;
+    // In device memory only where shared memory has no room.
+    let (needed, parked) = (plan.backward_bytes(dtype), plan.parked());
+    let fits = needed + 4 * parked <= gpu.properties().shared_memory_per_block as usize;
+    let shared = if fits { needed + 4 * parked } else { needed };
+    let parking = (!fits).then(|| Tensor::empty_on(gpu, [blocks * heads, parked], DType::F32)).transpose()?;
     let arguments = (
         qkv_grad.address()?,
         tables.address()?,
         query_sums.address()?,
+        address(parking.as_ref())?,
         qkv.address()?,
         address(bias)?,
         grad.address()?,
         plan.describe(problem, blocks)?,
+        Dropout::argument(problem.dropout),
     );
-    let geometry = plan.geometry(blocks, heads, plan.backward_bytes(dtype));
+    let geometry = plan.geometry(blocks, heads, shared);
     BACKWARD.launch(gpu, &plan.instance(dtype), geometry, arguments)?;
     let table_grad = |bias: &Tensor| {
         let table_grad = Tensor::empty_on(gpu, bias.shape(), dtype)?;
@@ -199,4 +226,27 @@ pub(super) fn backward(
 
 fn address(tensor: Option<&Tensor>) -> Result<Address> {
     tensor.map_or(Ok(Address::NULL), Tensor::address)
+}
+
+#[cfg(all(test, feature = "emulator"))]
+mod tests {
+    use super::*;
+    use crate::Device;
+    use crate::ops::lsda::Grouping;
+
+    #[test]
+    fn every_group_of_the_papers_fits_on_the_smallest_gpus() {
+        // Of compute capability 8.6, 8.9 and 12.0.
+        const SMALLEST: usize = 99 * 1024;
+        let gpu = Gpu::open(Device::Emulated).unwrap();
+        for (side, head_width) in (2..=16).flat_map(|side| [16, 32, 64, 128].map(|width| (side, width))) {
+            for dtype in [DType::F32, DType::Bf16, DType::F16] {
+                let grouping = Grouping::long(side, 2);
+                let problem = Problem { extents: [1, 64, 64], heads: 1, head_width, grouping, dropout: None };
+                let plan = Plan::new(gpu, &problem, dtype, true).unwrap();
+                assert!(plan.backward_bytes(dtype) <= SMALLEST, "{side} {head_width} {dtype}");
+                assert!(plan.forward_bytes(dtype) <= plan.backward_bytes(dtype), "{side} {head_width} {dtype}");
+            }
+        }
+    }
 }

@@ -5,14 +5,19 @@
 //! matrix in memory. The backward pass recomputes the scores.
 
 mod cpu;
+mod dropout;
 pub(crate) mod gpu;
 mod grouping;
 
 use crate::autograd::{Backward, Function, record};
+use crate::random::Philox;
 use crate::tensor::{Place, place};
 use crate::{Error, Result, Tensor, dispatch_float};
 
+use dropout::Dropout;
 pub use grouping::{Group, Grouping, Line};
+
+const OP: &str = "lsda";
 
 /// Attention within groups of tokens.
 ///
@@ -43,7 +48,46 @@ pub use grouping::{Group, Grouping, Line};
 /// # Ok::<(), gridgrad::Error>(())
 /// ```
 pub fn lsda(qkv: &Tensor, bias: Option<&Tensor>, heads: usize, grouping: Grouping) -> Result<Tensor> {
-    const OP: &str = "lsda";
+    attend(qkv, bias, heads, grouping, None)
+}
+
+/// [`lsda`] with dropout of the probabilities (Srivastava et al. 2014): each is set to 0 with probability `p`, and the
+/// others are divided by 1 − p, after the softmax.
+///
+/// The rate is rounded to a multiple of 2⁻¹⁶, so that the mean is kept exactly. The decision on a pair follows from
+/// `stream` and the pair's place alone: the backward pass makes it again, and any device makes the same one.
+///
+/// # Errors
+/// As [`lsda`], and where `p` is outside \[0, 1\].
+///
+/// ```
+/// use gridgrad::ops::lsda::{Grouping, lsda, lsda_dropout};
+/// use gridgrad::{DType, Tensor, random::Philox};
+/// let qkv = Tensor::randn([1, 8, 8, 3 * 6], DType::F32, Philox::new(0))?;
+/// let (grouping, stream) = (Grouping::long(4, 2), Philox::new(1).stream("attention"));
+/// let mixed = lsda_dropout(&qkv, None, 2, grouping, 0.1, stream)?;
+/// assert_ne!(mixed.to_vec::<f32>()?, lsda(&qkv, None, 2, grouping)?.to_vec::<f32>()?);
+/// assert_eq!(mixed.to_vec::<f32>()?, lsda_dropout(&qkv, None, 2, grouping, 0.1, stream)?.to_vec::<f32>()?);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
+pub fn lsda_dropout(
+    qkv: &Tensor,
+    bias: Option<&Tensor>,
+    heads: usize,
+    grouping: Grouping,
+    p: f64,
+    stream: Philox,
+) -> Result<Tensor> {
+    attend(qkv, bias, heads, grouping, Dropout::new(OP, p, stream)?)
+}
+
+fn attend(
+    qkv: &Tensor,
+    bias: Option<&Tensor>,
+    heads: usize,
+    grouping: Grouping,
+    dropout: Option<Dropout>,
+) -> Result<Tensor> {
     let dtype = qkv.dtype();
     let [batch, height, width, channels] = qkv.dims::<4>(OP, "qkv (batch, height, width, 3·channels)")?;
     grouping.check(OP)?;
@@ -59,7 +103,8 @@ pub fn lsda(qkv: &Tensor, bias: Option<&Tensor>, heads: usize, grouping: Groupin
             return Err(Error::shape(OP, format!("bias table {}; expected {expected}", bias.shape())));
         }
     }
-    let problem = cpu::Problem { extents: [batch, height, width], heads, head_width: channels / 3 / heads, grouping };
+    let head_width = channels / 3 / heads;
+    let problem = cpu::Problem { extents: [batch, height, width], heads, head_width, grouping, dropout };
     let inputs: Vec<&Tensor> = [Some(qkv), bias].into_iter().flatten().collect();
     let output = match place(OP, &inputs)? {
         Place::Gpu(gpu) => gpu::forward(gpu, &problem, qkv, bias)?,
@@ -102,7 +147,7 @@ pub fn attention_weights(
     };
     let tokens: Vec<usize> = group.tokens(width).collect();
     let own = tokens.iter().position(|&token| token == query).unwrap_or(0);
-    let problem = cpu::Problem { extents: [batch, height, width], heads, head_width: d, grouping };
+    let problem = cpu::Problem { extents: [batch, height, width], heads, head_width: d, grouping, dropout: None };
     let weights = |head: usize| {
         let score = |(local, &token): (usize, &usize)| {
             let dot: f64 = row(query, 0, head).iter().zip(row(token, 1, head)).map(|(a, b)| a * b).sum();
@@ -127,11 +172,10 @@ struct LsdaRule {
 
 impl Function for LsdaRule {
     fn name(&self) -> &'static str {
-        "lsda"
+        OP
     }
 
     fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
-        const OP: &str = "lsda";
         backward.first_order_only(OP)?;
         let (dtype, bias, grad) = (self.qkv.dtype(), self.bias.as_ref(), backward.grad());
         let (dqkv, dtable) = match place(OP, &[&self.qkv, grad])? {

@@ -1,5 +1,5 @@
 //! All offsets at once: an activation is (unit, row), each unit one contiguous vector over the rows of the table, so every
-//! loop runs along rows and vectorises whatever the width. One thread: the whole network is a few hundred kFLOP.
+//! loop runs along rows and vectorises whatever the width. One thread for a network, a few hundred kFLOP.
 
 use crate::cpu::small_gemm::LANES;
 use crate::cpu::{Float, simd};

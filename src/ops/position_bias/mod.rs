@@ -1,12 +1,19 @@
 //! Dynamic position bias: a small network from the offset of two tokens to one bias per head (CrossFormer, section
-//! 3.3), evaluated once on the grid of all offsets.
+//! 3.3), evaluated once on the grid of all offsets. The networks of several blocks are evaluated together: one of them
+//! is far too little work for a GPU.
 
 mod cpu;
 pub(crate) mod gpu;
 
-use crate::autograd::{Backward, Function, record};
+use rayon::prelude::*;
+
+use crate::autograd::{Backward, Function, record_all, records};
 use crate::tensor::{Place, place};
-use crate::{Error, Result, Tensor, dispatch_float};
+use crate::{DType, Error, Result, Tensor, dispatch_float};
+
+const OP: &str = "dynamic_position_bias";
+/// Parameters of a network.
+const TENSORS: usize = 14;
 
 /// Weight and bias of a linear layer, (out, in) and (out), or scale and shift of a layer norm, (width) each.
 #[derive(Clone, Debug)]
@@ -41,14 +48,13 @@ pub struct PositionBiasNetwork {
 
 impl PositionBiasNetwork {
     /// Parameters in the order of gradients: projection, then norm and linear of each layer, weight before bias.
-    fn tensors(&self) -> Vec<&Tensor> {
+    pub(crate) fn tensors(&self) -> Vec<&Tensor> {
         let layers = self.layers.iter().flat_map(|layer| [&layer.norm, &layer.linear]);
         std::iter::once(&self.projection).chain(layers).flat_map(|affine| [&affine.weight, &affine.bias]).collect()
     }
 
     /// Width and heads, after comparing every shape and dtype.
     fn check(&self) -> Result<(usize, usize)> {
-        const OP: &str = "dynamic_position_bias";
         let [width, _] = self.projection.weight.dims::<2>(OP, "projection weight (width, 2)")?;
         let [heads, _] = self.layers[2].linear.weight.dims::<2>(OP, "last weight (heads, width)")?;
         let mut expected = vec![vec![width, 2], vec![width]];
@@ -75,50 +81,131 @@ impl PositionBiasNetwork {
 /// Where parameters do not fit together or the group has a zero; on a GPU also where the activations of one row, 13 p +
 /// heads numbers, exceed a block's shared memory.
 pub fn dynamic_position_bias(network: &PositionBiasNetwork, group: [usize; 2]) -> Result<Tensor> {
-    const OP: &str = "dynamic_position_bias";
-    let (width, heads) = network.check()?;
-    if group.contains(&0) || group.iter().any(|&extent| extent > 1 << 15) {
-        return Err(Error::argument(OP, format!("group {group:?}; expected 1 to 32768 tokens a side")));
-    }
     let dtype = network.projection.weight.dtype();
-    let problem = cpu::Problem { width, heads, group, residual: network.residual, eps: network.eps };
-    let tensors = network.tensors();
-    let output = match place(OP, &tensors)? {
-        Place::Gpu(gpu) => gpu::forward(gpu, &problem, &tensors)?,
-        Place::Host => dispatch_float!(OP, dtype, T => {
-            let parameters = tensors.iter().map(|t| t.floats::<T>(OP)).collect::<Result<Vec<_>>>()?;
-            let parameters: Vec<&[T]> = parameters.iter().map(|p| &**p).collect();
-            Tensor::from_floats(cpu::forward(&problem, &parameters), [problem.rows(), heads], dtype)
+    let mut tables = dynamic_position_biases(&[(network, group)], dtype)?;
+    tables.pop().ok_or_else(|| Error::argument(OP, "no table of one network"))
+}
+
+/// [`dynamic_position_bias`] of several networks at once, each for groups of its own: on a GPU one launch in each
+/// direction for up to 32 of them, such as the blocks of a stage have.
+///
+/// The tables come in `dtype`, rounded from the parameters' own, which are all alike. Every number is computed as for one
+/// network alone.
+///
+/// # Errors
+/// As [`dynamic_position_bias`], and where the networks differ in p, heads, `residual`, `eps` or dtype.
+///
+/// ```
+/// use gridgrad::ops::position_bias::{Affine, BiasLayer, PositionBiasNetwork, dynamic_position_biases};
+/// use gridgrad::{DType, Tensor, random::Philox};
+/// let (width, heads) = (4, 2);
+/// let affine = |out: usize, shape: &[usize]| -> gridgrad::Result<Affine> {
+///     let weight = Tensor::randn(shape, DType::F32, Philox::new(0))?;
+///     Ok(Affine { weight, bias: Tensor::zeros([out], DType::F32)? })
+/// };
+/// let layer = |out: usize| -> gridgrad::Result<BiasLayer> {
+///     Ok(BiasLayer { norm: affine(width, &[width])?, linear: affine(out, &[out, width])? })
+/// };
+/// let network = PositionBiasNetwork {
+///     projection: affine(width, &[width, 2])?,
+///     layers: [layer(width)?, layer(width)?, layer(heads)?],
+///     residual: false,
+///     eps: 1e-5,
+/// };
+/// let tables = dynamic_position_biases(&[(&network, [7, 7]), (&network, [4, 8])], DType::Bf16)?;
+/// assert_eq!((tables[0].shape().to_vec(), tables[1].shape().to_vec()), (vec![169, 2], vec![105, 2]));
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
+pub fn dynamic_position_biases(networks: &[(&PositionBiasNetwork, [usize; 2])], dtype: DType) -> Result<Vec<Tensor>> {
+    let Some((first, _)) = networks.first() else { return Ok(Vec::new()) };
+    let problems = problems(networks)?;
+    let parameters_dtype = first.projection.weight.dtype();
+    // Rounding to half precision is part of the kernel.
+    let rounds = parameters_dtype == DType::F32 && matches!(dtype, DType::Bf16 | DType::F16);
+    let computed = if rounds { dtype } else { parameters_dtype };
+    let tensors: Vec<&Tensor> = networks.iter().flat_map(|(network, _)| network.tensors()).collect();
+    let mut arrivals = None;
+    let tables = match place(OP, &tensors)? {
+        Place::Gpu(gpu) => {
+            arrivals = records(&tensors).then(|| gpu::arrivals(gpu, problems.len())).transpose()?;
+            gpu::forward(gpu, &problems, &tensors, computed, arrivals.as_ref())?
+        }
+        Place::Host => dispatch_float!(OP, parameters_dtype, T => {
+            let values = tensors.iter().map(|t| t.floats::<T>(OP)).collect::<Result<Vec<_>>>()?;
+            let work = problems.par_iter().zip(values.par_chunks(TENSORS)).map(|(problem, values)| {
+                let values: Vec<&[T]> = values.iter().map(|values| &**values).collect();
+                Tensor::from_floats(cpu::forward(problem, &values), [problem.rows(), problem.heads], computed)
+            });
+            work.collect::<Result<Vec<_>>>()
         })?,
     };
-    Ok(record(output, &tensors, |_| PositionBiasRule { network: network.clone(), problem }))
+    let rule = || PositionBiasRule {
+        networks: networks.iter().map(|(network, _)| (*network).clone()).collect(),
+        problems,
+        arrivals,
+    };
+    record_all(tables, &tensors, rule).into_iter().map(|table| table.cast(dtype)).collect()
+}
+
+/// What to compute for each network, after comparing them with each other.
+fn problems(networks: &[(&PositionBiasNetwork, [usize; 2])]) -> Result<Vec<cpu::Problem>> {
+    let problem = |&(network, group): &(&PositionBiasNetwork, [usize; 2])| {
+        let (width, heads) = network.check()?;
+        if group.contains(&0) || group.iter().any(|&extent| extent > 1 << 15) {
+            return Err(Error::argument(OP, format!("group {group:?}; expected 1 to 32768 tokens a side")));
+        }
+        Ok(cpu::Problem { width, heads, group, residual: network.residual, eps: network.eps })
+    };
+    let problems = networks.iter().map(problem).collect::<Result<Vec<_>>>()?;
+    let kind = |number: usize| {
+        let cpu::Problem { width, heads, residual, eps, .. } = problems[number];
+        (width, heads, residual, eps, networks[number].0.projection.weight.dtype())
+    };
+    match (1..problems.len()).find(|&number| kind(number) != kind(0)) {
+        None => Ok(problems),
+        Some(number) => {
+            let message = format!(
+                "network {number} has (width, heads, residual, eps, dtype) {:?}, the first {:?}; expected the same",
+                kind(number),
+                kind(0)
+            );
+            Err(Error::argument(OP, message))
+        }
+    }
 }
 
 struct PositionBiasRule {
-    network: PositionBiasNetwork,
-    problem: cpu::Problem,
+    networks: Vec<PositionBiasNetwork>,
+    problems: Vec<cpu::Problem>,
+    /// On a GPU, counts of blocks.
+    arrivals: Option<Tensor>,
 }
 
 impl Function for PositionBiasRule {
     fn name(&self) -> &'static str {
-        "dynamic_position_bias"
+        OP
     }
 
     fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
-        const OP: &str = "dynamic_position_bias";
         backward.first_order_only(OP)?;
-        let tensors = self.network.tensors();
-        let (grad, dtype) = (backward.grad(), backward.grad().dtype());
-        if let Place::Gpu(gpu) = place(OP, &[tensors[0], grad])? {
-            let gradients = gpu::backward(gpu, &self.problem, &tensors, grad)?;
-            return Ok(gradients.into_iter().map(Some).collect());
+        let tensors: Vec<&Tensor> = self.networks.iter().flat_map(PositionBiasNetwork::tensors).collect();
+        let (grads, dtype) = (backward.grads(), tensors[0].dtype());
+        if let (Place::Gpu(gpu), Some(arrivals)) = (place(OP, &[tensors[0], backward.grad()])?, &self.arrivals) {
+            return gpu::backward(gpu, &self.problems, &tensors, grads, arrivals);
         }
         dispatch_float!(OP, dtype, T => {
-            let parameters = tensors.iter().map(|t| t.floats::<T>(OP)).collect::<Result<Vec<_>>>()?;
-            let parameters: Vec<&[T]> = parameters.iter().map(|p| &**p).collect();
-            let gradients = cpu::backward(&self.problem, &parameters, &grad.floats::<T>(OP)?);
-            let gradient = |(gradient, tensor): (_, &&Tensor)| Tensor::from_floats(gradient, tensor.shape(), dtype).map(Some);
-            gradients.into_iter().zip(&tensors).map(gradient).collect()
+            let work = self.problems.par_iter().zip(tensors.par_chunks(TENSORS)).zip(grads);
+            let gradients = |((problem, tensors), grad): ((&cpu::Problem, &[&Tensor]), &Option<Tensor>)| {
+                let Some(grad) = grad else { return Ok(vec![None; TENSORS]) };
+                let values = tensors.iter().map(|t| t.floats::<T>(OP)).collect::<Result<Vec<_>>>()?;
+                let values: Vec<&[T]> = values.iter().map(|values| &**values).collect();
+                let gradients = cpu::backward(problem, &values, &grad.floats::<T>(OP)?);
+                let gradient = |(gradient, tensor): (_, &&Tensor)| {
+                    Tensor::from_floats(gradient, tensor.shape(), dtype).map(Some)
+                };
+                gradients.into_iter().zip(tensors).map(gradient).collect::<Result<Vec<_>>>()
+            };
+            Ok(work.map(gradients).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
         })
     }
 }
