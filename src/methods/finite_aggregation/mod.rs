@@ -8,6 +8,7 @@
 //!    of `n` classifiers. `d = 1` is Deep Partition Aggregation (Levine and Feizi, ICLR 2021).
 //! 2. [`Partition`] has the samples of each classifier, in an order that depends on their content alone.
 //! 3. The classifiers' answers are [`Votes`], or [`Scores`] where run-off election is to follow.
+//! 4. [`certify`] turns them into radii, and [`certify_table`] into a [`Report`].
 //!
 //! ```
 //! use gridgrad::data::{self, Split};
@@ -21,13 +22,18 @@
 //! # Ok::<(), gridgrad::Error>(())
 //! ```
 
+pub mod certify;
 mod hash;
 mod mersenne_twister;
 mod partition;
+mod report;
 mod spread;
+mod vote_file;
 mod votes;
 
 pub use hash::ContentHash;
 pub use partition::Partition;
+pub use report::{Guarantee, Method, Report, SampleReport, certify_table};
 pub use spread::{MAX_CLASSIFIERS, Spread};
+pub use vote_file::VoteFile;
 pub use votes::{ScoreValues, Scores, Votes};
