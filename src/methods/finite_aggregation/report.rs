@@ -208,7 +208,7 @@ fn report(
         correct: labels.map(|labels| certificate.is_some_and(|certificate| certificate.prediction == labels[index])),
     };
     let samples: Vec<SampleReport> = certificates.iter().enumerate().map(sample).collect();
-    let largest = samples.iter().map(|sample| sample.radius).max().unwrap_or(-1);
+    let largest = samples.iter().map(|sample| sample.radius).fold(0, i64::max);
     let certified = labels.map(|_| at_least(&samples, largest, |sample| sample.correct == Some(true)));
     let half = certified.as_ref().map(|counts| counts.iter().filter(|&&count| 2 * count >= samples.len()).count());
     let share = |count: usize| count as f64 / samples.len() as f64;
@@ -237,7 +237,7 @@ fn report(
 
 /// For each size from 0 to `largest`, the number of chosen samples with that radius or more.
 fn at_least(samples: &[SampleReport], largest: i64, chosen: impl Fn(&SampleReport) -> bool) -> Vec<usize> {
-    let mut counts = vec![0; usize::try_from(largest + 1).unwrap_or(0)];
+    let mut counts = vec![0; usize::try_from(largest).unwrap_or(0) + 1];
     for sample in samples.iter().filter(|sample| chosen(sample)) {
         if let Ok(radius) = usize::try_from(sample.radius) {
             counts[radius] += 1;
