@@ -163,7 +163,7 @@ impl Scores {
     /// As [`new`](Scores::new), and `Shape` where columns differ in length, or hold no whole number of rows.
     pub fn from_columns(classes: usize, columns: &[Vec<f32>]) -> Result<Self> {
         let len = columns.first().map_or(0, Vec::len);
-        if classes == 0 || len % classes != 0 {
+        if classes == 0 || !len.is_multiple_of(classes) {
             return Err(Error::shape("scores", format!("got columns of {len} scores for {classes} classes")));
         }
         let values = rows_of("scores", len / classes, classes, columns)?;

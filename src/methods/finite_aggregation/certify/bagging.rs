@@ -85,8 +85,7 @@ pub fn proportion_bounds(winner: usize, runner_up: Option<usize>, trials: usize,
 /// assert_eq!(bagging_radius(0.4, 0.6, 100, 60_000), None);
 /// ```
 pub fn bagging_radius(winner: f64, runner_up: f64, subset_size: usize, train_size: usize) -> Option<usize> {
-    // Not `<=`, so that NaN abstains.
-    if !(winner > runner_up) {
+    if winner <= runner_up || winner.is_nan() || runner_up.is_nan() {
         return None;
     }
     let holds = |radius| worst_case(radius, subset_size as f64, train_size as f64) < winner - runner_up;

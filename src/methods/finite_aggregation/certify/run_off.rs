@@ -27,8 +27,8 @@ pub fn run_off_election(scores: &Scores, spread: &Spread) -> Result<Vec<Certific
             return Certificate { prediction: 0, radius: spread.n() };
         }
         let mut election = Election::new(scores, sample, windows);
-        let second_round = election.to_lose_second_round();
-        let losing = election.to_lose_first_round(second_round);
+        let second_round = election.losing_second_round();
+        let losing = election.losing_first_round(second_round);
         Certificate { prediction: election.winner, radius: losing - 1 }
     };
     Ok((0..scores.samples()).into_par_iter().map_init(|| Windows::new(spread), certify).collect())
@@ -75,7 +75,7 @@ impl<'a, 'b> Election<'a, 'b> {
     }
 
     /// Buckets for `b` to overtake `a` in first votes; `None` where nothing can.
-    fn to_overtake(&mut self, a: usize, b: usize) -> Option<usize> {
+    fn overtaking(&mut self, a: usize, b: usize) -> Option<usize> {
         let (first, second) = (a as u16, b as u16);
         let weights = self.votes.iter().map(|&vote| 1 + u8::from(vote == first) - u8::from(vote == second));
         let gap = self.gap(a, b).max(0).unsigned_abs();
@@ -83,11 +83,11 @@ impl<'a, 'b> Election<'a, 'b> {
     }
 
     /// Buckets for another class to meet the winner in the second round and win it.
-    fn to_lose_second_round(&mut self) -> usize {
+    fn losing_second_round(&mut self) -> usize {
         let (winner, other) = (self.winner, self.other_finalist);
         let mut fewest = usize::MAX;
         for challenger in others(self.counts.len(), winner) {
-            let entry = if challenger == other { Some(0) } else { self.to_overtake(other, challenger) };
+            let entry = if challenger == other { Some(0) } else { self.overtaking(other, challenger) };
             let Some(entry) = entry.filter(|&entry| entry < fewest) else { continue };
             let prefers = self.scores.prefers(self.sample, winner, challenger);
             let gap = self.second_round_gap(winner, challenger, &prefers);
@@ -98,11 +98,11 @@ impl<'a, 'b> Election<'a, 'b> {
     }
 
     /// Buckets for two classes to overtake the winner in the first round, if that is less than `fewest`, and else that.
-    fn to_lose_first_round(&mut self, mut fewest: usize) -> usize {
+    fn losing_first_round(&mut self, mut fewest: usize) -> usize {
         let winner = self.winner;
         let mut alone: Vec<(usize, usize)> = Vec::new();
         for class in others(self.counts.len(), winner) {
-            alone.extend(self.to_overtake(winner, class).map(|buckets| (buckets, class)));
+            alone.extend(self.overtaking(winner, class).map(|buckets| (buckets, class)));
         }
         alone.sort_unstable();
         for (index, &(buckets, v)) in alone.iter().enumerate().skip(1) {
@@ -111,7 +111,7 @@ impl<'a, 'b> Election<'a, 'b> {
                 break;
             }
             for &(_, u) in &alone[..index] {
-                fewest = fewest.min(self.to_be_overtaken_by_both(u, v).map_or(usize::MAX, |both| both.max(buckets)));
+                fewest = fewest.min(self.overtaken_by_both(u, v).map_or(usize::MAX, |both| both.max(buckets)));
             }
         }
         fewest
@@ -119,7 +119,7 @@ impl<'a, 'b> Election<'a, 'b> {
 
     /// Buckets that close the gaps of both classes, taken together. One may be negative: what its class is ahead by, the
     /// other may win from it.
-    fn to_be_overtaken_by_both(&mut self, u: usize, v: usize) -> Option<usize> {
+    fn overtaken_by_both(&mut self, u: usize, v: usize) -> Option<usize> {
         let [winner, first, second] = [self.winner, u, v].map(|class| class as u16);
         let gaps = (self.gap(self.winner, u) + self.gap(self.winner, v)).max(0).unsigned_abs();
         let weight = |&vote: &u16| 1 + 2 * u8::from(vote == winner) - u8::from(vote == first || vote == second);
