@@ -16,6 +16,7 @@
 mod batch_norm;
 mod conv2d;
 pub mod cross_scale_embedding;
+pub mod denfi;
 mod dropout;
 mod elementwise;
 mod gather;
@@ -36,6 +37,7 @@ mod strided;
 pub use batch_norm::{BatchNorm, BatchNormMode, BatchStatistics, batch_norm};
 pub use conv2d::{Conv2dOptions, conv_transpose2d, conv2d};
 pub use cross_scale_embedding::cross_scale_embedding;
+pub use denfi::{boundary_density, denfi_conv};
 pub use dropout::{drop_path, dropout};
 pub use elementwise::{Binary, Unary, select};
 pub use gather::embedding;
@@ -61,11 +63,13 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        let rooms: [&[Signature]; 18] = [
+        let rooms: [&[Signature]; 20] = [
             batch_norm::gpu::KERNELS,
             conv2d::depthwise_gpu::KERNELS,
             conv2d::gpu::KERNELS,
             cross_scale_embedding::gpu::KERNELS,
+            denfi::density_gpu::KERNELS,
+            denfi::gpu::KERNELS,
             dropout::gpu::KERNELS,
             elementwise::gpu::KERNELS,
             gather::gpu::KERNELS,
