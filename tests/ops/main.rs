@@ -6,6 +6,7 @@ pub mod harness;
 mod batch_norm;
 mod conv2d;
 mod cross_scale_embedding;
+mod denfi;
 mod dropout;
 mod elementwise;
 mod gather;
@@ -28,6 +29,7 @@ pub fn benchmarks() -> Vec<(&'static str, Vec<Box<dyn harness::OpCase>>)> {
         ("batch_norm", batch_norm::benchmarks()),
         ("conv2d", conv2d::benchmarks()),
         ("cross_scale_embedding", cross_scale_embedding::benchmarks()),
+        ("denfi", denfi::benchmarks()),
         ("dropout", dropout::benchmarks()),
         ("elementwise", elementwise::benchmarks()),
         ("gather", gather::benchmarks()),
