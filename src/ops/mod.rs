@@ -28,6 +28,7 @@ mod loss;
 pub mod lsda;
 mod matmul;
 mod pool;
+mod pooled_features;
 pub mod position_bias;
 mod reduce;
 mod resample;
@@ -49,6 +50,7 @@ pub use loss::{CrossEntropyOptions, Reduction, Targets, binary_cross_entropy_wit
 pub use lsda::lsda;
 pub use matmul::Transposed;
 pub use pool::{Pool2dOptions, adaptive_avg_pool2d, avg_pool2d, global_avg_pool2d, max_pool2d};
+pub use pooled_features::{add_relu_gap, pooled_features};
 pub use position_bias::dynamic_position_bias;
 pub use softmax::{log_softmax, softmax};
 
@@ -63,7 +65,7 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        let rooms: [&[Signature]; 20] = [
+        let rooms: [&[Signature]; 21] = [
             batch_norm::gpu::KERNELS,
             conv2d::depthwise_gpu::KERNELS,
             conv2d::gpu::KERNELS,
@@ -80,6 +82,7 @@ pub(crate) mod gpu {
             lsda::gpu::KERNELS,
             matmul::gpu::KERNELS,
             pool::gpu::KERNELS,
+            pooled_features::gpu::KERNELS,
             position_bias::gpu::KERNELS,
             reduce::gpu::KERNELS,
             resample::gpu::KERNELS,

@@ -18,6 +18,7 @@ mod loss;
 mod lsda;
 mod matmul;
 mod pool;
+mod pooled_features;
 mod position_bias;
 mod reduce;
 mod softmax;
@@ -41,6 +42,7 @@ pub fn benchmarks() -> Vec<(&'static str, Vec<Box<dyn harness::OpCase>>)> {
         ("lsda", lsda::benchmarks()),
         ("matmul", matmul::benchmarks()),
         ("pool", pool::benchmarks()),
+        ("pooled_features", pooled_features::benchmarks()),
         ("position_bias", position_bias::benchmarks()),
         ("reduce", reduce::benchmarks()),
         ("softmax", softmax::benchmarks()),
