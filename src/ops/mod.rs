@@ -14,6 +14,7 @@
 //! ```
 
 mod batch_norm;
+pub mod class_moments;
 mod conv2d;
 pub mod cross_scale_embedding;
 pub mod denfi;
@@ -36,6 +37,7 @@ mod softmax;
 mod strided;
 
 pub use batch_norm::{BatchNorm, BatchNormMode, BatchStatistics, batch_norm};
+pub use class_moments::class_moments;
 pub use conv2d::{Conv2dOptions, conv_transpose2d, conv2d};
 pub use cross_scale_embedding::cross_scale_embedding;
 pub use denfi::{boundary_density, denfi_conv};
@@ -65,8 +67,9 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        let rooms: [&[Signature]; 21] = [
+        let rooms: [&[Signature]; 22] = [
             batch_norm::gpu::KERNELS,
+            class_moments::gpu::KERNELS,
             conv2d::depthwise_gpu::KERNELS,
             conv2d::gpu::KERNELS,
             cross_scale_embedding::gpu::KERNELS,
