@@ -25,6 +25,7 @@ mod interpolate;
 mod layer_norm;
 mod layout;
 mod linear;
+mod linear_probe;
 mod loss;
 pub mod lsda;
 mod matmul;
@@ -48,6 +49,7 @@ pub use interpolate::{Interpolation, interpolate};
 pub use layer_norm::layer_norm;
 pub use layout::concat;
 pub use linear::{linear, linear_gelu};
+pub use linear_probe::{ProbeLoss, linear_probe};
 pub use loss::{CrossEntropyOptions, Reduction, Targets, binary_cross_entropy_with_logits, cross_entropy, mse_loss};
 pub use lsda::lsda;
 pub use matmul::Transposed;
@@ -67,7 +69,7 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        let rooms: [&[Signature]; 22] = [
+        let rooms: [&[Signature]; 23] = [
             batch_norm::gpu::KERNELS,
             class_moments::gpu::KERNELS,
             conv2d::depthwise_gpu::KERNELS,
@@ -81,6 +83,7 @@ pub(crate) mod gpu {
             layer_norm::gpu::KERNELS,
             layout::gpu::KERNELS,
             linear::gpu::KERNELS,
+            linear_probe::gpu::KERNELS,
             loss::gpu::KERNELS,
             lsda::gpu::KERNELS,
             matmul::gpu::KERNELS,

@@ -7,9 +7,7 @@ use gridgrad::ops::denfi::{DenfiOptions, MapRange, boundary_density, denfi_conv}
 use gridgrad::ops::{Conv2dOptions, conv2d};
 use gridgrad::{DType, Device, Result, Tensor, autograd};
 
-use crate::harness::{
-    Derivatives, OpCase, Tolerance, Work, check, check_on_device, inputs_as, randn, test_device,
-};
+use crate::harness::{Derivatives, OpCase, Tolerance, Work, check, check_on_device, inputs_as, randn, test_device};
 
 #[derive(Debug)]
 struct DenfiConv {
@@ -64,7 +62,8 @@ impl OpCase for DenfiConv {
         let [batch, height, width, channels] = self.shape;
         let DenfiOptions { bins, cell, scale, clamp_residual, .. } = self.options;
         let mut output = Vec::new();
-        for (image, i, j) in (0..batch).flat_map(|b| (0..height).flat_map(move |i| (0..width).map(move |j| (b, i, j)))) {
+        for (image, i, j) in (0..batch).flat_map(|b| (0..height).flat_map(move |i| (0..width).map(move |j| (b, i, j))))
+        {
             let raw = &inputs[1][((image * height + i) * width + j) * (4 + 2 * bins)..][..4 + 2 * bins];
             let [l, t, r, b] = [0, 1, 2, 3].map(|side| raw[side].clamp(-7.0, 7.0).exp());
             let largest = raw[4..4 + bins].iter().copied().fold(f64::NEG_INFINITY, f64::max);

@@ -4,6 +4,7 @@
 pub mod harness;
 
 mod batch_norm;
+mod class_moments;
 mod conv2d;
 mod cross_scale_embedding;
 mod denfi;
@@ -14,6 +15,7 @@ mod interpolate;
 mod layer_norm;
 mod layout;
 mod linear;
+mod linear_probe;
 mod loss;
 mod lsda;
 mod matmul;
@@ -28,6 +30,7 @@ mod softmax;
 pub fn benchmarks() -> Vec<(&'static str, Vec<Box<dyn harness::OpCase>>)> {
     vec![
         ("batch_norm", batch_norm::benchmarks()),
+        ("class_moments", class_moments::benchmarks()),
         ("conv2d", conv2d::benchmarks()),
         ("cross_scale_embedding", cross_scale_embedding::benchmarks()),
         ("denfi", denfi::benchmarks()),
@@ -38,6 +41,7 @@ pub fn benchmarks() -> Vec<(&'static str, Vec<Box<dyn harness::OpCase>>)> {
         ("layer_norm", layer_norm::benchmarks()),
         ("layout", layout::benchmarks()),
         ("linear", linear::benchmarks()),
+        ("linear_probe", linear_probe::benchmarks()),
         ("loss", loss::benchmarks()),
         ("lsda", lsda::benchmarks()),
         ("matmul", matmul::benchmarks()),

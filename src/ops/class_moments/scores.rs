@@ -62,10 +62,7 @@ pub struct RidgeProbe {
 }
 
 impl RidgeProbe {
-    /// The score of each class for the features of one row.
-    ///
-    /// # Panics
-    /// Never; features beyond those of the probe are ignored.
+    /// The score of each class for the features of one row; features beyond those of the probe are ignored.
     pub fn scores(&self, features: &[f64]) -> Vec<f64> {
         let normed = features.iter().zip(self.mean.iter().zip(&self.deviation));
         let z: Vec<f64> = normed.map(|(value, (mean, deviation))| (value - mean) / deviation).collect();
@@ -134,7 +131,8 @@ impl ClassMoments {
         if self.rows() == 0 {
             return Err(Error::argument(OP, "no row has a label that is a class"));
         }
-        let (rows, first, full) = (self.rows() as f64, self.problem.first(block), self.problem.squares == Squares::Full);
+        let (rows, first, full) =
+            (self.rows() as f64, self.problem.first(block), self.problem.squares == Squares::Full);
         let shift: Vec<f64> = self.total()[first..][..own].iter().map(|sum| sum / rows).collect();
         let entries = if full { own * own } else { own };
         let place = |entry: usize| if full { (entry / own, entry % own) } else { (entry, entry) };
@@ -180,7 +178,8 @@ impl ClassMoments {
         let rho = epsilon * within / n as f64;
         let pairs = scatter.diagonal(&scatter.between).into_iter().zip(scatter.diagonal(&scatter.within));
         // A feature that is constant within all classes and over them says nothing.
-        let share = |(between, within): (f64, f64)| if between <= 0.0 { 0.0 } else { between / (within.max(0.0) + rho) };
+        let share =
+            |(between, within): (f64, f64)| if between <= 0.0 { 0.0 } else { between / (within.max(0.0) + rho) };
         let diagonal = pairs.map(share).sum::<f64>() / n as f64;
         let fisher = if full { Some(fisher(&scatter, rho)?) } else { None };
         Ok(FisherScores { fisher, ratio: between / within, diagonal })

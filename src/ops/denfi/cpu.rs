@@ -257,13 +257,7 @@ fn slopes<T: Float>(problem: &Problem, point: &Point<T>, image: &[T], products: 
 }
 
 /// Adds what one tap gives to the gradients of (left, front, right, rear, heading).
-fn add_tap<T: Float>(
-    sums: &mut [T; 5],
-    boundary: &Boundary<T>,
-    tap: usize,
-    slopes: [T; 2],
-    options: &DenfiOptions,
-) {
+fn add_tap<T: Float>(sums: &mut [T; 5], boundary: &Boundary<T>, tap: usize, slopes: [T; 2], options: &DenfiOptions) {
     let [rows, columns] = options.cells_per_metre().map(T::from_f64);
     let (down, across) = (slopes[0] * rows, slopes[1] * columns);
     let (sine, cosine, half) = (boundary.sine, boundary.cosine, T::from_f64(0.5));

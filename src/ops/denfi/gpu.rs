@@ -81,8 +81,7 @@ pub(super) fn forward(
     weight: &Tensor,
 ) -> Result<Tensor> {
     let output = Tensor::empty_on(gpu, input.shape(), input.dtype())?;
-    let arguments =
-        (output.address()?, input.address()?, raw.address()?, weight.address()?, description(problem, raw));
+    let arguments = (output.address()?, input.address()?, raw.address()?, weight.address()?, description(problem, raw));
     FORWARD.launch(gpu, input.dtype().name(), geometry(problem), arguments)?;
     Ok(output)
 }

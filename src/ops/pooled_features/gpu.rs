@@ -44,7 +44,11 @@ fn backward_items(problem: &Problem, [height, width, channels]: [usize; 3], dtyp
     problem.batch * height * width * channels / group(channels, dtype)
 }
 
-fn arguments(problem: &Problem, features: Address, addresses: impl Iterator<Item = Result<Address>>) -> Result<Grouped> {
+fn arguments(
+    problem: &Problem,
+    features: Address,
+    addresses: impl Iterator<Item = Result<Address>>,
+) -> Result<Grouped> {
     let mut maps = [Address::NULL; MOST];
     for (map, address) in maps.iter_mut().zip(addresses) {
         *map = address?;
