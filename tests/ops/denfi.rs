@@ -143,8 +143,8 @@ fn device_cases() -> Vec<Box<dyn OpCase>> {
         case([1, 1, 31, 4], plain, 0.3),
         case([1, 4, 8, 16], plain, 0.3),
         case([1, 3, 11, 7], plain, 0.3),
-        case([1, 2, 3, 264], plain, 0.0),
-        case([1, 2, 2, 257], plain, 0.0),
+        case([1, 1, 3, 264], plain, 0.0),
+        case([1, 1, 2, 257], plain, 0.0),
     ]
 }
 
