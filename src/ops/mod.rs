@@ -14,8 +14,10 @@
 //! ```
 
 mod batch_norm;
+pub mod class_moments;
 mod conv2d;
 pub mod cross_scale_embedding;
+pub mod denfi;
 mod dropout;
 mod elementwise;
 mod gather;
@@ -23,10 +25,12 @@ mod interpolate;
 mod layer_norm;
 mod layout;
 mod linear;
+mod linear_probe;
 mod loss;
 pub mod lsda;
 mod matmul;
 mod pool;
+mod pooled_features;
 pub mod position_bias;
 mod reduce;
 mod resample;
@@ -34,8 +38,10 @@ mod softmax;
 mod strided;
 
 pub use batch_norm::{BatchNorm, BatchNormMode, BatchStatistics, batch_norm};
+pub use class_moments::class_moments;
 pub use conv2d::{Conv2dOptions, conv_transpose2d, conv2d};
 pub use cross_scale_embedding::cross_scale_embedding;
+pub use denfi::{boundary_density, denfi_conv};
 pub use dropout::{drop_path, dropout};
 pub use elementwise::{Binary, Unary, select};
 pub use gather::embedding;
@@ -43,10 +49,12 @@ pub use interpolate::{Interpolation, interpolate};
 pub use layer_norm::layer_norm;
 pub use layout::concat;
 pub use linear::{linear, linear_gelu};
+pub use linear_probe::{ProbeLoss, linear_probe};
 pub use loss::{CrossEntropyOptions, Reduction, Targets, binary_cross_entropy_with_logits, cross_entropy, mse_loss};
 pub use lsda::{lsda, lsda_dropout};
 pub use matmul::Transposed;
 pub use pool::{Pool2dOptions, adaptive_avg_pool2d, avg_pool2d, global_avg_pool2d, max_pool2d};
+pub use pooled_features::{add_relu_gap, pooled_features};
 pub use position_bias::{dynamic_position_bias, dynamic_position_biases};
 pub use softmax::{log_softmax, softmax};
 
@@ -61,21 +69,26 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        let rooms: [&[Signature]; 18] = [
+        let rooms: [&[Signature]; 23] = [
             batch_norm::gpu::KERNELS,
+            class_moments::gpu::KERNELS,
             conv2d::depthwise_gpu::KERNELS,
             conv2d::gpu::KERNELS,
             cross_scale_embedding::gpu::KERNELS,
+            denfi::density_gpu::KERNELS,
+            denfi::gpu::KERNELS,
             dropout::gpu::KERNELS,
             elementwise::gpu::KERNELS,
             gather::gpu::KERNELS,
             layer_norm::gpu::KERNELS,
             layout::gpu::KERNELS,
             linear::gpu::KERNELS,
+            linear_probe::gpu::KERNELS,
             loss::gpu::KERNELS,
             lsda::gpu::KERNELS,
             matmul::gpu::KERNELS,
             pool::gpu::KERNELS,
+            pooled_features::gpu::KERNELS,
             position_bias::gpu::KERNELS,
             reduce::gpu::KERNELS,
             resample::gpu::KERNELS,

@@ -4,8 +4,10 @@
 pub mod harness;
 
 mod batch_norm;
+mod class_moments;
 mod conv2d;
 mod cross_scale_embedding;
+mod denfi;
 mod dropout;
 mod elementwise;
 mod gather;
@@ -13,10 +15,12 @@ mod interpolate;
 mod layer_norm;
 mod layout;
 mod linear;
+mod linear_probe;
 mod loss;
 mod lsda;
 mod matmul;
 mod pool;
+mod pooled_features;
 mod position_bias;
 mod reduce;
 mod softmax;
@@ -26,8 +30,10 @@ mod softmax;
 pub fn benchmarks() -> Vec<(&'static str, Vec<Box<dyn harness::OpCase>>)> {
     vec![
         ("batch_norm", batch_norm::benchmarks()),
+        ("class_moments", class_moments::benchmarks()),
         ("conv2d", conv2d::benchmarks()),
         ("cross_scale_embedding", cross_scale_embedding::benchmarks()),
+        ("denfi", denfi::benchmarks()),
         ("dropout", dropout::benchmarks()),
         ("elementwise", elementwise::benchmarks()),
         ("gather", gather::benchmarks()),
@@ -35,10 +41,12 @@ pub fn benchmarks() -> Vec<(&'static str, Vec<Box<dyn harness::OpCase>>)> {
         ("layer_norm", layer_norm::benchmarks()),
         ("layout", layout::benchmarks()),
         ("linear", linear::benchmarks()),
+        ("linear_probe", linear_probe::benchmarks()),
         ("loss", loss::benchmarks()),
         ("lsda", lsda::benchmarks()),
         ("matmul", matmul::benchmarks()),
         ("pool", pool::benchmarks()),
+        ("pooled_features", pooled_features::benchmarks()),
         ("position_bias", position_bias::benchmarks()),
         ("reduce", reduce::benchmarks()),
         ("softmax", softmax::benchmarks()),

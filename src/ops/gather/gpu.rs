@@ -116,15 +116,15 @@ pub(super) fn scatter(gpu: &'static Gpu, layout: &Layout, values: &Tensor, base:
     Ok(output)
 }
 
-/// The positions that read, sorted by the row that they name; in order where it is the same.
-struct Readers {
+/// The positions that read, sorted by the row that they name; in order where it is the same. All are `u32`.
+pub(crate) struct Readers {
     count: usize,
     rows: usize,
     /// The rows' numbers.
     keys: Memory,
-    readers: Memory,
-    /// Where each row's readers begin among them.
-    starts: Memory,
+    pub readers: Memory,
+    /// Where the readers of each row, of `rows` (nothing), and of the end begin among them.
+    pub starts: Memory,
 }
 
 impl Readers {
@@ -134,21 +134,38 @@ impl Readers {
             Reads::Rows => (extents.result, extents.source),
             Reads::Elements => (layout.result.elements(), layout.source.elements()),
         };
-        if count.max(rows + 2) > u32::MAX as usize {
-            let message = format!("{count} indices of {rows} positions, expected fewer than 2^32 on {}", gpu.device());
-            return Err(Error::shape(layout.op, message));
-        }
-        let words = |number: usize| gpu.allocate(number * size_of::<u32>());
-        let (mut keys, mut next_keys) = (words(count)?, words(count)?);
-        let (mut readers, mut next_readers) = (words(count)?, words(count)?);
-        let tiles = count.div_ceil(SORT_TILE);
-        let (counts, totals) = (words(DIGITS * tiles)?, words(DIGITS)?);
-        let (by_tile, by_digit) = (Geometry::blocks(tiles, THREADS), Geometry::blocks(DIGITS, THREADS));
-
+        Self::expect_sortable(gpu, layout.op, count, rows)?;
+        let keys = gpu.allocate(count * size_of::<u32>())?;
         let elements = u32::from(layout.reads == Reads::Elements);
         let indices =
             (keys.address(), layout.indices.address()?, count as u64, extents.argument(), rows as u64, elements);
         KEYS.launch(gpu, "", Geometry::for_items(count, THREADS), indices)?;
+        Self::of_keys(gpu, keys, count, rows)
+    }
+
+    /// Refuses what 32 bits cannot number.
+    ///
+    /// # Errors
+    /// Where there are too many.
+    pub(crate) fn expect_sortable(gpu: &Gpu, op: &'static str, count: usize, rows: usize) -> Result<()> {
+        if count.max(rows + 2) > u32::MAX as usize {
+            let message = format!("{count} indices of {rows} positions, expected fewer than 2^32 on {}", gpu.device());
+            return Err(Error::shape(op, message));
+        }
+        Ok(())
+    }
+
+    /// Sorts `count` keys, each the number of a row or `rows` for none.
+    ///
+    /// # Errors
+    /// Where the device has no room or refuses.
+    pub(crate) fn of_keys(gpu: &'static Gpu, mut keys: Memory, count: usize, rows: usize) -> Result<Self> {
+        let words = |number: usize| gpu.allocate(number * size_of::<u32>());
+        let mut next_keys = words(count)?;
+        let (mut readers, mut next_readers) = (words(count)?, words(count)?);
+        let tiles = count.div_ceil(SORT_TILE);
+        let (counts, totals) = (words(DIGITS * tiles)?, words(DIGITS)?);
+        let (by_tile, by_digit) = (Geometry::blocks(tiles, THREADS), Geometry::blocks(DIGITS, THREADS));
         // The largest key is `rows`: an index outside.
         for shift in (0..(rows.max(1)).ilog2() + 1).step_by(DIGIT_BITS as usize) {
             let current = if shift == 0 { Address::NULL } else { readers.address() };
