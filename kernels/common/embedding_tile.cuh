@@ -28,6 +28,13 @@ struct Pixels {
     u32 channels_first;  // (batch, channel, y, x), else (batch, y, x, channel)
     u32 scaled;          // value * scale + shift, for each channel
     float scale[MOST_SCALED_CHANNELS], shift[MOST_SCALED_CHANNELS];
+
+    // Which element of memory it is.
+    __device__ __forceinline__ u64 place(const Embedding& e, u32 image, u32 y, u32 x, u32 channel) const {
+        const u64 line = u64(image) * (channels_first ? e.channels : 1) + (channels_first ? channel : 0);
+        const u64 pixel = (line * e.height + y) * e.width + x;
+        return channels_first ? pixel : pixel * e.channels + channel;
+    }
 };
 
 // How a layer is cut. As `Tiling` in src/ops/cross_scale_embedding/tiling.rs.
@@ -40,7 +47,6 @@ struct Tiling {
     u32 swizzle;                          // 7, or 0 where groups are an odd number of chunks apart
     u32 split, rounds;                    // pieces, the first, whose terms 4 warps share; a quarter of the others
     u32 run;                              // elements that are copied at once as they are, or 0
-    u32 gradient_run;                     // the same for the gradients of the result
     u32 joint[MOST_KERNELS], tiles[MOST_KERNELS];  // of a kernel: one strip for the group; tiles of a piece
 
     __device__ __forceinline__ u32 groups() const { return images * rows * columns; }
@@ -153,9 +159,7 @@ struct Group {
 template <class T>
 __device__ __forceinline__ float pixel_value(const void* input, const Embedding& e, const Pixels& p, u32 image, u32 y,
                                              u32 x, u32 channel) {
-    const u64 line = u64(image) * (p.channels_first ? e.channels : 1) + (p.channels_first ? channel : 0);
-    const u64 pixel = (line * e.height + y) * e.width + x;
-    const u64 at = p.channels_first ? pixel : pixel * e.channels + channel;
+    const u64 at = p.place(e, image, y, x, channel);
     const float value = p.type == 0   ? to_float(static_cast<const T*>(input)[at])
                         : p.type == 1 ? static_cast<const float*>(input)[at]
                                       : to_float(static_cast<const u8*>(input)[at]);
