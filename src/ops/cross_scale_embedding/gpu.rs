@@ -1,8 +1,8 @@
 //! One launch over all kernels for the forward pass, with the layer norm that follows where a block has all channels of
 //! its positions, and one each for the gradients.
 
-use super::cpu::{Kernel as Window, Problem};
 use super::EmbeddingNorm;
+use super::cpu::{Kernel as Window, Problem};
 use super::images::{ImageLayout, Images, Scale};
 use super::tiling::{self, MOST_KERNELS, Tiling};
 use crate::driver::seam::Address;
@@ -387,8 +387,8 @@ pub(super) fn input_gradient(
         Run::Vector => Run::Vector,
         Run::Pair | Run::Scalar => Run::Scalar,
     };
-    let pixels = batch * height.div_ceil(problem.stride) * width.div_ceil(problem.stride);
-    let tiles = pixels.div_ceil(TILE_ROWS) * channels.div_ceil(run.tile_columns(plan.dtype));
+    let of_phase = batch * height.div_ceil(problem.stride) * width.div_ceil(problem.stride);
+    let tiles = of_phase.div_ceil(TILE_ROWS) * channels.div_ceil(run.tile_columns(plan.dtype));
     let geometry = Geometry::blocks(tiles * problem.stride * problem.stride, THREADS);
     let pixels = pixels(images, plan.dtype)?;
     let arguments = (gradient.address()?, grad.address()?, turned.address()?, plan.description, pixels);

@@ -11,7 +11,7 @@ mod tiling;
 use crate::autograd::{Backward, Function, record, records};
 use crate::gpu::Gpu;
 use crate::tensor::{Place, place};
-use crate::{DType, Error, Result, Tensor, dispatch_float};
+use crate::{Error, Result, Tensor, dispatch_float};
 pub use images::{ImageLayout, PixelNormalisation};
 use images::Images;
 
