@@ -4,7 +4,10 @@
 //   weight  dw_i(f, c, t) = sum over positions (b, o) of dy(b, o, first_i + f) x(b, h_i(o, t), c)
 //   bias    dbias_i(f) = sum over positions (b, o) of dy(b, o, first_i + f)
 //
-// Tiling (tiles as in cross_scale_embedding.cu; RUN divides what both operands are read along):
+// Images as they are stored are first written as normalised channels-last pixels for the weights' gradient; the input's
+// is scaled and placed as they are.
+//
+// Tiling (RUN divides what both operands are read along):
 //   input   a block for 128 pixels of a phase by the columns of a tile of input channels, the kernels one after the other
 //           in the same sums. 3 input channels fill 3 of 32 columns: a stem's images rarely need a gradient.
 //   weight  a block for 128 terms of a window by the columns of a tile of output channels, and a part of the positions;
@@ -13,6 +16,8 @@
 // One launch each for all kernels. FLOPs: those of the forward pass, each.
 // Bytes from device memory: input: dy, the weights and dx once. weight: x and dy about once for each part's tiles in
 // turn, the second-level cache serving them to each other, and 8 bytes of partial sum for each weight and part.
+// CrossFormer-S's stem in bf16 at batch 256 on an H200, weights: 85 GFLOP, 108 us at 790 TFLOP/s; 231 MB once, 54 us at
+// 4.3 TB/s. 12 to 48 channels fill 38 to 75 % of tiles of 32 and 64 columns.
 //
 // tensor cores: cross_scale_embedding_input_gradient_bf16, cross_scale_embedding_input_gradient_f16, cross_scale_embedding_weight_gradient_bf16, cross_scale_embedding_weight_gradient_f16
 

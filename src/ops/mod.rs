@@ -36,8 +36,7 @@ mod strided;
 pub use batch_norm::{BatchNorm, BatchNormMode, BatchStatistics, batch_norm};
 pub use conv2d::{Conv2dOptions, conv_transpose2d, conv2d};
 pub use cross_scale_embedding::{
-    EmbeddingNorm, EmbeddingOptions, ImageLayout, PixelNormalisation, cross_scale_embedding,
-    cross_scale_embedding_with,
+    EmbeddingNorm, EmbeddingOptions, ImageLayout, PixelNormalisation, cross_scale_embedding, cross_scale_embedding_with,
 };
 pub use dropout::{drop_path, dropout};
 pub use elementwise::{Binary, Unary, select};

@@ -189,7 +189,8 @@ impl OpCase for Stem {
         let mut inputs = inputs.to_vec();
         let stored = inputs[0].clone();
         for (i, value) in inputs[0].iter_mut().enumerate() {
-            let (image, pixel, channel) = (i / (height * width * channels), i / channels % (height * width), i % channels);
+            let (image, pixel, channel) =
+                (i / (height * width * channels), i / channels % (height * width), i % channels);
             assert!(image < batch);
             *value = match self.layout {
                 ImageLayout::ChannelsLast => stored[i],
@@ -277,7 +278,8 @@ fn images_in_f32_give_halves_and_a_gradient_in_f32() {
         let images = images.variable().unwrap();
         let (weight, bias) = (std::slice::from_ref(weight), std::slice::from_ref(bias));
         let output = cross_scale_embedding_with(&images, weight, bias, &EmbeddingOptions::new(4)).unwrap();
-        let gradient = output.cast(DType::F32).unwrap().sum(&[0, 1, 2, 3], false).unwrap().backward().unwrap().take(&images);
+        let gradient =
+            output.cast(DType::F32).unwrap().sum(&[0, 1, 2, 3], false).unwrap().backward().unwrap().take(&images);
         (output.detach(), gradient.unwrap())
     };
     let (output, gradient) = run(&images, &weight, &bias);

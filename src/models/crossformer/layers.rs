@@ -3,8 +3,8 @@
 use super::config::{CrossFormerConfig, PositionBias, split_channels};
 use crate::nn::{Context, Conv2d, Initializer, LayerNorm, Linear, Parameter, Scope};
 use crate::ops::lsda::{Grouping, attention_weights, lsda};
-use crate::ops::{EmbeddingNorm, EmbeddingOptions};
 use crate::ops::position_bias::{Affine, BiasLayer, PositionBiasNetwork};
+use crate::ops::{EmbeddingNorm, EmbeddingOptions};
 use crate::tensor::Shape;
 use crate::{DType, Error, Result, Tensor, ops};
 

@@ -54,8 +54,7 @@ impl Images {
         let extents = match layout {
             ImageLayout::ChannelsLast => input.dims::<4>(OP, "input (batch, height, width, channels)")?,
             ImageLayout::ChannelsFirst => {
-                let [batch, channels, height, width] =
-                    input.dims::<4>(OP, "input (batch, channels, height, width)")?;
+                let [batch, channels, height, width] = input.dims::<4>(OP, "input (batch, channels, height, width)")?;
                 [batch, height, width, channels]
             }
         };
@@ -143,9 +142,7 @@ impl Images {
         let [_, height, width, channels] = self.extents;
         match self.layout {
             ImageLayout::ChannelsLast => (line * width + x) * channels + channel,
-            ImageLayout::ChannelsFirst => {
-                ((line / height * channels + channel) * height + line % height) * width + x
-            }
+            ImageLayout::ChannelsFirst => ((line / height * channels + channel) * height + line % height) * width + x,
         }
     }
 

@@ -12,8 +12,8 @@ use crate::autograd::{Backward, Function, record, records};
 use crate::gpu::Gpu;
 use crate::tensor::{Place, place};
 use crate::{Error, Result, Tensor, dispatch_float};
-pub use images::{ImageLayout, PixelNormalisation};
 use images::Images;
+pub use images::{ImageLayout, PixelNormalisation};
 
 /// A layer norm over the channels of an embedding: see [`layer_norm`](super::layer_norm).
 #[derive(Clone, Debug)]
@@ -114,7 +114,8 @@ pub fn cross_scale_embedding_with(
     let images = Images::new(input, options.layout, options.normalise.as_ref(), dtype)?;
     let problem = problem(&images, weights, biases, options.stride)?;
     let inputs: Vec<&Tensor> = std::iter::once(input).chain(weights).chain(biases).collect();
-    let rule = |images| EmbeddingRule { input: input.clone(), weights: weights.to_vec(), problem: problem.clone(), images };
+    let rule =
+        |images| EmbeddingRule { input: input.clone(), weights: weights.to_vec(), problem: problem.clone(), images };
     match place(OP, &inputs)? {
         Place::Gpu(gpu) => {
             if let Some(norm) = &options.layer_norm {
@@ -124,7 +125,14 @@ pub fn cross_scale_embedding_with(
                 let fused = gpu::forward_normalised(gpu, &problem, &images, input, weights, biases, norm, keep)?;
                 if let Some(gpu::Normalised { embedded, output, statistics }) = fused {
                     let embedded = record(embedded, &inputs, |_| rule(images));
-                    return Ok(super::layer_norm::on_tape(output, &embedded, &norm.weight, &norm.bias, statistics, norm.eps));
+                    return Ok(super::layer_norm::on_tape(
+                        output,
+                        &embedded,
+                        &norm.weight,
+                        &norm.bias,
+                        statistics,
+                        norm.eps,
+                    ));
                 }
             }
             let output = gpu::forward(gpu, &problem, &images, input, weights, biases)?;

@@ -79,13 +79,7 @@ impl<'a> Tiling<'a> {
     }
 
     /// Everything but the block.
-    fn cut(
-        problem: &'a Problem,
-        windows: Vec<Window>,
-        element: usize,
-        slice_channels: usize,
-        sliced: bool,
-    ) -> Self {
+    fn cut(problem: &'a Problem, windows: Vec<Window>, element: usize, slice_channels: usize, sliced: bool) -> Self {
         let step = problem.stride * slice_channels * element;
         let group = (1..=16).find(|group| (group * step).is_multiple_of(16)).unwrap_or(16);
         let block = Block { images: 1, rows: 1, columns: 1, band: 1 };
