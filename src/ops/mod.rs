@@ -40,7 +40,9 @@ mod strided;
 pub use batch_norm::{BatchNorm, BatchNormMode, BatchStatistics, batch_norm};
 pub use class_moments::class_moments;
 pub use conv2d::{Conv2dOptions, conv_transpose2d, conv2d};
-pub use cross_scale_embedding::cross_scale_embedding;
+pub use cross_scale_embedding::{
+    EmbeddingNorm, EmbeddingOptions, ImageLayout, PixelNormalisation, cross_scale_embedding, cross_scale_embedding_with,
+};
 pub use denfi::{boundary_density, denfi_conv};
 pub use dropout::{drop_path, dropout};
 pub use elementwise::{Binary, Unary, select};

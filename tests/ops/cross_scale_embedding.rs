@@ -2,7 +2,10 @@
 
 use std::fmt;
 
-use gridgrad::ops::{Conv2dOptions, concat, conv2d, cross_scale_embedding};
+use gridgrad::ops::{
+    Conv2dOptions, EmbeddingNorm, EmbeddingOptions, ImageLayout, PixelNormalisation, concat, conv2d,
+    cross_scale_embedding, cross_scale_embedding_with, layer_norm,
+};
 use gridgrad::{DType, Result, Tensor};
 
 use crate::harness::{Derivatives, OpCase, ROUNDING, Tolerance, Work, check, randn, test_device};
@@ -101,6 +104,211 @@ impl OpCase for Embedding {
     }
 }
 
+const EPS: f64 = 1e-5;
+
+/// An embedding of images as they are stored, with the layer norm that follows.
+struct Stem {
+    embedding: Embedding,
+    layout: ImageLayout,
+    bytes: bool,
+    normalised: bool,
+    norm: bool,
+}
+
+impl fmt::Display for Stem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Stem { embedding, layout, bytes, normalised, norm } = self;
+        write!(f, "{embedding} {layout:?}, bytes {bytes}, normalised {normalised}, layer norm {norm}")
+    }
+}
+
+impl Stem {
+    fn normalisation(&self) -> PixelNormalisation {
+        let channels = self.embedding.input[3];
+        let mean = (0..channels).map(|channel| 0.4 + 0.05 * channel as f32).collect();
+        let deviation = (0..channels).map(|channel| 0.25 - 0.02 * channel as f32).collect();
+        PixelNormalisation { mean, deviation }
+    }
+
+    fn options(&self, inputs: &[Tensor]) -> EmbeddingOptions {
+        let [weight, bias] = [0, 1].map(|i| inputs[1 + 2 * self.embedding.kernels.len() + i].clone());
+        EmbeddingOptions {
+            stride: self.embedding.stride,
+            layout: self.layout,
+            normalise: self.normalised.then(|| self.normalisation()),
+            layer_norm: self.norm.then_some(EmbeddingNorm { weight, bias, eps: EPS }),
+        }
+    }
+
+    /// The passes that the op saves: layout, dtype, normalisation.
+    fn plain_images(&self, images: &Tensor, dtype: DType) -> Result<Tensor> {
+        let mut images = images.clone();
+        if self.layout == ImageLayout::ChannelsFirst {
+            images = images.permute(&[0, 2, 3, 1])?;
+        }
+        if self.bytes {
+            images = images.cast(if dtype == DType::F64 { dtype } else { DType::F32 })?.scale(1.0 / 255.0)?;
+        }
+        if self.normalised {
+            let PixelNormalisation { mean, deviation } = self.normalisation();
+            let row = |values: &[f32]| Tensor::new(values, [values.len()])?.cast(images.dtype());
+            images = images.sub(&row(&mean)?)?.div(&row(&deviation)?)?;
+        }
+        images.cast(dtype)
+    }
+}
+
+impl OpCase for Stem {
+    fn inputs(&self) -> Vec<Tensor> {
+        let mut inputs = self.embedding.inputs();
+        let out: usize = self.embedding.kernels.iter().map(|kernel| kernel[1]).sum();
+        let [batch, height, width, channels] = self.embedding.input;
+        let shape = match self.layout {
+            ImageLayout::ChannelsLast => [batch, height, width, channels],
+            ImageLayout::ChannelsFirst => [batch, channels, height, width],
+        };
+        if self.bytes {
+            let pixels: Vec<u8> = (0..shape.iter().product()).map(|i: usize| (i * 89 % 256) as u8).collect();
+            inputs[0] = Tensor::new(&pixels, shape).unwrap();
+        } else {
+            inputs[0] = randn(&shape, 0);
+        }
+        inputs.extend([randn(&[out], 90), randn(&[out], 91)]);
+        inputs
+    }
+
+    fn run(&self, inputs: &[Tensor]) -> Result<Tensor> {
+        let kernels = self.embedding.kernels.len();
+        let (weights, biases) = inputs[1..=2 * kernels].split_at(kernels);
+        cross_scale_embedding_with(&inputs[0], weights, biases, &self.options(inputs))
+    }
+
+    fn reference(&self, inputs: &[Vec<f64>]) -> Vec<f64> {
+        let [batch, height, width, channels] = self.embedding.input;
+        let PixelNormalisation { mean, deviation } = self.normalisation();
+        let mut inputs = inputs.to_vec();
+        let stored = inputs[0].clone();
+        for (i, value) in inputs[0].iter_mut().enumerate() {
+            let (image, pixel, channel) =
+                (i / (height * width * channels), i / channels % (height * width), i % channels);
+            assert!(image < batch);
+            *value = match self.layout {
+                ImageLayout::ChannelsLast => stored[i],
+                ImageLayout::ChannelsFirst => stored[(image * channels + channel) * height * width + pixel],
+            };
+            *value /= if self.bytes { 255.0 } else { 1.0 };
+            if self.normalised {
+                *value = (*value - f64::from(mean[channel])) / f64::from(deviation[channel]);
+            }
+        }
+        let kernels = self.embedding.kernels.len();
+        let mut output = self.embedding.reference(&inputs[..=2 * kernels]);
+        if self.norm {
+            let (weight, bias) = (&inputs[1 + 2 * kernels], &inputs[2 + 2 * kernels]);
+            for row in output.chunks_mut(weight.len()) {
+                let mean = row.iter().sum::<f64>() / row.len() as f64;
+                let variance = row.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / row.len() as f64;
+                for ((value, weight), bias) in row.iter_mut().zip(weight).zip(bias) {
+                    *value = (*value - mean) / (variance + EPS).sqrt() * weight + bias;
+                }
+            }
+        }
+        output
+    }
+
+    fn work(&self) -> Work {
+        self.embedding.work()
+    }
+
+    fn tolerance(&self) -> Tolerance {
+        let Tolerance { f64, f32, gradient } = self.embedding.tolerance();
+        // The layer norm of few channels magnifies.
+        Tolerance { f64: 10.0 * f64, f32: 10.0 * f32, gradient: 10.0 * gradient }
+    }
+
+    fn composed(&self, inputs: &[Tensor]) -> Option<Result<Tensor>> {
+        let kernels = self.embedding.kernels.len();
+        let dtype = inputs[1].dtype();
+        let run = || {
+            let mut plain = inputs[..=2 * kernels].to_vec();
+            plain[0] = self.plain_images(&inputs[0], dtype)?;
+            let output = self.embedding.composed(&plain).expect("embeddings have a composed form")?;
+            if !self.norm {
+                return Ok(output);
+            }
+            layer_norm(&output, &inputs[1 + 2 * kernels], &inputs[2 + 2 * kernels], EPS)
+        };
+        Some(run())
+    }
+
+    fn derivatives(&self) -> Derivatives {
+        Derivatives::First
+    }
+}
+
+fn stems() -> Vec<Box<dyn OpCase>> {
+    let case = |input, kernels: &[[usize; 2]], stride, layout, [bytes, normalised, norm]: [bool; 3]| {
+        let embedding = Embedding { input, kernels: kernels.to_vec(), stride };
+        Box::new(Stem { embedding, layout, bytes, normalised, norm }) as Box<dyn OpCase>
+    };
+    use ImageLayout::{ChannelsFirst, ChannelsLast};
+    vec![
+        case([1, 8, 12, 3], &[[4, 8], [8, 4], [16, 3]], 4, ChannelsLast, [true, true, true]),
+        case([1, 9, 8, 3], &[[4, 5], [8, 4]], 4, ChannelsFirst, [true, true, false]),
+        case([2, 7, 5, 2], &[[1, 3], [3, 4]], 1, ChannelsFirst, [false, true, true]),
+        case([1, 5, 6, 1], &[[2, 9], [4, 3]], 2, ChannelsLast, [true, false, false]),
+        case([1, 8, 6, 3], &[[2, 8], [4, 8]], 2, ChannelsFirst, [false, false, false]),
+        // Too many channels for one kernel with the layer norm.
+        case([1, 4, 6, 24], &[[2, 8], [4, 6]], 2, ChannelsLast, [false, false, true]),
+        case([1, 8, 12, 3], &[[4, 16]], 4, ChannelsLast, [false, false, true]),
+    ]
+}
+
+#[test]
+fn stems_agree_with_the_passes_that_they_fuse() {
+    check(&stems());
+}
+
+#[test]
+fn images_in_f32_give_halves_and_a_gradient_in_f32() {
+    let half = |tensor: Tensor| tensor.cast(DType::Bf16).unwrap();
+    let (weight, bias) = (half(randn(&[5, 3, 8, 8], 1)), half(randn(&[5], 2)));
+    let images = randn(&[1, 8, 8, 3], 0).cast(DType::F32).unwrap();
+    let run = |images: &Tensor, weight: &Tensor, bias: &Tensor| {
+        let images = images.variable().unwrap();
+        let (weight, bias) = (std::slice::from_ref(weight), std::slice::from_ref(bias));
+        let output = cross_scale_embedding_with(&images, weight, bias, &EmbeddingOptions::new(4)).unwrap();
+        let gradient =
+            output.cast(DType::F32).unwrap().sum(&[0, 1, 2, 3], false).unwrap().backward().unwrap().take(&images);
+        (output.detach(), gradient.unwrap())
+    };
+    let (output, gradient) = run(&images, &weight, &bias);
+    assert_eq!((output.dtype(), gradient.dtype()), (DType::Bf16, DType::F32));
+    let Some(device) = test_device() else { return };
+    let [on_images, on_weight, on_bias] = [&images, &weight, &bias].map(|tensor| tensor.to_device(device).unwrap());
+    let (got, got_gradient) = run(&on_images, &on_weight, &on_bias);
+    assert_eq!(got_gradient.dtype(), DType::F32);
+    for (got, want) in [(got, output), (got_gradient, gradient)] {
+        let pairs = got.to_f64_vec().unwrap().into_iter().zip(want.to_f64_vec().unwrap());
+        pairs.for_each(|(got, want)| assert!((got - want).abs() <= 0.02 * want.abs().max(1.0), "{got} and {want}"));
+    }
+}
+
+#[test]
+fn bad_formats_are_errors() {
+    let f32 = |shape: &[usize]| randn(shape, 0).cast(DType::F32).unwrap();
+    let run = |input: Tensor, mean: &[f32], deviation: &[f32]| {
+        let normalise = Some(PixelNormalisation { mean: mean.to_vec(), deviation: deviation.to_vec() });
+        let options = EmbeddingOptions { normalise, ..EmbeddingOptions::new(4) };
+        let (weight, bias) = (f32(&[2, 3, 4, 4]), f32(&[2]));
+        cross_scale_embedding_with(&input, &[weight], &[bias], &options).unwrap_err().to_string()
+    };
+    assert!(run(f32(&[1, 8, 8, 3]), &[0.5; 2], &[1.0; 3]).contains("for each of 3 channels"));
+    assert!(run(f32(&[1, 8, 8, 3]), &[0.5; 3], &[1.0, 0.0, 1.0]).contains("deviations above 0"));
+    assert!(run(f32(&[1, 8, 8, 3]), &[f32::NAN; 3], &[1.0; 3]).contains("finite"));
+    assert!(run(f32(&[1, 8, 8, 3]).cast(DType::Bf16).unwrap(), &[0.5; 3], &[1.0; 3]).contains("input of bf16"));
+}
+
 fn cases() -> Vec<Box<dyn OpCase>> {
     let case = |input, kernels: &[[usize; 2]], stride| {
         Box::new(Embedding { input, kernels: kernels.to_vec(), stride }) as Box<dyn OpCase>
@@ -124,6 +332,10 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         case([2, 5, 6, 16], &[[4, 7], [2, 1]], 2),
         // One channel; the position after a full tile.
         case([1, 43, 3, 1], &[[1, 3], [3, 1]], 1),
+        // A group of eight positions; a group that is not full.
+        case([1, 3, 11, 1], &[[1, 3], [5, 2]], 1),
+        // Slices of channels, more of them than one, with a rest; images side by side in a block.
+        case([5, 4, 4, 72], &[[2, 6], [4, 9]], 2),
         // More positions than a part of the weight gradient has.
         case([1, 24, 23, 1], &[[1, 2]], 1),
     ]

@@ -4,6 +4,7 @@ use super::bias::BiasSource;
 use super::config::{CrossFormerConfig, split_channels};
 use crate::nn::{Context, Conv2d, Initializer, LayerNorm, Linear, Parameter, Scope};
 use crate::ops::lsda::{Grouping, attention_weights, lsda, lsda_dropout};
+use crate::ops::{EmbeddingNorm, EmbeddingOptions};
 use crate::tensor::Shape;
 use crate::{Result, Tensor, ops};
 
@@ -45,10 +46,21 @@ impl CrossScaleEmbedding {
 
     /// (batch, height, width, channels) to (batch, ⌊height / stride⌋, ⌊width / stride⌋, out).
     pub fn forward(&self, input: &Tensor) -> Result<Tensor> {
+        self.with_options(input, &EmbeddingOptions::new(self.stride))
+    }
+
+    /// The same with a layer norm after it.
+    pub fn forward_normalised(&self, input: &Tensor, norm: &LayerNorm, eps: f64) -> Result<Tensor> {
+        let [weight, bias] = [&norm.weight, &norm.bias].map(|parameter| parameter.tensor_as(input.dtype()));
+        let layer_norm = Some(EmbeddingNorm { weight: weight?, bias: bias?, eps });
+        self.with_options(input, &EmbeddingOptions { layer_norm, ..EmbeddingOptions::new(self.stride) })
+    }
+
+    fn with_options(&self, input: &Tensor, options: &EmbeddingOptions) -> Result<Tensor> {
         let values = |parameters: &[Parameter]| -> Result<Vec<Tensor>> {
             parameters.iter().map(|parameter| parameter.tensor_as(input.dtype())).collect()
         };
-        ops::cross_scale_embedding(input, &values(&self.weights)?, &values(&self.biases)?, self.stride)
+        ops::cross_scale_embedding_with(input, &values(&self.weights)?, &values(&self.biases)?, options)
     }
 }
 

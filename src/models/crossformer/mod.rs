@@ -176,7 +176,8 @@ impl CrossFormer {
             return Err(Error::shape("crossformer", message));
         }
         let maps = self.config.stage_maps(height, width)?;
-        let x = self.embedding_norm.forward(&self.embedding.forward(images)?)?;
+        let eps = self.config.layer_norm_eps;
+        let x = self.embedding.forward_normalised(images, &self.embedding_norm, eps)?;
         let mut x = self.add_absolute_position(x, maps[0])?;
         for (number, (stage, map)) in self.stages.iter().zip(maps).enumerate() {
             let grouping = |block: usize| self.config.block_grouping(number, block, map).grouping;

@@ -12,6 +12,7 @@ pub(super) struct Kernel {
     pub out: usize,
 }
 
+#[derive(Clone)]
 pub(super) struct Problem {
     /// batch, height, width, channels
     pub extents: [usize; 4],

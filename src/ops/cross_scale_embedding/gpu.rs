@@ -1,12 +1,18 @@
-//! Implicit matrix products over all kernels in one launch: one for the forward pass, one each for the gradients.
+//! One launch over all kernels for the forward pass, with the layer norm that follows where a block has all channels of
+//! its positions, and one each for the gradients.
 
+use super::EmbeddingNorm;
 use super::cpu::{Kernel as Window, Problem};
+use super::images::{ImageLayout, Images, Scale};
+use super::tiling::{self, MOST_KERNELS, Tiling};
 use crate::driver::seam::Address;
 use crate::gpu::{FLOATS, Geometry, Gpu, Kernel, Signature};
 use crate::{DType, Error, Result, Tensor};
 
-/// As `MOST_KERNELS` in the kernel files.
-const MOST_KERNELS: usize = 16;
+/// As `MOST_SCALED_CHANNELS` in the kernel files.
+const MOST_SCALED_CHANNELS: usize = 16;
+/// As `Pixels` in the kernel files.
+type Pixels = [u32; 3 + 2 * MOST_SCALED_CHANNELS];
 /// As `Embedding` in the kernel files.
 type Description = [u32; 7 + 3 * MOST_KERNELS];
 /// As `PerKernel` in the kernel files.
@@ -17,15 +23,35 @@ const BACKWARD_MODULE: &str = "cross_scale_embedding_backward";
 const RUNS: &[&str] = &["f32", "bf16_vector", "bf16_pair", "bf16_scalar", "f16_vector", "f16_pair", "f16_scalar"];
 const LONG_RUNS: &[&str] = &["f32", "bf16_vector", "bf16_scalar", "f16_vector", "f16_scalar"];
 
-/// packed weights, weights, embedding
-const PACK: Kernel<(Address, PerKernel, Description)> =
+/// packed weights, elements, weights, embedding, tiling
+const PACK: Kernel<(Address, u64, PerKernel, Description, tiling::Description)> =
     Kernel::new(FORWARD_MODULE, "cross_scale_embedding_pack", FLOATS);
-/// output, input, packed weights, biases, embedding
-const FORWARD: Kernel<(Address, Address, Address, PerKernel, Description)> =
-    Kernel::new(FORWARD_MODULE, "cross_scale_embedding_forward", RUNS);
-/// input gradient, output gradient, packed weights, embedding
-const INPUT_GRADIENT: Kernel<(Address, Address, Address, Description)> =
+/// embedded, input, packed weights, biases, embedding, tiling, pixels; of the layer norm: output, statistics, weight,
+/// bias, eps
+type ForwardArguments = (
+    Address,
+    Address,
+    Address,
+    PerKernel,
+    Description,
+    tiling::Description,
+    Pixels,
+    Address,
+    Address,
+    Address,
+    Address,
+    f32,
+);
+const FORWARD: Kernel<ForwardArguments> = Kernel::new(FORWARD_MODULE, "cross_scale_embedding_forward", FLOATS);
+/// weights as (out, row, column, channel), weights, embedding
+const TURN_WEIGHTS: Kernel<(Address, PerKernel, Description)> =
+    Kernel::new(BACKWARD_MODULE, "cross_scale_embedding_turn_weights", FLOATS);
+/// input gradient, output gradient, turned weights, embedding, pixels
+const INPUT_GRADIENT: Kernel<(Address, Address, Address, Description, Pixels)> =
     Kernel::new(BACKWARD_MODULE, "cross_scale_embedding_input_gradient", LONG_RUNS);
+/// channels-last pixels, input, embedding, pixels
+const NORMALISE: Kernel<(Address, Address, Description, Pixels)> =
+    Kernel::new(BACKWARD_MODULE, "cross_scale_embedding_normalise", FLOATS);
 /// partial sums, input, output gradient, positions of a part, embedding
 const WEIGHT_GRADIENT: Kernel<(Address, Address, Address, u32, Description)> =
     Kernel::new(BACKWARD_MODULE, "cross_scale_embedding_weight_gradient", RUNS);
@@ -36,11 +62,15 @@ const ADD_PARTS: Kernel<(PerKernel, PerKernel, Address, u32, Description)> =
 pub(crate) static KERNELS: &[Signature] = &[
     PACK.signature(),
     FORWARD.signature(),
+    TURN_WEIGHTS.signature(),
     INPUT_GRADIENT.signature(),
+    NORMALISE.signature(),
     WEIGHT_GRADIENT.signature(),
     ADD_PARTS.signature(),
 ];
 
+/// As in the kernel files.
+const TILE_THREADS: u32 = 256;
 /// Threads of a block that computes a tile of sums, rows of the tile, and columns of `dy` that a block sums.
 const THREADS: u32 = 128;
 const TILE_ROWS: usize = 128;
@@ -138,8 +168,8 @@ impl<'a> Plan<'a> {
         window.side * window.side * self.problem.extents[3]
     }
 
-    /// Elements of all packed weights, each row from a multiple of 16 bytes.
-    fn packed_elements(&self) -> usize {
+    /// Elements of all turned weights, each row from a multiple of 16 bytes.
+    fn turned_elements(&self) -> usize {
         self.windows().map(|window| window.out * self.depth(window).next_multiple_of(8)).sum()
     }
 
@@ -157,10 +187,25 @@ impl<'a> Plan<'a> {
     }
 
     /// All weights as (out, row, column, channel).
-    fn pack(&self, weights: &[Tensor]) -> Result<Tensor> {
-        let packed = Tensor::empty_on(self.gpu, [self.packed_elements()], self.dtype)?;
-        let arguments = (packed.address()?, self.per_kernel(weights)?, self.description);
-        PACK.launch(self.gpu, self.dtype.name(), self.elementwise(0), arguments)?;
+    fn turn(&self, weights: &[Tensor]) -> Result<Tensor> {
+        let turned = Tensor::empty_on(self.gpu, [self.turned_elements()], self.dtype)?;
+        let arguments = (turned.address()?, self.per_kernel(weights)?, self.description);
+        TURN_WEIGHTS.launch(self.gpu, self.dtype.name(), self.elementwise(0), arguments)?;
+        Ok(turned)
+    }
+
+    fn tiling(&self) -> Result<Tiling<'a>> {
+        let windows = self.order.iter().map(|&number| self.problem.kernels[number]).collect();
+        Tiling::new(self.problem, windows, self.dtype.size())
+    }
+
+    /// All weights as the products of the forward pass take them.
+    fn pack(&self, weights: &[Tensor], tiling: &Tiling<'_>) -> Result<Tensor> {
+        let elements = tiling.packed_elements();
+        let packed = Tensor::empty_on(self.gpu, [elements], self.dtype)?;
+        let weights = self.per_kernel(weights)?;
+        let arguments = (packed.address()?, elements as u64, weights, self.description, tiling.description(0));
+        PACK.launch(self.gpu, self.dtype.name(), Geometry::for_items(elements, 256), arguments)?;
         Ok(packed)
     }
 
@@ -193,50 +238,160 @@ fn check_limits(problem: &Problem) -> Result<()> {
     Err(Error::shape(OP, message))
 }
 
+/// An embedding with the layer norm that follows.
+pub(super) struct Normalised {
+    pub embedded: Tensor,
+    pub output: Tensor,
+    /// As [`layer_norm::gpu`](crate::ops::layer_norm) gives them.
+    pub statistics: Tensor,
+}
+
 /// The result, (batch, rows, columns, channels).
 pub(super) fn forward(
     gpu: &'static Gpu,
     problem: &Problem,
+    images: &Images,
     input: &Tensor,
     weights: &[Tensor],
     biases: &[Tensor],
 ) -> Result<Tensor> {
-    let plan = Plan::new(gpu, input.dtype(), problem)?;
+    let plan = Plan::new(gpu, weights[0].dtype(), problem)?;
     let output = Tensor::empty_on(gpu, problem.output_shape(), plan.dtype)?;
-    let packed = plan.pack(weights)?;
-    let run = Run::dividing(plan.along_windows());
-    let rows = positions(problem).div_ceil(TILE_ROWS);
-    let columns: usize = plan.windows().map(|window| window.out.div_ceil(run.tile_columns(plan.dtype))).sum();
-    let geometry = Geometry { grid: [rows as u32, columns as u32, 1], block: [THREADS, 1, 1], shared: 0 };
-    let biases = plan.per_kernel(biases)?;
-    let arguments = (output.address()?, input.address()?, packed.address()?, biases, plan.description);
-    FORWARD.launch(gpu, &run.instance(plan.dtype), geometry, arguments)?;
+    let norm = (Address::NULL, Address::NULL, Address::NULL, Address::NULL, 0.0);
+    plan.embed(&plan.tiling()?, images, input, weights, biases, output.address()?, norm)?;
     Ok(output)
+}
+
+/// The same with the layer norm in the same kernel; none where a block does not have all channels of a position. The
+/// embedding itself is only kept where `keep` says so, and shares its memory with the output otherwise.
+#[allow(clippy::too_many_arguments, reason = "the op's own and where it runs")]
+pub(super) fn forward_normalised(
+    gpu: &'static Gpu,
+    problem: &Problem,
+    images: &Images,
+    input: &Tensor,
+    weights: &[Tensor],
+    biases: &[Tensor],
+    norm: &EmbeddingNorm,
+    keep: bool,
+) -> Result<Option<Normalised>> {
+    let plan = Plan::new(gpu, weights[0].dtype(), problem)?;
+    let tiling = plan.tiling()?;
+    if !tiling.is_complete() {
+        return Ok(None);
+    }
+    let output = Tensor::empty_on(gpu, problem.output_shape(), plan.dtype)?;
+    let rows = if keep { positions(problem) } else { 0 };
+    let statistics = Tensor::empty_on(gpu, [rows * 3], DType::F32)?;
+    let saved = if keep { statistics.address()? } else { Address::NULL };
+    let embedded = if keep { Tensor::empty_on(gpu, problem.output_shape(), plan.dtype)? } else { output.clone() };
+    let parameters = (output.address()?, saved, norm.weight.address()?, norm.bias.address()?, norm.eps as f32);
+    plan.embed(&tiling, images, input, weights, biases, embedded.address()?, parameters)?;
+    Ok(Some(Normalised { embedded, output, statistics }))
+}
+
+impl Plan<'_> {
+    #[allow(clippy::too_many_arguments, reason = "the op's own, and what it is made of")]
+    fn embed(
+        &self,
+        tiling: &Tiling<'_>,
+        images: &Images,
+        input: &Tensor,
+        weights: &[Tensor],
+        biases: &[Tensor],
+        embedded: Address,
+        (output, statistics, weight, bias, eps): (Address, Address, Address, Address, f32),
+    ) -> Result<()> {
+        let packed = self.pack(weights, tiling)?;
+        let run = if images.is_plain(self.dtype) { tiling.run() } else { 0 };
+        let ([blocks, rounds], shared) = tiling.launch();
+        let geometry =
+            Geometry { grid: [blocks as u32, rounds as u32, 1], block: [TILE_THREADS, 1, 1], shared: shared as u32 };
+        let arguments = (
+            embedded,
+            input.address()?,
+            packed.address()?,
+            self.per_kernel(biases)?,
+            self.description,
+            tiling.description(run),
+            pixels(images, self.dtype)?,
+            output,
+            statistics,
+            weight,
+            bias,
+            eps,
+        );
+        FORWARD.launch(self.gpu, self.dtype.name(), geometry, arguments)
+    }
+}
+
+impl Plan<'_> {
+    /// The pixels' values, channels last.
+    fn plain(&self, images: &Images, input: &Tensor) -> Result<Tensor> {
+        if images.is_plain(self.dtype) {
+            return Ok(input.clone());
+        }
+        let values = Tensor::empty_on(self.gpu, self.problem.extents, self.dtype)?;
+        let arguments = (values.address()?, input.address()?, self.description, pixels(images, self.dtype)?);
+        NORMALISE.launch(self.gpu, self.dtype.name(), Geometry::for_items(values.elements(), 256), arguments)?;
+        Ok(values)
+    }
+}
+
+/// How the kernels read and write pixels of an embedding in `dtype`.
+fn pixels(images: &Images, dtype: DType) -> Result<Pixels> {
+    let scales = &images.scales;
+    if scales.len() > MOST_SCALED_CHANNELS {
+        let message = format!(
+            "{} channels of normalised or u8 images; expected at most {MOST_SCALED_CHANNELS} on a GPU",
+            scales.len()
+        );
+        return Err(Error::argument("cross_scale_embedding", message));
+    }
+    let mut pixels = [0; 3 + 2 * MOST_SCALED_CHANNELS];
+    pixels[0] = match images.dtype {
+        own if own == dtype => 0,
+        DType::U8 => 2,
+        _ => 1,
+    };
+    pixels[1] = u32::from(images.layout == ImageLayout::ChannelsFirst);
+    pixels[2] = u32::from(!scales.is_empty());
+    for (channel, &Scale { factor, shift }) in scales.iter().enumerate() {
+        pixels[3 + channel] = (factor as f32).to_bits();
+        pixels[3 + MOST_SCALED_CHANNELS + channel] = (shift as f32).to_bits();
+    }
+    Ok(pixels)
 }
 
 fn positions(problem: &Problem) -> usize {
     problem.extents[0] * problem.output_map().iter().product::<usize>()
 }
 
-/// The gradient of the input.
+/// The gradient of the input, in its layout and the weights' dtype.
 pub(super) fn input_gradient(
     gpu: &'static Gpu,
     problem: &Problem,
+    images: &Images,
     weights: &[Tensor],
     grad: &Tensor,
 ) -> Result<Tensor> {
     let plan = Plan::new(gpu, grad.dtype(), problem)?;
     let [batch, height, width, channels] = problem.extents;
-    let gradient = Tensor::empty_on(gpu, problem.extents, plan.dtype)?;
-    let packed = plan.pack(weights)?;
+    let shape = match images.layout {
+        ImageLayout::ChannelsLast => problem.extents,
+        ImageLayout::ChannelsFirst => [batch, channels, height, width],
+    };
+    let gradient = Tensor::empty_on(gpu, shape, plan.dtype)?;
+    let turned = plan.turn(weights)?;
     let run = match Run::dividing(plan.along_outputs().chain([channels])) {
         Run::Vector => Run::Vector,
         Run::Pair | Run::Scalar => Run::Scalar,
     };
-    let pixels = batch * height.div_ceil(problem.stride) * width.div_ceil(problem.stride);
-    let tiles = pixels.div_ceil(TILE_ROWS) * channels.div_ceil(run.tile_columns(plan.dtype));
+    let of_phase = batch * height.div_ceil(problem.stride) * width.div_ceil(problem.stride);
+    let tiles = of_phase.div_ceil(TILE_ROWS) * channels.div_ceil(run.tile_columns(plan.dtype));
     let geometry = Geometry::blocks(tiles * problem.stride * problem.stride, THREADS);
-    let arguments = (gradient.address()?, grad.address()?, packed.address()?, plan.description);
+    let pixels = pixels(images, plan.dtype)?;
+    let arguments = (gradient.address()?, grad.address()?, turned.address()?, plan.description, pixels);
     INPUT_GRADIENT.launch(gpu, &run.instance(plan.dtype), geometry, arguments)?;
     Ok(gradient)
 }
@@ -245,17 +400,19 @@ pub(super) fn input_gradient(
 pub(super) fn parameter_gradients(
     gpu: &'static Gpu,
     problem: &Problem,
+    images: &Images,
     input: &Tensor,
     weights: &[Tensor],
     grad: &Tensor,
 ) -> Result<Vec<Tensor>> {
     let plan = Plan::new(gpu, grad.dtype(), problem)?;
+    let input = &plan.plain(images, input)?;
     let run = Run::dividing(plan.along_windows().chain(plan.along_outputs()));
     let tiles =
         |window: Window| plan.depth(window).div_ceil(TILE_ROWS) * window.out.div_ceil(run.tile_columns(plan.dtype));
     let blocks = plan.windows().map(tiles).sum::<usize>() + problem.out_channels().div_ceil(BIAS_COLUMNS);
     let [part, parts] = split(positions(problem), blocks);
-    let partials = Tensor::empty_on(gpu, [parts, plan.packed_elements() + problem.out_channels()], DType::F32)?;
+    let partials = Tensor::empty_on(gpu, [parts, plan.turned_elements() + problem.out_channels()], DType::F32)?;
     let geometry = Geometry { grid: [blocks as u32, parts as u32, 1], block: [THREADS, 1, 1], shared: 0 };
     let arguments = (partials.address()?, input.address()?, grad.address()?, part as u32, plan.description);
     WEIGHT_GRADIENT.launch(gpu, &run.instance(plan.dtype), geometry, arguments)?;

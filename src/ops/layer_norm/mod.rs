@@ -4,8 +4,8 @@ mod cpu;
 pub(crate) mod gpu;
 
 use crate::autograd::{Backward, Function, record};
-use crate::tensor::{Buffer, Place, place};
-use crate::{Error, Result, Tensor, dispatch_float};
+use crate::tensor::{Buffer, Place, Shape, place};
+use crate::{DType, Error, Result, Tensor, dispatch_float};
 
 /// Layer normalisation (Ba, Kiros and Hinton 2016): y = (x − E\[x\]) / √(Var\[x\] + `eps`) · w + b, with mean and biased
 /// variance over the last axis of `input` (…, channels); `weight` and `bias` (channels).
@@ -16,11 +16,25 @@ use crate::{Error, Result, Tensor, dispatch_float};
 /// Where the extents do not match, the dtypes differ, or `eps` is negative or not finite.
 pub fn layer_norm(input: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     let dtype = input.dtype();
+    check(input.shape(), dtype, weight, bias, eps)?;
+    let (output, statistics) = match place("layer_norm", &[input, weight, bias])? {
+        Place::Gpu(gpu) => gpu::forward(gpu, input, weight, bias, eps)?,
+        Place::Host => dispatch_float!("layer_norm", dtype, T => {
+            let (x, w, b) = (input.floats("layer_norm")?, weight.floats("layer_norm")?, bias.floats("layer_norm")?);
+            let (output, statistics) = cpu::forward::<T>(&x, &w, &b, eps);
+            let rows = statistics.len();
+            Ok((Tensor::from_floats(output, input.shape(), dtype)?, Tensor::from_buffer(statistics, [rows])?))
+        })?,
+    };
+    Ok(on_tape(output, input, weight, bias, statistics, eps))
+}
+
+/// Whether an input of `shape` and `dtype` can be normalised so.
+pub(crate) fn check(shape: &Shape, dtype: DType, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<()> {
     let [channels] = weight.dims::<1>("layer_norm", "weight (channels)")?;
-    if input.shape().last() != Some(&channels) || bias.shape() != weight.shape() {
+    if shape.last() != Some(&channels) || bias.shape() != weight.shape() {
         let message = format!(
-            "input {}, weight {}, bias {}; expected (…, channels), (channels), (channels)",
-            input.shape(),
+            "input {shape}, weight {}, bias {}; expected (…, channels), (channels), (channels)",
             weight.shape(),
             bias.shape()
         );
@@ -32,22 +46,21 @@ pub fn layer_norm(input: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> R
     if !(eps.is_finite() && eps >= 0.0) {
         return Err(Error::argument("layer_norm", format!("eps {eps}, expected a finite number of at least 0")));
     }
-    input.expect_float("layer_norm")?;
-    let (output, statistics) = match place("layer_norm", &[input, weight, bias])? {
-        Place::Gpu(gpu) => gpu::forward(gpu, input, weight, bias, eps)?,
-        Place::Host => dispatch_float!("layer_norm", dtype, T => {
-            let (x, w, b) = (input.floats("layer_norm")?, weight.floats("layer_norm")?, bias.floats("layer_norm")?);
-            let (output, statistics) = cpu::forward::<T>(&x, &w, &b, eps);
-            let rows = statistics.len();
-            Ok((Tensor::from_floats(output, input.shape(), dtype)?, Tensor::from_buffer(statistics, [rows])?))
-        })?,
-    };
-    Ok(record(output, &[input, weight, bias], |_| LayerNormRule {
-        input: input.clone(),
-        weight: weight.clone(),
-        statistics,
-        eps,
-    }))
+    weight.expect_float("layer_norm")
+}
+
+/// Puts the output of a kernel that normalises what it computes on the tape; `statistics` as [`gpu::forward`] gives
+/// them.
+pub(crate) fn on_tape(
+    output: Tensor,
+    input: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    statistics: Tensor,
+    eps: f64,
+) -> Tensor {
+    let rule = |_| LayerNormRule { input: input.clone(), weight: weight.clone(), statistics, eps };
+    record(output, &[input, weight, bias], rule)
 }
 
 struct LayerNormRule {
