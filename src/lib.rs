@@ -37,6 +37,7 @@
 //! | [`cpu`] | what CPU implementations share: vectors, threads, matrix products |
 //! | [`random`] | counter-based random numbers |
 //! | [`driver`] | what GPUs this machine has, and the emulator |
+//! | [`kernels`] | the GPU kernels: what they take of a multiprocessor, move and compute |
 //! | [`file`](mod@file) | files written whole or not at all |
 //!
 //! # What holds everywhere
@@ -55,7 +56,7 @@ pub mod driver;
 mod error;
 pub mod file;
 mod gpu;
-mod kernels;
+pub mod kernels;
 pub mod models;
 pub mod nn;
 pub mod ops;

@@ -11,7 +11,8 @@
 pub(crate) mod cuda;
 #[cfg(feature = "emulator")]
 pub mod emulator;
-mod image;
+pub(crate) mod fatbin;
+pub(crate) mod image;
 mod probe;
 pub(crate) mod seam;
 

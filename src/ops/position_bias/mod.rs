@@ -1,6 +1,7 @@
 //! Dynamic position bias: a small network from the offset of two tokens to one bias per head (CrossFormer, section
 //! 3.3), evaluated once on the grid of all offsets.
 
+pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
 
