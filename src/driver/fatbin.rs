@@ -2,8 +2,9 @@
 //!
 //! A fatbin is a header and one entry per target, each with a header of its own: kind, extents, architecture, flags. An
 //! entry of machine code is a 64-bit ELF file, compressed by Zstandard where a flag says so. Of kernel `K` the section
-//! `.text.K` has the registers of a thread in the upper bits of its `sh_info`, `.nv.shared.K` is as large as the static
-//! shared memory, and `.nv.info.K` lists attributes, among them the largest block.
+//! `.text.K` names the symbol, under which `.nv.info` lists the registers of a thread; `.nv.info.K` lists more
+//! attributes, among them the largest block; and `.nv.shared.K` is as large as the static shared memory, with what the
+//! system keeps of each block where the file has a section for that.
 //!
 //! Nothing here trusts its input: whatever does not fit is an error that says where.
 
@@ -29,6 +30,11 @@ type Outcome<T> = std::result::Result<T, String>;
 
 const MAGIC: u32 = 0xBA55_ED50;
 const MACHINE_CODE: u16 = 2;
+/// Attributes of `.nv.info` sections, as `cuobjdump` calls them: EIATTR_REGCOUNT and EIATTR_MAX_THREADS.
+const REGISTERS: u8 = 0x2f;
+const LARGEST_BLOCK: u8 = 5;
+/// What the system keeps of each block's shared memory.
+const RESERVED_SHARED: u64 = 1 << 10;
 const LZ4: u64 = 0x2000;
 const ZSTANDARD: u64 = 0x8000;
 /// No module of this crate comes near; what claims more is damaged.
@@ -59,7 +65,7 @@ pub(crate) fn resources(fatbin: &[u8]) -> Outcome<Vec<Resources>> {
             kernels.extend(kernels_of(&elf, entry.u32(0x1c)?)?);
         }
         let end = head.checked_add(payload).ok_or("an entry without an end")?;
-        rest = entry.part(end, rest.len() as u64 - end.min(rest.len() as u64))?;
+        rest = entry.after(end)?;
     }
     Ok(kernels)
 }
@@ -99,19 +105,26 @@ fn kernels_of(elf: &[u8], architecture: u32) -> Outcome<Vec<Resources>> {
     let find = |prefix: &str, kernel: &str| {
         sections.iter().find(|section| section.name.strip_prefix(prefix).is_some_and(|name| name == kernel))
     };
+    let attributes =
+        |prefix: &str, kernel: &str| attributes(find(prefix, kernel).map_or(&[][..], |section| section.content));
+    let of_file = attributes(".nv.info", "")?;
+    let reserved = if find(".nv.shared.reserved.", "0").is_some() { RESERVED_SHARED } else { 0 };
     let texts = sections.iter().filter_map(|section| Some((section.name.strip_prefix(".text.")?, section)));
     texts
         .map(|(kernel, text)| {
-            let shared = find(".nv.shared.", kernel).map_or(0, |section| section.extent);
+            let symbol = text.info & 0x00ff_ffff;
+            let registers = of_file.iter().find_map(|&(attribute, value)| {
+                let value = Reader(value);
+                let fits = attribute == REGISTERS && value.u32(0) == Ok(symbol);
+                fits.then(|| value.u32(4))
+            });
+            let registers = registers.ok_or_else(|| format!("{kernel}: its registers are not told"))??;
+            let shared = find(".nv.shared.", kernel).map_or(0, |section| section.extent.saturating_sub(reserved));
             let shared = u32::try_from(shared).map_err(|_| format!("{kernel}: {shared} bytes of shared memory"))?;
-            let threads = find(".nv.info.", kernel).map(|section| largest_block(section.content)).transpose()?;
-            Ok(Resources {
-                kernel: kernel.to_owned(),
-                architecture,
-                registers: text.info >> 24,
-                shared,
-                threads: threads.flatten(),
-            })
+            let own = attributes(".nv.info.", kernel)?;
+            let block = own.iter().find(|(attribute, _)| *attribute == LARGEST_BLOCK);
+            let threads = block.map(|(_, extents)| threads_of(extents)).transpose()?;
+            Ok(Resources { kernel: kernel.to_owned(), architecture, registers, shared, threads })
         })
         .collect()
 }
@@ -148,25 +161,29 @@ fn text(names: &[u8], first: u32) -> Outcome<&str> {
     std::str::from_utf8(&rest[..end]).map_err(|_| "a section's name is no text".into())
 }
 
-/// Threads of a block by `__launch_bounds__`. An attribute is its format, its number, and a value: two bytes, or the
-/// number of bytes that follow.
-fn largest_block(attributes: &[u8]) -> Outcome<Option<u32>> {
+/// The attributes that have a number of bytes as their value. An attribute is its format, its number, and a value: two
+/// bytes, or the number of bytes that follow.
+fn attributes(content: &[u8]) -> Outcome<Vec<(u8, &[u8])>> {
     const SIZED: u8 = 4;
-    const MOST_THREADS: u8 = 5;
-    let mut rest = Reader(attributes);
+    let (mut rest, mut found) = (Reader(content), Vec::new());
     while !rest.0.is_empty() {
-        let (&[format, attribute], value) = (&rest.array::<2>(0)?, rest.u16(2)?);
-        let sized = if format == SIZED { u64::from(value) } else { 0 };
-        if format == SIZED && attribute == MOST_THREADS {
-            let extents = Reader(rest.part(4, sized)?);
-            let product = [0, 4, 8].into_iter().try_fold(1u32, |product, place| -> Outcome<u32> {
-                product.checked_mul(extents.u32(place)?).ok_or_else(|| "a block without end".into())
-            });
-            return product.map(Some);
+        let ([format, attribute], value) = (rest.array::<2>(0)?, rest.u16(2)?);
+        let size = if format == SIZED { u64::from(value) } else { 0 };
+        let bytes = rest.part(4, size)?;
+        if format == SIZED {
+            found.push((attribute, bytes));
         }
-        rest = Reader(rest.part(4 + sized, rest.0.len() as u64 - (4 + sized).min(rest.0.len() as u64))?);
+        rest = Reader(rest.after(4 + size)?);
     }
-    Ok(None)
+    Ok(found)
+}
+
+/// Threads of a block from its extents.
+fn threads_of(extents: &[u8]) -> Outcome<u32> {
+    let extents = Reader(extents);
+    [0, 4, 8].into_iter().try_fold(1u32, |threads, place| {
+        threads.checked_mul(extents.u32(place)?).ok_or_else(|| "a block without end".into())
+    })
 }
 
 /// Little-endian numbers, if they are there.
@@ -178,6 +195,10 @@ impl<'a> Reader<'a> {
         let range = usize::try_from(first).ok().zip(end.and_then(|end| usize::try_from(end).ok()));
         let part = range.and_then(|(first, end)| self.0.get(first..end));
         part.ok_or_else(|| format!("it ends after {} bytes, before byte {first} + {extent}", self.0.len()))
+    }
+
+    fn after(&self, first: u64) -> Outcome<&'a [u8]> {
+        self.part(first, (self.0.len() as u64).saturating_sub(first))
     }
 
     fn array<const N: usize>(&self, first: u64) -> Outcome<[u8; N]> {

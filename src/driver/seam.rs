@@ -3,6 +3,8 @@
 //! Everything runs in order on one stream. A call that returns `Ok` has been accepted, not finished; an error of the
 //! work itself comes with a later call, at the latest with [`Driver::synchronize`].
 
+use std::time::Duration;
+
 use crate::Result;
 use crate::tensor::{DType, Device};
 
@@ -203,6 +205,15 @@ pub trait Graph: Send {
     fn launch(&self) -> Result<()>;
 }
 
+/// A stretch of a device's work that is being timed.
+pub trait Timer: Send {
+    /// Waits for the work up to here and tells how long it took since the timer was started.
+    ///
+    /// # Errors
+    /// Where any of it failed.
+    fn stop(self: Box<Self>) -> Result<Duration>;
+}
+
 /// A machine that runs kernels. One stream, in order.
 pub trait Driver: Send + Sync {
     /// The device it drives.
@@ -281,6 +292,14 @@ pub trait Driver: Send + Sync {
     /// # Errors
     /// Where any of it failed.
     fn synchronize(&self) -> Result<()>;
+
+    /// Starts a timer behind all work so far; `None` where the device has no clock of its own, and the host's serves.
+    ///
+    /// # Errors
+    /// Where the device refuses.
+    fn start_timer(&self) -> Result<Option<Box<dyn Timer>>> {
+        Ok(None)
+    }
 
     /// From here on, launches, products, copies within the device and fills are recorded and not run.
     ///

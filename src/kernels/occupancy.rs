@@ -45,7 +45,7 @@ impl Multiprocessor {
         let warps = threads.max(1).div_ceil(32);
         // Registers are given to warps by 256, from one of four parts with 16,384 each.
         let by_registers = 16_384 / (registers.max(1) * 32).next_multiple_of(256) * 4 / warps;
-        let by_shared = u64::from(self.shared) / shared.saturating_add(RESERVED).next_multiple_of(128);
+        let by_shared = u64::from(self.shared) / (shared.min(u64::MAX / 2) + RESERVED).next_multiple_of(128);
         let by_shared = u32::try_from(by_shared).unwrap_or(u32::MAX);
         let blocks = self.blocks.min(self.threads / (warps * 32)).min(by_registers).min(by_shared);
         Occupancy { blocks, share: f64::from(blocks * warps * 32) / f64::from(self.threads) }
@@ -80,7 +80,7 @@ mod tests {
     #[test]
     fn the_share_counts_whole_warps() {
         assert_eq!(MULTIPROCESSORS[3].occupancy(256, 64, 0).share, 0.5);
-        assert_eq!(MULTIPROCESSORS[3].occupancy(48, 32, 0), Occupancy { blocks: 32, share: 1.0 });
+        assert_eq!(MULTIPROCESSORS[3].occupancy(48, 64, 0), Occupancy { blocks: 16, share: 0.5 });
         assert_eq!(MULTIPROCESSORS[0].occupancy(0, 0, u64::MAX).blocks, 0);
     }
 }

@@ -10,6 +10,7 @@ mod device;
 mod doctor;
 mod eval;
 mod info;
+mod kernels;
 mod output;
 mod pictures;
 mod predict;
@@ -44,6 +45,8 @@ enum Command {
     Run(run::Run),
     /// Measures the speed of training on this machine.
     Bench(bench::BenchArgs),
+    /// Lists the GPU kernels: registers, shared memory, occupancy, bytes and FLOPs.
+    Kernels(kernels::KernelsArgs),
     /// Shows what this machine offers: processor, memory, GPU, data sets.
     Doctor {
         /// Prints one JSON object instead of words.
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         Command::Info(info) => info::run(&info),
         Command::Run(run) => run::run(&run),
         Command::Bench(args) => bench::run(args),
+        Command::Kernels(args) => kernels::run(&args),
         Command::Doctor { json } => doctor::run(json),
     });
     match outcome {

@@ -4,6 +4,7 @@
 //! - `memory`: allocation in stream order, copies, fills.
 //! - `launch`: modules, kernels, launches.
 //! - `graph`: recording and replay.
+//! - `timer`: how long work takes, by the device's clock.
 //! - `cublaslt`: matrix products, where NVIDIA's library is found (`libraries`).
 //! - `errors`: the driver's codes as the crate's errors.
 //!
@@ -20,6 +21,7 @@ mod memory;
 mod stream;
 #[cfg(all(test, target_os = "linux"))]
 mod tests;
+mod timer;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -31,7 +33,7 @@ use self::cublaslt::Products;
 use self::launch::Modules;
 use self::memory::Staging;
 use self::stream::{Stream, lock, unavailable};
-use super::seam::{Address, Arguments, Driver, Function, Geometry, Graph, MatrixProduct, Properties};
+use super::seam::{Address, Arguments, Driver, Function, Geometry, Graph, MatrixProduct, Properties, Timer};
 use crate::tensor::Device;
 use crate::{Error, Result};
 
@@ -90,6 +92,7 @@ const CALLS: &[&str] = &[
     "cuEventCreate",
     "cuEventRecord",
     "cuEventSynchronize",
+    "cuEventElapsedTime_v2",
     "cuEventDestroy_v2",
     "cuMemPoolSetAttribute",
     "cuMemPoolTrimTo",
@@ -251,6 +254,10 @@ impl Driver for Cuda {
 
     fn synchronize(&self) -> Result<()> {
         self.0.stream.unrecorded_turn("synchronize")?.synchronize()
+    }
+
+    fn start_timer(&self) -> Result<Option<Box<dyn Timer>>> {
+        Ok(Some(Box::new(timer::Stretch::start(&self.0.stream)?)))
     }
 
     fn begin_capture(&self) -> Result<()> {

@@ -7,11 +7,18 @@ fn elf(kernel: &str, registers: u32, shared: u64, threads: [u32; 3]) -> Vec<u8> 
     // A 16-bit value, then the sized attribute of the largest block.
     let mut info = vec![2, 0x1c, 0x34, 0x12, 4, 5, 12, 0];
     info.extend(threads.iter().flat_map(|extent| extent.to_le_bytes()));
-    let sections: [(String, u32, u32, u64, &[u8]); 5] = [
+    // The registers of symbols 6 and 7.
+    let mut of_file = Vec::new();
+    for (symbol, registers) in [(6u32, 99), (7, registers)] {
+        of_file.extend([4, 0x2f, 8, 0].into_iter().chain(symbol.to_le_bytes()).chain(registers.to_le_bytes()));
+    }
+    let sections: [(String, u32, u32, u64, &[u8]); 7] = [
         (String::new(), 0, 0, 0, &[]),
         (".names".into(), 3, 0, 0, &[]),
-        (format!(".text.{kernel}"), 1, (registers << 24) | 7, 0, &[0; 32]),
-        (format!(".nv.shared.{kernel}"), 8, 0, shared, &[]),
+        (format!(".text.{kernel}"), 1, (88 << 24) | 7, 0, &[0; 32]),
+        (format!(".nv.shared.{kernel}"), 8, 0, shared + 1024, &[]),
+        (".nv.shared.reserved.0".into(), 8, 0, 0, &[]),
+        (".nv.info".into(), 0x7000_0000, 0, 0, &of_file),
         (format!(".nv.info.{kernel}"), 0x7000_0000, 0, 0, &info),
     ];
     let names: Vec<u8> = sections.iter().flat_map(|section| section.0.bytes().chain([0])).collect();
