@@ -21,6 +21,8 @@ use seam::{Arguments, Driver, Function, Geometry, MatrixProduct};
 use crate::tensor::Device;
 use crate::{Error, Result};
 
+#[cfg(feature = "cudnn")]
+pub use cuda::cudnn;
 pub use image::kernels_built;
 pub use probe::*;
 

@@ -3,6 +3,7 @@
 //! Everything runs in order on one stream. A call that returns `Ok` has been accepted, not finished; an error of the
 //! work itself comes with a later call, at the latest with [`Driver::synchronize`].
 
+use std::ffi::c_void;
 use std::time::Duration;
 
 use crate::Result;
@@ -299,6 +300,15 @@ pub trait Driver: Send + Sync {
     /// Where the device refuses.
     fn start_timer(&self) -> Result<Option<Box<dyn Timer>>> {
         Ok(None)
+    }
+
+    /// Lends the stream to another library of the vendor's: `body` gets its handle, with the device's context current.
+    ///
+    /// # Errors
+    /// Those of `body`; `DeviceUnavailable` where the device has no stream that libraries know.
+    fn lend_stream(&self, _body: &mut dyn FnMut(*mut c_void) -> Result<()>) -> Result<()> {
+        let reason = "no library of NVIDIA's works on it".into();
+        Err(crate::Error::DeviceUnavailable { device: self.device(), reason })
     }
 
     /// From here on, launches, products, copies within the device and fills are recorded and not run.

@@ -6,6 +6,7 @@
 //! - `graph`: recording and replay.
 //! - `timer`: how long work takes, by the device's clock.
 //! - `cublaslt`: matrix products, where NVIDIA's library is found (`libraries`).
+//! - `cudnn`: NVIDIA's convolutions and norms, as a baseline of benchmarks (feature `cudnn`).
 //! - `errors`: the driver's codes as the crate's errors.
 //!
 //! Three variables of the environment are read when a [`Cuda`] is made: `GRIDGRAD_SYNC=1` waits after every launch, so
@@ -13,6 +14,8 @@
 //! `GRIDGRAD_CUDA_LIBS` is a folder to look for NVIDIA's libraries in first.
 
 mod cublaslt;
+#[cfg(feature = "cudnn")]
+pub mod cudnn;
 mod errors;
 mod graph;
 mod launch;
@@ -258,6 +261,11 @@ impl Driver for Cuda {
 
     fn start_timer(&self) -> Result<Option<Box<dyn Timer>>> {
         Ok(Some(Box::new(timer::Stretch::start(&self.0.stream)?)))
+    }
+
+    fn lend_stream(&self, body: &mut dyn FnMut(*mut std::ffi::c_void) -> Result<()>) -> Result<()> {
+        let turn = self.0.stream.turn()?;
+        body(turn.raw().cast())
     }
 
     fn begin_capture(&self) -> Result<()> {
