@@ -65,6 +65,14 @@ pub(crate) fn launch(
     unsafe { driver.launch(function, geometry, arguments) }
 }
 
+/// Whether cuBLASLt, to which a GPU's matrix products go where they can, is found on this machine.
+pub fn has_cublaslt() -> bool {
+    #[cfg(feature = "cuda")]
+    return cuda::has_cublaslt();
+    #[cfg(not(feature = "cuda"))]
+    false
+}
+
 /// A matrix product by the vendor's library; false where there is none for it.
 ///
 /// # Errors

@@ -145,6 +145,11 @@ impl Cuda {
     }
 }
 
+/// Whether matrix products go to cuBLASLt.
+pub(crate) fn has_cublaslt() -> bool {
+    libraries::load_cublaslt()
+}
+
 fn is_set(variable: &str) -> bool {
     std::env::var_os(variable).is_some_and(|value| !value.is_empty() && value != "0")
 }
