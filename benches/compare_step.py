@@ -74,18 +74,20 @@ def measure(args: argparse.Namespace) -> dict[str, list[dict]]:
     return reports
 
 
-def row(name: str, rounds: list[dict]) -> str:
+def row(name: str, rounds: list[dict], batch: int) -> str:
     steps = sorted(step for report in rounds for step in report["steps_ms"])
     quarter = len(steps) // 4
     spread = (steps[-1 - quarter] - steps[quarter]) / statistics.median(steps)
     cpu = statistics.median(report["cpu_ms"] for report in rounds)
     peak = max(report["peak_bytes"] for report in rounds) / 1e9
-    return f"| {name} | {statistics.median(steps):.0f} | {steps[0]:.0f} | {100 * spread:.0f} % | {cpu:.0f} | {peak:.2f} |"
+    median = statistics.median(steps)
+    speed = 1e3 * batch / median
+    return f"| {name} | {median:.0f} | {steps[0]:.0f} | {100 * spread:.0f} % | {speed:.1f} | {cpu:.0f} | {peak:.2f} |"
 
 
-def ratio(reports: dict[str, list[dict]], key: str) -> float:
-    """PyTorch's time over gridgrad's, of each the median over rounds."""
-    return statistics.median(report[key] for report in reports["PyTorch"]) / statistics.median(
+def ratio(reports: dict[str, list[dict]], name: str, key: str) -> float:
+    """The other's time over gridgrad's, of each the median over rounds."""
+    return statistics.median(report[key] for report in reports[name]) / statistics.median(
         report[key] for report in reports["gridgrad"]
     )
 
@@ -97,13 +99,21 @@ def main() -> None:
     held = reports["PyTorch"][0]["start_bytes"] / 1e9
     print(f"CrossFormer {args.model}, batch {args.batch}, {args.image} × {args.image}; threads: {args.threads}, ", end="")
     print(f"rounds: {args.rounds}, steps of a round: {args.steps}\n")
-    print("| | median ms | best ms | spread | processor ms | peak GB |")
-    print("|---|---|---|---|---|---|")
-    print(row(f"PyTorch {version}, {'fused' if args.fused else 'eager'}", reports["PyTorch"]))
-    print(row("gridgrad", reports["gridgrad"]))
-    wall, cpu = ratio(reports, "wall_ms"), ratio(reports, "cpu_ms")
-    print(f"\nPyTorch takes {wall:.2f} times gridgrad's wall time and {cpu:.2f} times its processor time (ratios of medians).")
-    print(f"Spread: middle half of the steps over the median. PyTorch's peak includes the {held:.2f} GB of the imported library.")
+    print("| | median ms | best ms | spread | images/s | processor ms | peak GB |")
+    print("|---|---|---|---|---|---|---|")
+    titles = {"PyTorch": f"PyTorch {version}, {'fused' if args.fused else 'eager'}", "PyTorch compiled": f"PyTorch {version}, compiled"}
+    for name in reports:
+        print(row(titles.get(name, name), reports[name], args.batch))
+    print()
+    for name in reports:
+        if name != "gridgrad":
+            wall, cpu = ratio(reports, name, "wall_ms"), ratio(reports, name, "cpu_ms")
+            print(f"{name} takes {wall:.2f} times gridgrad's wall time and {cpu:.2f} times its processor time (ratios of medians).")
+    print("Spread: middle half of the steps over the median. ", end="")
+    if args.device == "cpu":
+        print(f"PyTorch's peak includes the {held:.2f} GB of the imported library.")
+    else:
+        print("Peak: tensors on the device.")
 
 
 if __name__ == "__main__":

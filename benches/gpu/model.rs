@@ -42,6 +42,7 @@ pub const H200: Roofs = Roofs { bytes: 4.3e12, products: 790e12, flops: 67e12 };
 /// One launch with its work.
 #[derive(Clone, Debug)]
 pub struct Launch {
+    #[allow(dead_code, reason = "the static model prints it")]
     pub kernel: &'static str,
     pub work: Work,
     pub products: bool,

@@ -116,7 +116,7 @@ impl Report {
     }
 
     /// Shares and ratios, once all rows are there; rows of one problem come together.
-    pub fn finish(&mut self) -> Result<()> {
+    pub fn finish(&mut self) {
         let ours: Vec<Row> = self.rows.iter().filter(|row| row.implementation == OURS).cloned().collect();
         for row in &mut self.rows {
             let Some(own) = ours.iter().find(|own| own.is_of_the_same_problem(row)) else { continue };
@@ -131,7 +131,6 @@ impl Report {
         }
         let place = |row: &Row| ours.iter().position(|own| own.is_of_the_same_problem(row)).unwrap_or(ours.len());
         self.rows.sort_by_key(place);
-        Ok(())
     }
 
     pub fn markdown(&self) -> String {
