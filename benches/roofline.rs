@@ -41,10 +41,8 @@ fn main() -> Result<()> {
     }
     if std::env::args().any(|argument| argument == "--json") {
         let roofs = json!({ "bytes_per_second": H200.bytes, "product_flops": H200.products, "f32_flops": H200.flops });
-        println!(
-            "{:#}",
-            json!({ "prediction": true, "card": "H200", "roofs": roofs, "dtype": "bf16", "kernels": rows })
-        );
+        let table = json!({ "prediction": true, "card": "H200", "roofs": roofs, "dtype": "bf16", "kernels": rows });
+        print(&format!("{table:#}\n"));
         return Ok(());
     }
     let mut text = String::from(

@@ -86,14 +86,14 @@ fn main() -> Result<()> {
             && arguments.batch.is_none_or(|batch| case.batch == batch)
     });
     let mut report = Report::new(device, dtype)?;
-    let mut criterion = criterion(&arguments);
+    let mut criterion = (!arguments.test).then(|| criterion(arguments.quick));
     for case in &cases {
         for direction in Direction::BOTH {
-            measure(&mut criterion, Bench { case, direction, device, dtype }, &mut report);
+            measure(criterion.as_mut(), Bench { case, direction, device, dtype }, &mut report);
         }
     }
     if let Some(python) = &arguments.pytorch {
-        report.rows.extend(pytorch::measure(python, &cases, device, dtype, arguments.quick)?);
+        report.rows.extend(pytorch::measure(python, &cases, device, dtype, arguments.quick || arguments.test)?);
     }
     report.finish();
     match &arguments.output {
@@ -105,12 +105,8 @@ fn main() -> Result<()> {
     }
 }
 
-fn criterion(arguments: &Arguments) -> Criterion {
-    let (samples, warm_up, measured) = match (arguments.test, arguments.quick) {
-        (true, _) => (10, 1, 1),
-        (false, true) => (10, 20, 100),
-        (false, false) => (30, 300, 1000),
-    };
+fn criterion(quick: bool) -> Criterion {
+    let (samples, warm_up, measured) = if quick { (10, 20, 100) } else { (30, 300, 1000) };
     Criterion::default()
         .sample_size(samples)
         .warm_up_time(Duration::from_millis(warm_up))
@@ -118,18 +114,23 @@ fn criterion(arguments: &Arguments) -> Criterion {
         .without_plots()
 }
 
-/// All implementations of one problem, a row each.
-fn measure(criterion: &mut Criterion, bench: Bench<'_>, report: &mut Report) {
-    let mut group = criterion.benchmark_group(bench.case.op.room());
+/// All implementations of one problem, a row each; by one call where there is no criterion.
+fn measure(criterion: Option<&mut Criterion>, bench: Bench<'_>, report: &mut Report) {
+    let mut group = criterion.map(|criterion| criterion.benchmark_group(bench.case.op.room()));
     for (name, implementation) in implementations() {
         let row = match implementation(&bench) {
             Ok(None) => continue,
             Ok(Some(mut run)) => {
                 let mut stopwatch = Stopwatch::default();
-                let id = format!("{} {}, batch {}: {name}", bench.direction.name(), bench.case.op, bench.case.batch);
-                group.bench_function(id, |bencher| {
-                    bencher.iter_custom(|calls| stopwatch.time(bench.device, calls, &mut *run));
-                });
+                if let Some(group) = &mut group {
+                    let id =
+                        format!("{} {}, batch {}: {name}", bench.direction.name(), bench.case.op, bench.case.batch);
+                    group.bench_function(id, |bencher| {
+                        bencher.iter_custom(|calls| stopwatch.time(bench.device, calls, &mut *run));
+                    });
+                } else {
+                    stopwatch.time(bench.device, 1, &mut *run);
+                }
                 match stopwatch.finish() {
                     Ok(samples) => Row::measured(&bench, name, &samples),
                     Err(error) => Row::skipped(&bench, name, &error),
@@ -139,7 +140,6 @@ fn measure(criterion: &mut Criterion, bench: Bench<'_>, report: &mut Report) {
         };
         report.rows.push(row);
     }
-    group.finish();
 }
 
 /// `None` where an implementation has no such op.

@@ -77,7 +77,7 @@ impl Cudnn {
     /// `DeviceUnavailable` with the reason where this machine has no such GPU or no cuDNN 9.
     pub fn open(device: Device) -> Result<Self> {
         let unavailable = |reason: String| Error::DeviceUnavailable { device, reason };
-        if device == Device::Cpu {
+        if !matches!(device, Device::Cuda(_)) {
             return Err(unavailable("cuDNN computes on NVIDIA GPUs".into()));
         }
         let gpu = Gpu::open(device)?;
