@@ -25,7 +25,7 @@ pub type Run = Box<dyn FnMut(usize) -> Result<()>>;
 const ROTATED_BYTES: usize = 128 << 20;
 const MOST_COPIES: usize = 128;
 /// Random values that are made on the host; larger tensors repeat them.
-const DRAWN: usize = 1 << 20;
+const DRAWN: usize = 1 << 16;
 
 impl Bench<'_> {
     /// How many copies of inputs of so many elements outlast the cache.
