@@ -1,4 +1,4 @@
-"""Compares a training step of gridgrad with the same step of eager PyTorch, on this machine's processor.
+"""Compares a training step of gridgrad with the same step of PyTorch, on this machine's processor or GPU.
 
 Both train the same CrossFormer on random images: forward, cross entropy, backward, AdamW. They take turns, each round in a new
 process, so that what else the machine does meets both. Prints a Markdown table.
@@ -6,6 +6,7 @@ process, so that what else the machine does meets both. Prints a Markdown table.
     cargo build --release
     python benches/compare_step.py --model small --batch 8 --image 224 --threads 2
     python benches/compare_step.py --short        # seconds: does it run?
+    python benches/compare_step.py --model small --batch 256 --device cuda --bf16 --compile --python python3
 
 The first run installs PyTorch; see pytorch/install.py. On a busy machine PyTorch's threads lose much time in waiting for one
 another: compare the processor time of one thread there (--threads 1), or set OMP_WAIT_POLICY=passive.
@@ -34,6 +35,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="measured steps of a round")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
     parser.add_argument("--fused", action="store_true", help="PyTorch's AdamW in one kernel, not its default")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--bf16", action="store_true", help="both compute in bf16, with weights in f32")
+    parser.add_argument("--compile", action="store_true", help="PyTorch under torch.compile as well")
+    parser.add_argument("--python", type=Path, help="a Python with PyTorch, in place of the one that is installed")
     parser.add_argument("--gridgrad", type=Path, default=BENCHES.parent / "target" / "release" / "gridgrad")
     parser.add_argument("--short", action="store_true", help="one step of one small image, to see that everything runs")
     args = parser.parse_args()
@@ -52,8 +57,13 @@ def run(command: list) -> dict:
 def measure(args: argparse.Namespace) -> dict[str, list[dict]]:
     options = ["--model", args.model, "--batch", args.batch, "--image", args.image]
     options += ["--threads", args.threads, "--steps", args.steps, "--warmup", args.warmup]
-    pytorch = [install.interpreter(), BENCHES / "pytorch" / "step.py", *options, *["--fused"] * args.fused]
-    commands = {"PyTorch": pytorch, "gridgrad": [args.gridgrad, "bench", "step", "--json", *options]}
+    options += ["--device", args.device]
+    pytorch = [args.python or install.interpreter(), BENCHES / "pytorch" / "step.py", *options]
+    pytorch += ["--fused"] * args.fused + ["--bf16"] * args.bf16
+    gridgrad = [args.gridgrad, "bench", "step", "--json", *options, *["--precision", "bf16"] * args.bf16]
+    commands = {"PyTorch": pytorch, "gridgrad": gridgrad}
+    if args.compile:
+        commands["PyTorch compiled"] = [*pytorch, "--compile"]
     reports = {name: [] for name in commands}
     for number in range(args.rounds):
         order = list(commands) if number % 2 == 0 else list(reversed(commands))
@@ -64,18 +74,20 @@ def measure(args: argparse.Namespace) -> dict[str, list[dict]]:
     return reports
 
 
-def row(name: str, rounds: list[dict]) -> str:
+def row(name: str, rounds: list[dict], batch: int) -> str:
     steps = sorted(step for report in rounds for step in report["steps_ms"])
     quarter = len(steps) // 4
     spread = (steps[-1 - quarter] - steps[quarter]) / statistics.median(steps)
     cpu = statistics.median(report["cpu_ms"] for report in rounds)
     peak = max(report["peak_bytes"] for report in rounds) / 1e9
-    return f"| {name} | {statistics.median(steps):.0f} | {steps[0]:.0f} | {100 * spread:.0f} % | {cpu:.0f} | {peak:.2f} |"
+    median = statistics.median(steps)
+    speed = 1e3 * batch / median
+    return f"| {name} | {median:.0f} | {steps[0]:.0f} | {100 * spread:.0f} % | {speed:.1f} | {cpu:.0f} | {peak:.2f} |"
 
 
-def ratio(reports: dict[str, list[dict]], key: str) -> float:
-    """PyTorch's time over gridgrad's, of each the median over rounds."""
-    return statistics.median(report[key] for report in reports["PyTorch"]) / statistics.median(
+def ratio(reports: dict[str, list[dict]], name: str, key: str) -> float:
+    """The other's time over gridgrad's, of each the median over rounds."""
+    return statistics.median(report[key] for report in reports[name]) / statistics.median(
         report[key] for report in reports["gridgrad"]
     )
 
@@ -87,13 +99,21 @@ def main() -> None:
     held = reports["PyTorch"][0]["start_bytes"] / 1e9
     print(f"CrossFormer {args.model}, batch {args.batch}, {args.image} × {args.image}; threads: {args.threads}, ", end="")
     print(f"rounds: {args.rounds}, steps of a round: {args.steps}\n")
-    print("| | median ms | best ms | spread | processor ms | peak GB |")
-    print("|---|---|---|---|---|---|")
-    print(row(f"PyTorch {version}, {'fused' if args.fused else 'eager'}", reports["PyTorch"]))
-    print(row("gridgrad", reports["gridgrad"]))
-    wall, cpu = ratio(reports, "wall_ms"), ratio(reports, "cpu_ms")
-    print(f"\nPyTorch takes {wall:.2f} times gridgrad's wall time and {cpu:.2f} times its processor time (ratios of medians).")
-    print(f"Spread: middle half of the steps over the median. PyTorch's peak includes the {held:.2f} GB of the imported library.")
+    print("| | median ms | best ms | spread | images/s | processor ms | peak GB |")
+    print("|---|---|---|---|---|---|---|")
+    titles = {"PyTorch": f"PyTorch {version}, {'fused' if args.fused else 'eager'}", "PyTorch compiled": f"PyTorch {version}, compiled"}
+    for name in reports:
+        print(row(titles.get(name, name), reports[name], args.batch))
+    print()
+    for name in reports:
+        if name != "gridgrad":
+            wall, cpu = ratio(reports, name, "wall_ms"), ratio(reports, name, "cpu_ms")
+            print(f"{name} takes {wall:.2f} times gridgrad's wall time and {cpu:.2f} times its processor time (ratios of medians).")
+    print("Spread: middle half of the steps over the median. ", end="")
+    if args.device == "cpu":
+        print(f"PyTorch's peak includes the {held:.2f} GB of the imported library.")
+    else:
+        print("Peak: tensors on the device.")
 
 
 if __name__ == "__main__":

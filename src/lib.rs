@@ -38,6 +38,7 @@
 //! | [`cpu`] | what CPU implementations share: vectors, threads, matrix products |
 //! | [`random`] | counter-based random numbers |
 //! | [`driver`] | what GPUs this machine has, and the emulator |
+//! | [`kernels`] | the GPU kernels: what they take of a multiprocessor, move and compute |
 //! | [`file`](mod@file) | files written whole or not at all |
 //!
 //! # What holds everywhere
@@ -56,7 +57,7 @@ pub mod driver;
 mod error;
 pub mod file;
 mod gpu;
-mod kernels;
+pub mod kernels;
 pub mod methods;
 pub mod models;
 pub mod nn;

@@ -4,6 +4,10 @@ Prints one line of JSON with the keys of `gridgrad bench step --json` that have 
 PyTorch holds before there is a network. Runs in the environment that install.py makes.
 
     python step.py --model small --batch 8 --image 224 --threads 2 --steps 5
+    python step.py --model small --batch 256 --device cuda --bf16 --compile
+
+On a GPU the step waits for the device between its parts, as `gridgrad bench step` does, and `peak_bytes` is the most memory of
+tensors there.
 """
 
 import argparse
@@ -36,25 +40,38 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--fused", action="store_true", help="AdamW in one kernel per parameter, not the default")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--bf16", action="store_true", help="the network computes in bf16, by autocast")
+    parser.add_argument("--compile", action="store_true", help="torch.compile around the network")
     args = parser.parse_args()
+    device = torch.device(args.device)
+    on_gpu = device.type == "cuda"
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     start_bytes = memory("VmRSS")
-    model = crossformer.CrossFormer(img_size=args.image, **crossformer.config(args.model)).train()
+    model = crossformer.CrossFormer(img_size=args.image, **crossformer.config(args.model)).train().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=args.fused or None)
-    images = torch.randn(args.batch, 3, args.image, args.image)
-    labels = torch.randint(1000, (args.batch,))
+    network = torch.compile(model) if args.compile else model
+    images = torch.randn(args.batch, 3, args.image, args.image, device=device)
+    labels = torch.randint(1000, (args.batch,), device=device)
+
+    def now() -> float:
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
 
     def step() -> list[float]:
-        times = [time.perf_counter()]
+        times = [now()]
         optimizer.zero_grad(set_to_none=True)
-        loss = functional.cross_entropy(model(images), labels)
-        times.append(time.perf_counter())
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            logits = network(images)
+        loss = functional.cross_entropy(logits.float(), labels)
+        times.append(now())
         loss.backward()
-        times.append(time.perf_counter())
+        times.append(now())
         optimizer.step()
-        times.append(time.perf_counter())
+        times.append(now())
         parts = [1e3 * (end - start) for start, end in zip(times, times[1:])]
         return [sum(parts), *parts]
 
@@ -72,7 +89,8 @@ def main() -> None:
         "optimizer_ms": update,
         "cpu_ms": 1e3 * cpu / args.steps,
         "start_bytes": start_bytes,
-        "peak_bytes": memory("VmHWM"),
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else memory("VmHWM"),
+        "images_per_second": 1e3 * args.batch / wall,
         "steps_ms": [times[0] for times in steps],
     }
     print(json.dumps(report))

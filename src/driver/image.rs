@@ -8,6 +8,11 @@ pub(crate) fn image(module: &str) -> Option<&'static [u8]> {
     KERNELS.iter().find(|(name, _)| *name == module).map(|(_, image)| *image)
 }
 
+/// Every module with its code.
+pub(crate) fn images() -> impl Iterator<Item = (&'static str, &'static [u8])> {
+    KERNELS.iter().copied()
+}
+
 /// Whether this build of the crate holds GPU kernels. Without nvcc, or without the feature `cuda`, it holds none.
 pub fn kernels_built() -> bool {
     !KERNELS.is_empty()

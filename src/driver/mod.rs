@@ -11,7 +11,8 @@
 pub(crate) mod cuda;
 #[cfg(feature = "emulator")]
 pub mod emulator;
-mod image;
+pub(crate) mod fatbin;
+pub(crate) mod image;
 mod probe;
 pub(crate) mod seam;
 
@@ -20,6 +21,8 @@ use seam::{Arguments, Driver, Function, Geometry, MatrixProduct};
 use crate::tensor::Device;
 use crate::{Error, Result};
 
+#[cfg(feature = "cudnn")]
+pub use cuda::cudnn;
 pub use image::kernels_built;
 pub use probe::*;
 
@@ -60,6 +63,14 @@ pub(crate) fn launch(
     // only reused by later work of the same stream. That kernels stay within their buffers is what the emulator's guard
     // pages test for every op.
     unsafe { driver.launch(function, geometry, arguments) }
+}
+
+/// Whether cuBLASLt, to which a GPU's matrix products go where they can, is found on this machine.
+pub fn has_cublaslt() -> bool {
+    #[cfg(feature = "cuda")]
+    return cuda::has_cublaslt();
+    #[cfg(not(feature = "cuda"))]
+    false
 }
 
 /// A matrix product by the vendor's library; false where there is none for it.

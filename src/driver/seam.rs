@@ -3,6 +3,9 @@
 //! Everything runs in order on one stream. A call that returns `Ok` has been accepted, not finished; an error of the
 //! work itself comes with a later call, at the latest with [`Driver::synchronize`].
 
+use std::ffi::c_void;
+use std::time::Duration;
+
 use crate::Result;
 use crate::tensor::{DType, Device};
 
@@ -203,6 +206,15 @@ pub trait Graph: Send {
     fn launch(&self) -> Result<()>;
 }
 
+/// A stretch of a device's work that is being timed.
+pub trait Timer: Send {
+    /// Waits for the work up to here and tells how long it took since the timer was started.
+    ///
+    /// # Errors
+    /// Where any of it failed.
+    fn stop(self: Box<Self>) -> Result<Duration>;
+}
+
 /// A machine that runs kernels. One stream, in order.
 pub trait Driver: Send + Sync {
     /// The device it drives.
@@ -281,6 +293,23 @@ pub trait Driver: Send + Sync {
     /// # Errors
     /// Where any of it failed.
     fn synchronize(&self) -> Result<()>;
+
+    /// Starts a timer behind all work so far; `None` where the device has no clock of its own, and the host's serves.
+    ///
+    /// # Errors
+    /// Where the device refuses.
+    fn start_timer(&self) -> Result<Option<Box<dyn Timer>>> {
+        Ok(None)
+    }
+
+    /// Lends the stream to another library of the vendor's: `body` gets its handle, with the device's context current.
+    ///
+    /// # Errors
+    /// Those of `body`; `DeviceUnavailable` where the device has no stream that libraries know.
+    fn lend_stream(&self, _body: &mut dyn FnMut(*mut c_void) -> Result<()>) -> Result<()> {
+        let reason = "no library of NVIDIA's works on it".into();
+        Err(crate::Error::DeviceUnavailable { device: self.device(), reason })
+    }
 
     /// From here on, launches, products, copies within the device and fills are recorded and not run.
     ///

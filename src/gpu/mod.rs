@@ -12,6 +12,7 @@ mod tests;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::driver::seam::{Address, Driver, Properties};
 use crate::tensor::{Device, MemoryStats};
@@ -106,6 +107,24 @@ impl Gpu {
     pub fn synchronize(&self) -> Result<()> {
         self.waits.fetch_add(1, Ordering::Relaxed);
         self.driver.synchronize()
+    }
+
+    /// How long the work of `body` takes: by the device's clock, or where it has none by the host's, with waits before
+    /// and behind.
+    ///
+    /// # Errors
+    /// Those of `body`, and where work failed.
+    pub fn time(&self, body: impl FnOnce() -> Result<()>) -> Result<Duration> {
+        self.synchronize()?;
+        if let Some(timer) = self.driver.start_timer()? {
+            body()?;
+            self.waits.fetch_add(1, Ordering::Relaxed);
+            return timer.stop();
+        }
+        let start = Instant::now();
+        body()?;
+        self.synchronize()?;
+        Ok(start.elapsed())
     }
 
     /// How often the host has waited for the device: synchronisations and copies to the host.

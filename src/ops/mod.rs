@@ -65,6 +65,7 @@ pub(crate) use elementwise::add_in_place;
 /// What the rest of the crate needs of the GPU's kernels.
 pub(crate) mod gpu {
     use crate::gpu::Signature;
+    use crate::kernels::Costs;
 
     pub(crate) use super::elementwise::gpu::{cast, full};
 
@@ -97,5 +98,30 @@ pub(crate) mod gpu {
             softmax::gpu::KERNELS,
         ];
         rooms.into_iter().flatten().copied()
+    }
+
+    /// What they move and compute, room by room.
+    pub(crate) fn costs() -> impl Iterator<Item = &'static Costs> {
+        use super::*;
+        let rooms: [&Costs; 17] = [
+            &batch_norm::cost::COSTS,
+            &conv2d::cost::COSTS,
+            &cross_scale_embedding::cost::COSTS,
+            &dropout::cost::COSTS,
+            &elementwise::cost::COSTS,
+            &gather::cost::COSTS,
+            &layer_norm::cost::COSTS,
+            &layout::cost::COSTS,
+            &linear::cost::COSTS,
+            &loss::cost::COSTS,
+            &lsda::cost::COSTS,
+            &matmul::cost::COSTS,
+            &pool::cost::COSTS,
+            &position_bias::cost::COSTS,
+            &reduce::cost::COSTS,
+            &resample::cost::COSTS,
+            &softmax::cost::COSTS,
+        ];
+        rooms.into_iter()
     }
 }

@@ -1,5 +1,7 @@
 //! Where tensors live.
 
+use std::time::{Duration, Instant};
+
 use super::buffer::{MemoryStats, memory_stats, release_cached, reset_peak};
 use crate::gpu::Gpu;
 use crate::{Error, Result};
@@ -72,6 +74,30 @@ impl Device {
         match self {
             Device::Cpu => Ok(()),
             device => Gpu::open(device)?.synchronize(),
+        }
+    }
+
+    /// How long the work that `body` gives this device takes: on a GPU by its own clock, from the first launch to the
+    /// end of the last, so that what the host does meanwhile counts only where the GPU waits for it.
+    ///
+    /// # Errors
+    /// Those of `body`, where work failed, and as [`Device::memory_stats`].
+    ///
+    /// ```
+    /// use gridgrad::{DType, Device, Tensor};
+    /// let x = Tensor::ones([64, 64], DType::F32)?;
+    /// let time = Device::Cpu.time(|| x.matmul(&x).map(drop))?;
+    /// assert!(time.as_nanos() > 0);
+    /// # Ok::<(), gridgrad::Error>(())
+    /// ```
+    pub fn time(self, body: impl FnOnce() -> Result<()>) -> Result<Duration> {
+        match self {
+            Device::Cpu => {
+                let start = Instant::now();
+                body()?;
+                Ok(start.elapsed())
+            }
+            device => Gpu::open(device)?.time(body),
         }
     }
 

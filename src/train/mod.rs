@@ -72,6 +72,8 @@ pub(crate) fn gpu_kernels() -> impl Iterator<Item = crate::gpu::Signature> {
     [device::KERNELS, optimizer::gpu::KERNELS, ema::KERNELS].into_iter().flatten().copied()
 }
 
+pub(crate) use device::cost::COSTS as GPU_COSTS;
+
 /// What keeps `got` from taking the place of `expected`: tensors missing, surplus, or of another shape or dtype.
 fn state_problems(expected: &StateDict, got: &StateDict) -> Vec<String> {
     let mut problems = Vec::new();

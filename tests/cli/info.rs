@@ -40,8 +40,27 @@ fn info_refuses_images_that_cannot_be() {
 }
 
 #[test]
+fn kernels_are_listed_with_their_formulas() {
+    let shown = succeeds(Path::new("."), &["kernels", "softmax"]);
+    assert!(shown.contains("softmax_backward  (kernels/softmax.cu)"), "{shown}");
+    assert!(shown.contains("bytes 3 rows width s") && shown.contains("width: elements of a row"), "{shown}");
+    let shown = succeeds(Path::new("."), &["kernels", "--json"]);
+    let all: Value = serde_json::from_str(&shown).unwrap();
+    let kernels = all["kernels"].as_array().unwrap();
+    assert!(kernels.iter().any(|kernel| kernel["name"] == "lsda_forward"), "{shown}");
+    for kernel in kernels {
+        for instance in kernel["instances"].as_array().unwrap() {
+            let code = instance["code"].as_array().unwrap();
+            assert_eq!(code.is_empty(), all["gpu_code"] == false, "{instance}");
+            assert!(code.iter().all(|code| code["registers"].as_u64().unwrap() > 0), "{instance}");
+        }
+    }
+    refused_in_one_line(Path::new("."), &["kernels", "nonsense"], &["'nonsense'"]);
+}
+
+#[test]
 fn every_level_has_help() {
-    let commands = ["train", "eval", "predict", "info", "run", "certify", "bench", "doctor"];
+    let commands = ["train", "eval", "predict", "info", "run", "certify", "bench", "kernels", "doctor"];
     let top = succeeds(Path::new("."), &["--help"]);
     for command in commands {
         assert!(top.contains(&format!("\n  {command} ")), "{command} is not in {top}");

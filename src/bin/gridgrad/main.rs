@@ -11,6 +11,7 @@ mod device;
 mod doctor;
 mod eval;
 mod info;
+mod kernels;
 mod output;
 mod pictures;
 mod predict;
@@ -47,6 +48,8 @@ enum Command {
     Certify(certify::Certify),
     /// Measures the speed of training on this machine.
     Bench(bench::BenchArgs),
+    /// Lists the GPU kernels: registers, shared memory, occupancy, bytes and FLOPs.
+    Kernels(kernels::KernelsArgs),
     /// Shows what this machine offers: processor, memory, GPU, data sets.
     Doctor {
         /// Prints one JSON object instead of words.
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
         Command::Run(run) => run::run(&run),
         Command::Certify(args) => certify::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Kernels(args) => kernels::run(&args),
         Command::Doctor { json } => doctor::run(json),
     });
     match outcome {

@@ -4,7 +4,9 @@
 //! - `memory`: allocation in stream order, copies, fills.
 //! - `launch`: modules, kernels, launches.
 //! - `graph`: recording and replay.
+//! - `timer`: how long work takes, by the device's clock.
 //! - `cublaslt`: matrix products, where NVIDIA's library is found (`libraries`).
+//! - `cudnn`: NVIDIA's convolutions and norms, as a baseline of benchmarks (feature `cudnn`).
 //! - `errors`: the driver's codes as the crate's errors.
 //!
 //! Three variables of the environment are read when a [`Cuda`] is made: `GRIDGRAD_SYNC=1` waits after every launch, so
@@ -12,6 +14,8 @@
 //! `GRIDGRAD_CUDA_LIBS` is a folder to look for NVIDIA's libraries in first.
 
 mod cublaslt;
+#[cfg(feature = "cudnn")]
+pub mod cudnn;
 mod errors;
 mod graph;
 mod launch;
@@ -20,6 +24,7 @@ mod memory;
 mod stream;
 #[cfg(all(test, target_os = "linux"))]
 mod tests;
+mod timer;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -31,7 +36,7 @@ use self::cublaslt::Products;
 use self::launch::Modules;
 use self::memory::Staging;
 use self::stream::{Stream, lock, unavailable};
-use super::seam::{Address, Arguments, Driver, Function, Geometry, Graph, MatrixProduct, Properties};
+use super::seam::{Address, Arguments, Driver, Function, Geometry, Graph, MatrixProduct, Properties, Timer};
 use crate::tensor::Device;
 use crate::{Error, Result};
 
@@ -90,6 +95,7 @@ const CALLS: &[&str] = &[
     "cuEventCreate",
     "cuEventRecord",
     "cuEventSynchronize",
+    "cuEventElapsedTime_v2",
     "cuEventDestroy_v2",
     "cuMemPoolSetAttribute",
     "cuMemPoolTrimTo",
@@ -137,6 +143,11 @@ impl Cuda {
         let (modules, promised) = (Mutex::default(), Mutex::default());
         Ok(Cuda(Arc::new(Gpu { properties, images, products, staging, modules, promised, pool, stream })))
     }
+}
+
+/// Whether matrix products go to cuBLASLt.
+pub(crate) fn has_cublaslt() -> bool {
+    libraries::load_cublaslt()
 }
 
 fn is_set(variable: &str) -> bool {
@@ -251,6 +262,15 @@ impl Driver for Cuda {
 
     fn synchronize(&self) -> Result<()> {
         self.0.stream.unrecorded_turn("synchronize")?.synchronize()
+    }
+
+    fn start_timer(&self) -> Result<Option<Box<dyn Timer>>> {
+        Ok(Some(Box::new(timer::Stretch::start(&self.0.stream)?)))
+    }
+
+    fn lend_stream(&self, body: &mut dyn FnMut(*mut std::ffi::c_void) -> Result<()>) -> Result<()> {
+        let turn = self.0.stream.turn()?;
+        body(turn.raw().cast())
     }
 
     fn begin_capture(&self) -> Result<()> {

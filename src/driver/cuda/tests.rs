@@ -116,6 +116,24 @@ fn launch(cuda: &Cuda, function: &Function, grid: u32, shared: u32) -> Result<()
 const LAUNCHED: &str = "4 2 1, 128 1 1, 0: 2211000000000000 010000000200000003000000 0000803f\n";
 
 #[test]
+fn work_is_timed_between_two_events() {
+    in_child("work_is_timed_between_two_events", &[], || {
+        let cuda = stand_in();
+        log();
+        let timer = cuda.start_timer().unwrap().unwrap();
+        let address = cuda.allocate(16).unwrap();
+        assert_eq!(timer.stop().unwrap(), std::time::Duration::from_micros(1500));
+        assert_eq!(log().matches("event").count(), 2);
+        cuda.free(address, 16);
+
+        let timer = cuda.start_timer().unwrap().unwrap();
+        fail(c"cuEventRecord", 1);
+        assert!(timer.stop().unwrap_err().to_string().contains("cuEventRecord"));
+        fail(c"", 0);
+    });
+}
+
+#[test]
 fn memory_goes_there_and_back() {
     in_child("memory_goes_there_and_back", &[], || {
         let cuda = stand_in();

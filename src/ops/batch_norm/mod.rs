@@ -1,5 +1,6 @@
 //! Batch normalisation (Ioffe and Szegedy 2015).
 
+pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
 

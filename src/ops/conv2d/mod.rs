@@ -5,6 +5,7 @@
 //! arguments that are left, and each is a recorded function whose backward rule is the other two. So convolutions have
 //! derivatives of every order.
 
+pub(crate) mod cost;
 mod cpu;
 mod depthwise;
 pub(crate) mod depthwise_gpu;

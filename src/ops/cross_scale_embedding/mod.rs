@@ -1,6 +1,7 @@
 //! Cross-scale embedding: several convolutions of one stride with concentric windows, side by side in the channels
 //! (CrossFormer, section 3.1).
 
+pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
 mod images;

@@ -4,6 +4,7 @@
 //! the stream's number i, as 32 bits, is at least p · 2³². So the backward makes the mask again instead of keeping it,
 //! and any device makes the same one. A NaN or an infinity that is dropped becomes NaN, not 0.
 
+pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
 #[cfg(all(test, feature = "emulator"))]

@@ -1,5 +1,6 @@
 //! Functions of one, two or three tensors, element by element, with NumPy's broadcasting.
 
+pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
 

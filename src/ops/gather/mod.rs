@@ -4,6 +4,7 @@
 //! look at them the host would have to wait: there, what such an index reads is NaN, and so is every sum of a scatter
 //! with such an index.
 
+pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
 

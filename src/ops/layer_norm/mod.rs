@@ -1,5 +1,6 @@
 //! Normalisation of the last axis.
 
+pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
 

@@ -1,5 +1,6 @@
 //! Changes of shape, order and type: reshape, permute, narrow, pad, concat, broadcast and cast.
 
+pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
 

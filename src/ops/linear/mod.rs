@@ -1,5 +1,6 @@
 //! Affine maps of the last axis, alone and with a GELU behind them.
 
+pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
 

@@ -1,5 +1,6 @@
 //! Losses: cross entropy, fused, and two that are short compositions of other ops.
 
+pub(crate) mod cost;
 mod cpu;
 mod cross_entropy;
 pub(crate) mod gpu;

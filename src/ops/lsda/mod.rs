@@ -4,6 +4,7 @@
 //! Tokens are read and written in the layout of the projections; there is no partition, no padding copy and no score
 //! matrix in memory. The backward pass recomputes the scores.
 
+pub(crate) mod cost;
 mod cpu;
 mod dropout;
 pub(crate) mod gpu;

@@ -1,5 +1,6 @@
 //! Batched matrix products.
 
+pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
 

@@ -1,5 +1,6 @@
 //! Largest values and averages over windows of a map.
 
+pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
 

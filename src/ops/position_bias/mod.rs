@@ -2,6 +2,7 @@
 //! 3.3), evaluated once on the grid of all offsets. The networks of several blocks are evaluated together: one of them
 //! is far too little work for a GPU.
 
+pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
 

@@ -1,5 +1,6 @@
 //! Sums, means, extrema and arg-extrema over axes. Each sum has a fixed order, so results do not depend on threads.
 
+pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
 

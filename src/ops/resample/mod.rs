@@ -3,6 +3,7 @@
 //! Every output line is a weighted sum of input lines, and every output column of input columns. Such a map is linear,
 //! and its transpose is another one of its kind, so it has derivatives of every order.
 
+pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
 

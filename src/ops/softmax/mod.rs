@@ -1,5 +1,6 @@
 //! Softmax and its logarithm.
 
+pub(crate) mod cost;
 pub(crate) mod cpu;
 pub(crate) mod gpu;
 

@@ -4,6 +4,7 @@
 //! in a state on the device (`StepState` in `kernels/training.cu`). The host reads a report of the last steps once in a
 //! while. A refused step and all after it leave the weights as they were.
 
+pub(super) mod cost;
 mod tables;
 
 use super::precision::{LossScale, LossScaling};
