@@ -1,5 +1,7 @@
 //! Published networks, with their parameter names.
 
 pub mod crossformer;
+pub mod resnet;
 
 pub use crossformer::{CrossFormer, CrossFormerConfig};
+pub use resnet::{ResNet, ResNetConfig};
