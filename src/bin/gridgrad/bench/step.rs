@@ -11,7 +11,7 @@ use gridgrad::{DType, Device, Result, Tensor};
 use serde::Serialize;
 
 use super::measure::{cpu_time, median, milliseconds, peak_bytes};
-use super::network::{Network, names};
+use super::network::Network;
 use crate::device::DeviceFlag;
 
 #[derive(Args)]
