@@ -133,28 +133,49 @@ pub struct Conv2d {
 }
 
 impl Conv2d {
-    /// A convolution with square kernels.
+    /// A convolution with square kernels and PyTorch's default initialisation.
     ///
     /// # Errors
     /// Where `groups` does not divide the channels, or a name is taken.
     pub fn new(
         scope: &Scope,
-        [in_channels, out_channels]: [usize; 2],
+        channels: [usize; 2],
         kernel: usize,
         bias: bool,
+        options: ops::Conv2dOptions,
+    ) -> Result<Self> {
+        let fan = [channels[1], channels[0] / options.groups.max(1), kernel, kernel];
+        let default = Initializer::default_bias(&Shape::from(fan));
+        Self::with_init(scope, channels, kernel, Initializer::DEFAULT, bias.then_some(default), options)
+    }
+
+    /// A convolution with square kernels, `weight` and, where given, `bias` drawn from these.
+    ///
+    /// # Errors
+    /// Where `groups` does not divide the channels, or a name is taken.
+    pub fn with_init(
+        scope: &Scope,
+        [in_channels, out_channels]: [usize; 2],
+        kernel: usize,
+        weight: Initializer,
+        bias: Option<Initializer>,
         options: ops::Conv2dOptions,
     ) -> Result<Self> {
         if options.groups == 0 || !in_channels.is_multiple_of(options.groups) {
             let message = format!("{} groups do not divide {in_channels} channels", options.groups);
             return Err(Error::argument("Conv2d", message));
         }
-        let shape = Shape::from([out_channels, in_channels / options.groups, kernel, kernel]);
-        let default = Initializer::default_bias(&shape);
+        let shape = [out_channels, in_channels / options.groups, kernel, kernel];
         Ok(Conv2d {
-            weight: scope.parameter("weight", shape, Initializer::DEFAULT)?,
-            bias: bias.then(|| scope.parameter("bias", [out_channels], default)).transpose()?,
+            weight: scope.parameter("weight", shape, weight)?,
+            bias: bias.map(|bias| scope.parameter("bias", [out_channels], bias)).transpose()?,
             options,
         })
+    }
+
+    /// How its kernels move.
+    pub fn options(&self) -> ops::Conv2dOptions {
+        self.options
     }
 
     /// (batch, height, width, in) to (batch, height, width, out).

@@ -6,7 +6,7 @@ use super::metrics::{Evaluation, RunningMeans, top_hits};
 use super::precision::Precision;
 use crate::autograd::no_grad;
 use crate::data::{Batch, Loader};
-use crate::models::CrossFormer;
+use crate::models::{CrossFormer, NetworkInNetwork, ResNet};
 use crate::nn::{Context, Parameters};
 use crate::ops::{CrossEntropyOptions, Reduction, Targets, cross_entropy};
 use crate::{DType, Device, Error, Result, Tensor};
@@ -23,15 +23,21 @@ pub trait Classifier {
     fn parameters(&self) -> &Parameters;
 }
 
-impl Classifier for CrossFormer {
-    fn forward(&self, images: &Tensor, context: &Context) -> Result<Tensor> {
-        self.logits(images, context)
-    }
+macro_rules! classify_by_logits {
+    ($($network:ty),*) => {$(
+        impl Classifier for $network {
+            fn forward(&self, images: &Tensor, context: &Context) -> Result<Tensor> {
+                self.logits(images, context)
+            }
 
-    fn parameters(&self) -> &Parameters {
-        CrossFormer::parameters(self)
-    }
+            fn parameters(&self) -> &Parameters {
+                <$network>::parameters(self)
+            }
+        }
+    )*};
 }
+
+classify_by_logits!(CrossFormer, NetworkInNetwork, ResNet);
 
 /// A source of batches, the same every time it is asked.
 pub trait Batches {

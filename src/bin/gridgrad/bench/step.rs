@@ -1,40 +1,23 @@
-//! `gridgrad bench`: how fast this machine trains.
+//! Training steps.
 
 use std::time::{Duration, Instant};
 
-use clap::{Args, Subcommand, value_parser};
-use gridgrad::models::crossformer::NAMES;
-use gridgrad::models::{CrossFormer, CrossFormerConfig};
+use clap::{Args, value_parser};
 use gridgrad::nn::Context;
 use gridgrad::ops::{CrossEntropyOptions, Targets, cross_entropy};
 use gridgrad::random::Philox;
-use gridgrad::train::{Optimizer, OptimizerConfig, Precision};
-use gridgrad::{DType, Device, Error, Result, Tensor};
+use gridgrad::train::{Optimizer, Precision};
+use gridgrad::{DType, Device, Result, Tensor};
 use serde::Serialize;
 
+use super::measure::{cpu_time, median, milliseconds, peak_bytes};
+use super::network::Network;
 use crate::device::DeviceFlag;
-use crate::output::print;
-
-/// Classes of the measured network: those of ImageNet-1K.
-const CLASSES: usize = 1000;
-
-/// What to measure.
-#[derive(Args)]
-pub struct BenchArgs {
-    #[command(subcommand)]
-    what: What,
-}
-
-#[derive(Subcommand)]
-enum What {
-    /// Times training steps of a CrossFormer on random images: forward, backward, optimizer.
-    Step(StepArgs),
-}
 
 #[derive(Args)]
-struct StepArgs {
-    /// Size of the network.
-    #[arg(long, default_value = "small", value_parser = NAMES)]
+pub struct StepArgs {
+    /// Name of the network: a CrossFormer's size or another of those that an unknown name lists.
+    #[arg(long, default_value = "small")]
     model: String,
     /// Images of a step.
     #[arg(long, default_value_t = 8, value_parser = value_parser!(u16).range(1..))]
@@ -55,24 +38,12 @@ struct StepArgs {
     precision: Precision,
     /// Prints one line of JSON.
     #[arg(long)]
-    json: bool,
-}
-
-/// Runs the benchmark and prints what it found.
-pub fn run(args: BenchArgs) -> Result<()> {
-    let What::Step(args) = args.what;
-    let report = measure(&args)?;
-    let text = if args.json {
-        serde_json::to_string(&report).map_err(|error| Error::Config(format!("cannot write JSON: {error}")))? + "\n"
-    } else {
-        report.to_string()
-    };
-    print(&text)
+    pub json: bool,
 }
 
 /// Times are medians over the steps, in milliseconds.
 #[derive(Serialize)]
-struct Report {
+pub struct Report {
     model: String,
     batch: usize,
     image: [usize; 2],
@@ -108,15 +79,11 @@ impl Step {
     }
 }
 
-fn measure(args: &StepArgs) -> Result<Report> {
-    let mut config = CrossFormerConfig::named(&args.model, CLASSES)?;
-    if let Some(side) = args.image {
-        config.img_size = [side.into(); 2];
-    }
-    let (image, batch) = (config.img_size, usize::from(args.batch));
+pub fn measure(args: &StepArgs) -> Result<Report> {
+    let network = Network::new(&args.model, args.image)?;
+    let (image, products, batch) = (network.image, network.products, usize::from(args.batch));
     let (device, compute) = (args.device.get()?, args.precision.compute_dtype());
-    let mut trainer = Trainer::new(config, batch, device, compute)?;
-    let products = trainer.model.cost()?.total().products;
+    let mut trainer = Trainer::new(network, batch, device, compute)?;
     for number in 0..args.warmup {
         trainer.step(number)?;
     }
@@ -148,7 +115,7 @@ fn measure(args: &StepArgs) -> Result<Report> {
 
 /// A network with one batch of random images and labels.
 struct Trainer {
-    model: CrossFormer,
+    network: Network,
     optimizer: Optimizer,
     images: Tensor,
     labels: Tensor,
@@ -157,28 +124,26 @@ struct Trainer {
 }
 
 impl Trainer {
-    fn new(config: CrossFormerConfig, batch: usize, device: Device, compute: DType) -> Result<Self> {
+    fn new(network: Network, batch: usize, device: Device, compute: DType) -> Result<Self> {
         let stream = Philox::new(0);
-        let ([height, width], channels) = (config.img_size, config.in_chans);
-        let labels: Vec<i64> =
-            (0..batch).map(|image| stream.stream("labels").below(image as u64, CLASSES) as i64).collect();
-        let model = CrossFormer::new(config, 0, DType::F32)?;
-        model.parameters().to_device(device)?;
-        let images = Tensor::randn([batch, height, width, channels], DType::F32, stream.stream("images"))?;
+        let label = |image: usize| stream.stream("labels").below(image as u64, network.classes) as i64;
+        let labels: Vec<i64> = (0..batch).map(label).collect();
+        let parameters = network.model.parameters();
+        parameters.to_device(device)?;
         Ok(Trainer {
-            optimizer: Optimizer::new(model.parameters(), OptimizerConfig::default())?,
-            model,
-            images: images.cast(compute)?.to_device(device)?,
+            optimizer: Optimizer::new(parameters, network.optimizer.clone())?,
+            images: network.images(batch, compute, device)?,
             labels: Tensor::new(&labels, [batch])?.to_device(device)?,
             device,
             stream: stream.stream("steps"),
+            network,
         })
     }
 
     fn step(&mut self, number: u32) -> Result<Step> {
         let start = Instant::now();
         let context = Context::train(self.stream.fork(number.into()));
-        let logits = self.model.logits(&self.images, &context)?.cast(DType::F32)?;
+        let logits = self.network.model.forward(&self.images, &context)?.cast(DType::F32)?;
         let loss = cross_entropy(&logits, Targets::Labels(&self.labels), CrossEntropyOptions::default())?;
         drop(logits);
         self.device.synchronize()?;
@@ -192,33 +157,6 @@ impl Trainer {
         self.device.synchronize()?;
         Ok(Step { forward, backward, optimizer: start.elapsed() - forward - backward })
     }
-}
-
-fn milliseconds(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e3
-}
-
-/// The middle value; of an even number, the mean of the two. `values` is not empty.
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let half = values.len() / 2;
-    if values.len() % 2 == 1 { values[half] } else { (values[half - 1] + values[half]) / 2.0 }
-}
-
-/// Processor time of all threads so far, in the system's ticks of 10 ms.
-fn cpu_time() -> Option<Duration> {
-    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
-    // The second field, the program's name in brackets, may hold spaces; user and system time are the 14th and 15th.
-    let (_, fields) = stat.rsplit_once(')')?;
-    let ticks = fields.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().ok());
-    ticks.sum::<Option<u64>>().map(|ticks| Duration::from_millis(10 * ticks))
-}
-
-/// Largest resident memory so far.
-fn peak_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    line.split_whitespace().next()?.parse::<u64>().ok().map(|kibibytes| 1024 * kibibytes)
 }
 
 impl std::fmt::Display for Report {

@@ -1,0 +1,109 @@
+//! Clocks, memory, and the limits of the machine.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use gridgrad::cpu::{parallel, simd};
+use serde::Serialize;
+
+pub fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+/// The middle value; of an even number, the mean of the two. `values` is not empty.
+pub fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let half = values.len() / 2;
+    if values.len() % 2 == 1 { values[half] } else { (values[half - 1] + values[half]) / 2.0 }
+}
+
+/// Processor time of all threads so far, in the system's ticks of 10 ms.
+pub fn cpu_time() -> Option<Duration> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // The second field, the program's name in brackets, may hold spaces; user and system time are the 14th and 15th.
+    let (_, fields) = stat.rsplit_once(')')?;
+    let ticks = fields.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().ok());
+    ticks.sum::<Option<u64>>().map(|ticks| Duration::from_millis(10 * ticks))
+}
+
+/// Largest resident memory so far.
+pub fn peak_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.split_whitespace().next()?.parse::<u64>().ok().map(|kibibytes| 1024 * kibibytes)
+}
+
+/// The most that the processor does with all its threads: the best of several rounds.
+#[derive(Serialize)]
+pub struct Peak {
+    threads: usize,
+    instruction_set: &'static str,
+    /// Of `f32` fused multiply-adds in registers, two operations each.
+    gflops: f64,
+    /// Read and written by a copy between arrays that no cache holds.
+    copy_gb_per_s: f64,
+}
+
+impl Peak {
+    pub fn of_this_machine() -> Self {
+        const ROUNDS: usize = 5;
+        let threads = rayon::current_num_threads();
+        let best = |measure: &dyn Fn() -> f64| (0..ROUNDS).map(|_| measure()).fold(0.0, f64::max);
+        let source = vec![1.0f32; 1 << 25];
+        let mut target = source.clone();
+        let copy_gb_per_s = (0..ROUNDS).map(|_| copy(&source, &mut target)).fold(0.0, f64::max);
+        Peak {
+            threads,
+            instruction_set: simd::instruction_set(),
+            gflops: best(&|| multiply_adds(threads)),
+            copy_gb_per_s,
+        }
+    }
+}
+
+/// GFLOP/s of all threads.
+fn multiply_adds(threads: usize) -> f64 {
+    const STEPS: u64 = 4_000_000;
+    let (start, mut sums) = (Instant::now(), vec![0.0f32; threads]);
+    parallel::pieces_mut(&mut sums, 1, |_, sum| sum[0] = chains(STEPS, black_box(0.5), black_box(0.25)));
+    black_box(sums);
+    (2 * CHAINS as u64 * LANES as u64 * STEPS * threads as u64) as f64 / start.elapsed().as_secs_f64() / 1e9
+}
+
+/// Enough independent vectors to hide the latency of one behind the others, few enough for the registers.
+const CHAINS: usize = 12;
+const LANES: usize = if cfg!(debug_assertions) { 8 } else { 16 };
+
+fn chains(steps: u64, factor: f32, term: f32) -> f32 {
+    simd::dispatch(
+        #[inline(always)]
+        || {
+            let mut values = [[1.0f32; LANES]; CHAINS];
+            for _ in 0..steps {
+                for value in &mut values {
+                    for lane in value {
+                        *lane = lane.mul_add(factor, term);
+                    }
+                }
+            }
+            values.as_flattened().iter().sum()
+        },
+    )
+}
+
+/// GB/s, reading and writing counted.
+fn copy(source: &[f32], target: &mut [f32]) -> f64 {
+    let start = Instant::now();
+    parallel::map(source, target, |value: f32| value);
+    let seconds = start.elapsed().as_secs_f64();
+    black_box(&target[0]);
+    (8 * source.len()) as f64 / seconds / 1e9
+}
+
+impl std::fmt::Display for Peak {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        writeln!(f, "threads: {}, vectors: {}", self.threads, self.instruction_set)?;
+        writeln!(f, "multiply-adds  {:>8.1} GFLOP/s in f32", self.gflops)?;
+        writeln!(f, "copy           {:>8.1} GB/s, reading and writing", self.copy_gb_per_s)
+    }
+}
