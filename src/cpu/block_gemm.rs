@@ -216,3 +216,87 @@ impl MultiplyTransposed<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::Philox;
+
+    fn random(len: usize, seed: u64) -> Vec<f32> {
+        (0..len).map(|i| Philox::new(seed).uniform(i as u64) - 0.5).collect()
+    }
+
+    /// Runs what `work` makes with every instruction set that this machine has.
+    fn on_every_set<W: WithSimd<Output = Vec<f32>>>(work: impl Fn() -> W) -> Vec<Vec<f32>> {
+        let mut results = vec![simd::with_vectors(work())];
+        results.push(pulp::Simd::vectorize(pulp::Scalar128b, work()));
+        results.push(pulp::Simd::vectorize(pulp::Scalar, work()));
+        #[cfg(target_arch = "x86_64")]
+        results.extend(pulp::x86::V3::try_new().map(|avx2| pulp::Simd::vectorize(avx2, work())));
+        results
+    }
+
+    struct Rowwise<'a>(&'a [f32], &'a [f32], [usize; 3]);
+
+    impl WithSimd for Rowwise<'_> {
+        type Output = Vec<f32>;
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) -> Vec<f32> {
+            let Rowwise(left, panel, [rows, depth, width]) = self;
+            let starts: Vec<usize> = (0..rows).map(|row| row * depth).collect();
+            let places: Vec<usize> = (0..rows).map(|row| row * width).collect();
+            let mut data = vec![1.0; rows * width];
+            for onto in [Onto::Nothing, Onto::Itself] {
+                let rows = Rows { data: left, starts: &starts };
+                Multiply { rows, panel, width, data: &mut data, places: &places, onto }.with_simd(simd);
+            }
+            data
+        }
+    }
+
+    struct Transposed<'a>(&'a [f32], &'a [f32], [usize; 3]);
+
+    impl WithSimd for Transposed<'_> {
+        type Output = Vec<f32>;
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) -> Vec<f32> {
+            let Transposed(left, right, [columns, depth, width]) = self;
+            let mut sums = vec![0.0; columns * width];
+            let left = Strided { data: left, stride: columns, columns };
+            let right = Strided { data: right, stride: width, columns: width };
+            MultiplyTransposed { left, right, depth, sums: &mut sums }.with_simd(simd);
+            sums
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_matches_the_definition() {
+        for width in [LANES, PANEL] {
+            for (rows, depth) in [(1, 1), (7, 5), (8, 33), (16, 9), (23, 40)] {
+                let (left, right) = (random(rows * depth, 1), random(depth * width, 2));
+                for got in on_every_set(|| Rowwise(&left, &right, [rows, depth, width])) {
+                    for (index, got) in got.iter().enumerate() {
+                        let term = |i| {
+                            f64::from(left[index / width * depth + i]) * f64::from(right[i * width + index % width])
+                        };
+                        let exact: f64 = (0..depth).map(term).sum();
+                        assert!((f64::from(*got) - 2.0 * exact).abs() < 1e-5, "{rows} × {depth} × {width} at {index}");
+                    }
+                }
+                let columns = rows.next_multiple_of(GROUP);
+                let left = random(depth * columns, 3);
+                for got in on_every_set(|| Transposed(&left, &right, [columns, depth, width])) {
+                    for (index, got) in got.iter().enumerate() {
+                        let term = |t| {
+                            f64::from(left[t * columns + index / width]) * f64::from(right[t * width + index % width])
+                        };
+                        let exact: f64 = (0..depth).map(term).sum();
+                        assert!((f64::from(*got) - exact).abs() < 1e-5, "{columns} × {depth} × {width} at {index}");
+                    }
+                }
+            }
+        }
+    }
+}

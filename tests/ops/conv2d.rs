@@ -519,7 +519,7 @@ fn plain_sums(case: &Conv2d, inputs: &[Vec<f64>]) -> Vec<f64> {
 fn images_without_gradient_change_no_bit() {
     let more = |case: &Conv2d, batch| Conv2d { input: [batch, case.input[1], case.input[2], case.input[3]], ..*case };
     for case in blocks() {
-        for batch in [case.input[0], 13, 40] {
+        for batch in [case.input[0], 13] {
             let (few, many) = (more(&case, batch), more(&case, batch + 9));
             let (inputs, grad_output) = rounded(&many);
             let images = |tensor: &Tensor| tensor.narrow(0, 0, batch).unwrap();
