@@ -71,7 +71,8 @@ __device__ void pack_weights(T* packed, u64 elements, const PerKernel<const T>& 
             term += slice_step % strip.steps * STEP;
             const u32 ty = term / CHUNK / strip.row_chunks, position = column / strip.out;
             // Wraps around in front of the window.
-            const u32 along = term - ty * strip.row_chunks * CHUNK - strip.front - position * e.stride * t.slice_channels;
+            const u32 along =
+                term - ty * strip.row_chunks * CHUNK - strip.front - position * e.stride * t.slice_channels;
             const u32 tx = along / t.slice_channels;
             const u32 channel = slice_step / strip.steps * t.slice_channels + along % t.slice_channels;
             if (column < strip.columns && ty < strip.side && tx < strip.side && channel < e.channels) {
@@ -220,10 +221,17 @@ template <class T> struct Forward {
         const u64 fragment = piece.fragments + (u64(slice / t.bands) * piece.steps + first) * piece.tiles;
         const T *from = packed + fragment * FRAGMENT, *staged = tile(slice);
         switch (piece.tiles) {
-            case 1: product.template accumulate<1>(staged, t, piece, start, from, first, steps); break;
-            case 2: product.template accumulate<2>(staged, t, piece, start, from, first, steps); break;
-            case 3: product.template accumulate<3>(staged, t, piece, start, from, first, steps); break;
-            default: product.template accumulate<4>(staged, t, piece, start, from, first, steps);
+            case 1:
+                product.template accumulate<1>(staged, t, piece, start, from, first, steps);
+                break;
+            case 2:
+                product.template accumulate<2>(staged, t, piece, start, from, first, steps);
+                break;
+            case 3:
+                product.template accumulate<3>(staged, t, piece, start, from, first, steps);
+                break;
+            default:
+                product.template accumulate<4>(staged, t, piece, start, from, first, steps);
         }
     }
 
@@ -366,20 +374,21 @@ template <class T> struct Forward {
 
 }  // namespace
 
-#define FORWARD(suffix, T)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(256)                                                                \
-        cross_scale_embedding_pack_##suffix(T* packed, u64 elements, PerKernel<const T> weights, Embedding embedding, \
-                                            Tiling tiling) {                                                         \
-        pack_weights<T>(packed, elements, weights, embedding, tiling);                                               \
-    }                                                                                                                \
-    extern "C" __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 2 : 1) cross_scale_embedding_forward_##suffix(            \
-        T* output, const void* input, const T* packed, PerKernel<const T> biases, Embedding embedding, Tiling tiling, \
-        Pixels pixels, T* normalised, float* statistics, const T* norm_weight, const T* norm_bias, float eps) {      \
-        DYNAMIC_SHARED(shared);                                                                                      \
-        const TilePlace at(embedding, tiling, blockIdx.x);                                                           \
-        const Forward<T> forward{output, input, packed, biases, embedding, tiling, pixels, at, shared};              \
-        SHARED_ARRAY(Piece, pieces, [TILE_WARPS]);                                                                   \
-        forward.run(pieces[warp()], {normalised, statistics, norm_weight, norm_bias, eps});                                          \
+#define FORWARD(suffix, T)                                                                                            \
+    extern "C" __global__ void __launch_bounds__(256) cross_scale_embedding_pack_##suffix(                            \
+        T* packed, u64 elements, PerKernel<const T> weights, Embedding embedding, Tiling tiling) {                    \
+        pack_weights<T>(packed, elements, weights, embedding, tiling);                                                \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 2 : 1)                                \
+        cross_scale_embedding_forward_##suffix(T* output, const void* input, const T* packed,                         \
+                                               PerKernel<const T> biases, Embedding embedding, Tiling tiling,         \
+                                               Pixels pixels, T* normalised, float* statistics, const T* norm_weight, \
+                                               const T* norm_bias, float eps) {                                       \
+        DYNAMIC_SHARED(shared);                                                                                       \
+        const TilePlace at(embedding, tiling, blockIdx.x);                                                            \
+        const Forward<T> forward{output, input, packed, biases, embedding, tiling, pixels, at, shared};               \
+        SHARED_ARRAY(Piece, pieces, [TILE_WARPS]);                                                                    \
+        forward.run(pieces[warp()], {normalised, statistics, norm_weight, norm_bias, eps});                           \
     }
 FOR_EACH_FLOAT(FORWARD)
 

@@ -17,7 +17,7 @@
 // Bytes from device memory: input: dy, the weights and dx once. weight: x and dy about once for each part's tiles in
 // turn, the second-level cache serving them to each other, and 8 bytes of partial sum for each weight and part.
 // CrossFormer-S's stem in bf16 at batch 256 on an H200, weights: 85 GFLOP, 108 us at 790 TFLOP/s; 231 MB once, 54 us at
-// 4.3 TB/s. 12 to 48 channels fill 38 to 75 % of tiles of 32 and 64 columns.
+// 4.3 TB/s. 12 to 48 channels fill 38 to 75 % of tiles of 32 columns.
 //
 // tensor cores: cross_scale_embedding_input_gradient_bf16, cross_scale_embedding_input_gradient_f16, cross_scale_embedding_weight_gradient_bf16, cross_scale_embedding_weight_gradient_f16
 
@@ -179,14 +179,14 @@ __device__ void add_parts(const PerKernel<T>& weight_gradients, const PerKernel<
     }
 }
 
-#define ELEMENTWISE(suffix, T)                                                                             \
-    extern "C" __global__ void __launch_bounds__(256) cross_scale_embedding_turn_weights_##suffix(         \
-        T* turned, PerKernel<const T> weights, Embedding embedding) {                                      \
-        turn_weights<T>(turned, weights, embedding);                                                       \
-    }                                                                                                      \
-    extern "C" __global__ void __launch_bounds__(256) cross_scale_embedding_normalise_##suffix(            \
-        T* values, const void* input, Embedding embedding, Pixels pixels) {                                \
-        normalise<T>(values, input, embedding, pixels);                                                    \
+#define ELEMENTWISE(suffix, T)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(256)                                                                \
+        cross_scale_embedding_turn_weights_##suffix(T* turned, PerKernel<const T> weights, Embedding embedding) {    \
+        turn_weights<T>(turned, weights, embedding);                                                                 \
+    }                                                                                                                \
+    extern "C" __global__ void __launch_bounds__(256)                                                                \
+        cross_scale_embedding_normalise_##suffix(T* values, const void* input, Embedding embedding, Pixels pixels) { \
+        normalise<T>(values, input, embedding, pixels);                                                              \
     }
 FOR_EACH_FLOAT(ELEMENTWISE)
 

@@ -18,8 +18,8 @@
 
 // Of a block: rows of the products, and warps.
 constexpr u32 TILE_GROUPS = 128, TILE_WARPS = 8, TILE_THREADS = 32 * TILE_WARPS;
-constexpr u32 STEP = 16;               // terms
-constexpr u32 FRAGMENT = STEP * 8;     // elements of a step's tile of columns
+constexpr u32 STEP = 16;            // terms
+constexpr u32 FRAGMENT = STEP * 8;  // elements of a step's tile of columns
 constexpr u32 MOST_SCALED_CHANNELS = 16;
 
 // How pixels lie in memory and what they stand for. As `Pixels` in src/ops/cross_scale_embedding/gpu.
@@ -39,14 +39,14 @@ struct Pixels {
 
 // How a layer is cut. As `Tiling` in src/ops/cross_scale_embedding/tiling.rs.
 struct Tiling {
-    u32 group;                            // positions
-    u32 images, rows, columns;            // of a block: images, rows of positions, groups of a row
-    u32 slice_channels, channel_slices;   // channels staged at a time; all, or a multiple of 16
-    u32 band, bands;                      // rows of the largest window staged at a time
-    u32 tile_rows, pitch;                 // of each image of the tile, and chunks of 16 bytes of a row
-    u32 swizzle;                          // 7, or 0 where groups are an odd number of chunks apart
-    u32 split, rounds;                    // pieces, the first, whose terms 4 warps share; a quarter of the others
-    u32 run;                              // elements that are copied at once as they are, or 0
+    u32 group;                           // positions
+    u32 images, rows, columns;           // of a block: images, rows of positions, groups of a row
+    u32 slice_channels, channel_slices;  // channels staged at a time; all, or a multiple of 16
+    u32 band, bands;                     // rows of the largest window staged at a time
+    u32 tile_rows, pitch;                // of each image of the tile, and chunks of 16 bytes of a row
+    u32 swizzle;                         // 7, or 0 where groups are an odd number of chunks apart
+    u32 split, rounds;                   // pieces, the first, whose terms 4 warps share; a quarter of the others
+    u32 run;                             // elements that are copied at once as they are, or 0
     u32 joint[MOST_KERNELS], tiles[MOST_KERNELS];  // of a kernel: one strip for the group; tiles of a piece
 
     __device__ __forceinline__ u32 groups() const { return images * rows * columns; }
@@ -61,11 +61,11 @@ struct Piece {
     u32 kernel, position, positions;  // the strip's first position in the group, and how many it has
     u32 column, columns;              // the piece's first, and how many the strip has
     u32 tiles;
-    u32 side, out, first;             // of the kernel
-    u32 inset;                        // rows of the largest window above the kernel's
-    u32 start, front, row_chunks;     // of a row: its first chunk in the tile, elements before its first term, chunks
-    u32 steps;                        // of a slice of channels
-    u64 fragments;                    // before the piece's own, of all slices
+    u32 side, out, first;          // of the kernel
+    u32 inset;                     // rows of the largest window above the kernel's
+    u32 start, front, row_chunks;  // of a row: its first chunk in the tile, elements before its first term, chunks
+    u32 steps;                     // of a slice of channels
+    u64 fragments;                 // before the piece's own, of all slices
 };
 
 // Calls `f(piece)` with the first piece of every strip and the number of its pieces until it returns true.
