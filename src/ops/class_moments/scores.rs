@@ -192,7 +192,7 @@ impl ClassMoments {
     /// As [`ClassMoments::scatter`], and where only diagonals are kept or `penalty` is not positive.
     pub fn ridge_probe(&self, block: usize, penalty: f64) -> Result<RidgeProbe> {
         let scatter = self.scatter(block)?;
-        if !scatter.full || !(penalty > 0.0 && penalty.is_finite()) {
+        if !(scatter.full && penalty > 0.0 && penalty.is_finite()) {
             let message = format!("{:?} squares and penalty {penalty}", self.problem.squares);
             return Err(Error::argument(OP, format!("{message}, expected Full and a positive number")));
         }
