@@ -26,7 +26,7 @@
 //!
 //! | module | what is in it |
 //! |---|---|
-//! | [`methods`] | published methods, whole: Finite Aggregation |
+//! | [`methods`] | the papers' methods: certified defence against poisoned training sets |
 //! | [`train`] | the training loop, optimizers, schedules, checkpoints, metrics |
 //! | [`data`] | readers of image sets, augmentation, the loader of batches |
 //! | [`models`] | published networks: CrossFormer and CrossFormer++ |
@@ -63,6 +63,7 @@ pub mod nn;
 pub mod ops;
 pub mod random;
 pub mod report;
+mod sha256;
 pub mod tensor;
 pub mod train;
 

@@ -1,3 +1,3 @@
-//! Published methods, whole: what is trained, what is measured, what is proved.
+//! The papers' methods: what is built of networks, data and training, and is more than one network.
 
 pub mod finite_aggregation;
