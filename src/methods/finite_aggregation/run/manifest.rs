@@ -172,10 +172,11 @@ impl Lines {
     }
 
     fn separate<W: ?Sized + Write>(&self, writer: &mut W, first: bool) -> std::io::Result<()> {
-        let comma = if first { "" } else { "," };
-        match self.open.last() {
-            Some(true) => write!(writer, "{comma}\n{:1$}", "", 2 * self.open.len()),
-            _ => writer.write_all(comma.as_bytes()),
+        match (self.open.last(), first) {
+            (Some(true), true) => write!(writer, "\n{:1$}", "", 2 * self.open.len()),
+            (Some(true), false) => write!(writer, ",\n{:1$}", "", 2 * self.open.len()),
+            (_, true) => Ok(()),
+            (_, false) => writer.write_all(b", "),
         }
     }
 

@@ -82,6 +82,7 @@ impl<'a> Run<'a> {
         if folder.join(MANIFEST).exists() {
             return Err(Error::Config(format!("{} holds a run already", folder.display())));
         }
+        settings.ensemble.check()?;
         let range = shard.range(settings.ensemble.classifiers())?;
         let samples = Samples::new(&settings, sources.train, sources.test)?;
         let record = |classifier| {

@@ -36,7 +36,6 @@ impl Samples {
     /// `Config` where the sets do not go together or an option asks for what is not there; `Argument` where there are
     /// fewer samples than buckets; what reading a sample says.
     pub fn new(settings: &Settings, train: &dyn Dataset, test: &dyn Dataset) -> Result<Self> {
-        settings.ensemble.check()?;
         if train.class_names() != test.class_names() || train.channels() != test.channels() {
             return Err(Error::Config(format!(
                 "{}: training and held-out images have other classes or channels",
