@@ -46,7 +46,7 @@ impl Small {
     }
 
     fn sources<'a>(&'a self, learner: &'a dyn BaseLearner) -> Sources<'a> {
-        Sources { train: &self.train, test: &self.test, learner, backend: "integers" }
+        Sources { train: &self.train, test: &self.test, learner }
     }
 
     /// Trains a whole run in `folder`.
@@ -76,6 +76,10 @@ impl Limited {
 impl BaseLearner for Limited {
     fn recipe(&self) -> serde_json::Value {
         NearestNeighbour.recipe()
+    }
+
+    fn backend(&self) -> String {
+        NearestNeighbour.backend()
     }
 
     fn group_size(&self) -> usize {

@@ -7,10 +7,12 @@
 mod nearest;
 
 pub use nearest::NearestNeighbour;
+use serde_json::Value;
 
-use crate::Result;
+use crate::cpu::simd;
 use crate::data::InMemory;
 use crate::nn::StateDict;
+use crate::{Device, Error, Result, driver};
 
 /// A classifier to be trained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +46,12 @@ pub struct Trained {
 pub trait BaseLearner {
     /// All that the numbers of a classifier depend on beside its [`Member`] and the data: two learners with equal
     /// recipes train the same bits.
-    fn recipe(&self) -> serde_json::Value;
+    fn recipe(&self) -> Value;
+
+    /// What else they depend on: device, instruction set, and how the program was built.
+    fn backend(&self) -> String {
+        backend_of(Device::Cpu)
+    }
 
     /// How many members [`train`](BaseLearner::train) is best given at once.
     fn group_size(&self) -> usize;
@@ -56,6 +63,31 @@ pub trait BaseLearner {
     /// `Argument` where an index is not one of `train`, or `test` has images of another size; `Training` where a loss
     /// is not finite; what the device has to say.
     fn train(&self, members: &[Member<'_>], train: &InMemory, test: &InMemory) -> Result<Vec<Trained>>;
+}
+
+/// The learner with a recipe.
+///
+/// # Errors
+/// `Config` where no learner of this crate has it.
+pub fn from_recipe(recipe: &Value) -> Result<Box<dyn BaseLearner>> {
+    let learners: [Box<dyn BaseLearner>; 1] = [Box::new(NearestNeighbour)];
+    let found = learners.into_iter().find(|learner| learner.recipe() == *recipe);
+    found.ok_or_else(|| Error::Config(format!("no learner of this program has the recipe {recipe}")))
+}
+
+/// What the bits of a network that was trained on `device` depend on beside its recipe: processors differ by their vector
+/// instructions, GPUs by their model, and builds with debug assertions are compiled in another way.
+pub fn backend_of(device: Device) -> String {
+    let build = if cfg!(debug_assertions) { ", debug build" } else { "" };
+    match device {
+        Device::Cpu => format!("cpu, {}{build}", simd::instruction_set()),
+        Device::Cuda(ordinal) => {
+            let gpus = driver::probe().unwrap_or_default();
+            let name = gpus.into_iter().find(|gpu| gpu.ordinal == ordinal).map_or("GPU".into(), |gpu| gpu.name);
+            format!("{name}{build}")
+        }
+        Device::Emulated => format!("emulated GPU{build}"),
+    }
 }
 
 /// The class of the greatest score, of equal ones the smallest class. A score that is no number is below all others;

@@ -20,6 +20,10 @@ impl BaseLearner for NearestNeighbour {
         json!({ "learner": "nearest" })
     }
 
+    fn backend(&self) -> String {
+        "integers, the same anywhere".into()
+    }
+
     fn group_size(&self) -> usize {
         16
     }

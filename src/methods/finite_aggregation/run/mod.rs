@@ -24,7 +24,7 @@
 //!     keep_weights: false,
 //! };
 //! let folder = tempfile::tempdir().unwrap();
-//! let sources = Sources { train: &*train, test: &*test, learner: &NearestNeighbour, backend: "integers" };
+//! let sources = Sources { train: &*train, test: &*test, learner: &NearestNeighbour };
 //! let mut run = Run::create(folder.path(), settings, Shard::WHOLE, &sources)?;
 //! run.train(&AtomicBool::new(false), |_| Ok(()))?;
 //! let answers = Answers::read(&[folder.path()])?;
@@ -60,8 +60,6 @@ pub struct Sources<'a> {
     pub test: &'a dyn Dataset,
     /// What trains the classifiers.
     pub learner: &'a dyn BaseLearner,
-    /// What the bits of a classifier depend on outside of its recipe: device and instruction set.
-    pub backend: &'a str,
 }
 
 /// A folder in which classifiers are trained.
@@ -174,7 +172,7 @@ impl<'a> Run<'a> {
 fn identity(settings: Settings, samples: &Samples, sources: &Sources<'_>) -> Identity {
     Identity {
         gridgrad: env!("CARGO_PKG_VERSION").into(),
-        backend: sources.backend.into(),
+        backend: sources.learner.backend(),
         settings,
         recipe: sources.learner.recipe(),
         data: DataRecord {
