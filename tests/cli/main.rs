@@ -2,6 +2,7 @@
 
 #[cfg(all(feature = "cuda", target_os = "linux"))]
 mod devices;
+mod finite_aggregation;
 mod info;
 mod refusals;
 mod run;

@@ -145,7 +145,10 @@ fn default_k(k: Option<usize>, data: &str) -> Result<usize> {
             "builtin" => Ok(25),
             "mnist" => Ok(1200),
             "cifar10" | "gtsrb" => Ok(50),
-            _ => Err(Error::Config(format!("data set {data:?} has no usual number of partitions; add --k"))),
+            _ => {
+                data::open(data, Split::Train, None)?;
+                Err(Error::Config(format!("data set {data:?} has no usual number of partitions; add --k")))
+            }
         },
         Ok,
     )

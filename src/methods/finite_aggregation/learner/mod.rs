@@ -38,7 +38,7 @@ pub struct Trained {
     pub mean: Vec<f32>,
     /// Standard deviation of each channel over the subset, likewise.
     pub deviation: Vec<f32>,
-    /// The last epoch's mean loss; 0 where there is none.
+    /// The last epoch's mean loss; 0 where there is none, and not a number where training diverged.
     pub loss: f32,
 }
 

@@ -63,7 +63,7 @@ pub(super) fn write(
         votes: write_tensors(&votes_path(folder, classifier), &tensors)?,
         mean: trained.mean,
         deviation: trained.deviation,
-        loss: trained.loss,
+        loss: Some(trained.loss).filter(|loss| loss.is_finite()),
     })
 }
 

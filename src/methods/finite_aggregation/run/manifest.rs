@@ -93,8 +93,8 @@ pub struct TrainedRecord {
     pub mean: Vec<f32>,
     /// Standard deviation of each channel that it normalises with.
     pub deviation: Vec<f32>,
-    /// Its last epoch's mean loss.
-    pub loss: f32,
+    /// Its last epoch's mean loss, where that is a number.
+    pub loss: Option<f32>,
 }
 
 impl Manifest {
