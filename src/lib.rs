@@ -26,6 +26,7 @@
 //!
 //! | module | what is in it |
 //! |---|---|
+//! | [`methods`] | published methods, whole: Finite Aggregation |
 //! | [`train`] | the training loop, optimizers, schedules, checkpoints, metrics |
 //! | [`data`] | readers of image sets, augmentation, the loader of batches |
 //! | [`models`] | published networks: CrossFormer and CrossFormer++ |
@@ -56,6 +57,7 @@ mod error;
 pub mod file;
 mod gpu;
 mod kernels;
+pub mod methods;
 pub mod models;
 pub mod nn;
 pub mod ops;

@@ -1,0 +1,84 @@
+//! Base learners: what turns subsets of the training set into classifiers.
+//!
+//! The certificate holds because the vote of classifier i is a function of i, of the samples of its subset and of the
+//! test image alone. So a learner may use nothing else: not the other members of its group, not the size of the group,
+//! not the order of the training file, not the number of threads.
+
+mod nearest;
+
+pub use nearest::NearestNeighbour;
+
+use crate::Result;
+use crate::data::InMemory;
+use crate::nn::StateDict;
+
+/// A classifier to be trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Member<'a> {
+    /// Its number, which is the column of its votes.
+    pub classifier: usize,
+    /// Decides first weights, order and augmentation.
+    pub seed: u64,
+    /// Indices of its subset in the training set, sorted by content: in place of indices, a learner's random numbers
+    /// use positions in this list. May be empty. Bagging draws with replacement, so that an index can occur twice.
+    pub samples: &'a [usize],
+}
+
+/// A trained classifier, as far as the certificate needs it.
+#[derive(Clone, Debug)]
+pub struct Trained {
+    /// Scores of all test images, (samples, classes): the greatest is the vote, of equal ones the one of the smallest
+    /// class.
+    pub scores: Vec<f32>,
+    /// The weights, where the learner has some and was asked to keep them.
+    pub weights: Option<StateDict>,
+    /// Mean of each channel over the subset, as the learner normalised with it; empty where it did not.
+    pub mean: Vec<f32>,
+    /// Standard deviation of each channel over the subset, likewise.
+    pub deviation: Vec<f32>,
+    /// The last epoch's mean loss; 0 where there is none.
+    pub loss: f32,
+}
+
+/// Trains classifiers, several at once.
+pub trait BaseLearner {
+    /// All that the numbers of a classifier depend on beside its [`Member`] and the data: two learners with equal
+    /// recipes train the same bits.
+    fn recipe(&self) -> serde_json::Value;
+
+    /// How many members [`train`](BaseLearner::train) is best given at once.
+    fn group_size(&self) -> usize;
+
+    /// Trains `members` on their subsets of `train` and scores `test`. One result for each member, in their order, with
+    /// the bits that the member would have alone.
+    ///
+    /// # Errors
+    /// `Argument` where an index is not one of `train`, or `test` has images of another size; `Training` where a loss
+    /// is not finite; what the device has to say.
+    fn train(&self, members: &[Member<'_>], train: &InMemory, test: &InMemory) -> Result<Vec<Trained>>;
+}
+
+/// The class of the greatest score, of equal ones the smallest class. A score that is no number is below all others;
+/// where none is a number, it is class 0.
+pub fn vote(scores: &[f32]) -> usize {
+    let mut best = None;
+    for (class, &score) in scores.iter().enumerate() {
+        if !score.is_nan() && best.is_none_or(|(_, greatest)| score > greatest) {
+            best = Some((class, score));
+        }
+    }
+    best.map_or(0, |(class, _)| class)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ties_go_to_the_smaller_class_and_what_is_no_number_loses() {
+        assert_eq!(vote(&[0.0, 2.0, 2.0]), 1);
+        assert_eq!(vote(&[f32::NAN, f32::NEG_INFINITY, f32::NAN]), 1);
+        assert_eq!(vote(&[0.0, -0.0]), 0);
+        assert_eq!((vote(&[f32::NAN; 3]), vote(&[])), (0, 0));
+    }
+}

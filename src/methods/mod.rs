@@ -1,0 +1,3 @@
+//! Published methods, whole: what is trained, what is measured, what is proved.
+
+pub mod finite_aggregation;
