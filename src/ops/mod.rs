@@ -34,7 +34,7 @@ mod resample;
 mod softmax;
 mod strided;
 
-pub use batch_norm::{BatchNorm, BatchNormMode, BatchStatistics, batch_norm};
+pub use batch_norm::{BatchNorm, BatchNormMode, BatchStatistics, batch_norm, batch_norm_relu_each};
 pub use conv2d::{Conv2dOptions, conv_transpose2d, conv2d, conv2d_each, linear_each};
 pub use cross_scale_embedding::cross_scale_embedding;
 pub use dropout::{drop_path, dropout};
