@@ -25,8 +25,18 @@ use crate::{Device, Error, Result, Tensor};
 #[derive(Clone, Debug)]
 pub struct Counts {
     list: Arc<[usize]>,
-    /// (models), `i64`, where the models are on a GPU.
-    on_device: Option<Tensor>,
+    on_device: OnDevice,
+}
+
+/// What kernels are told.
+#[derive(Clone, Debug)]
+enum OnDevice {
+    /// Nothing: there is no padding.
+    Full,
+    /// Nothing: the counts are for the processor.
+    Absent,
+    /// (models), `i64`
+    Counts(Tensor),
 }
 
 impl Counts {
@@ -40,12 +50,17 @@ impl Counts {
             return Err(Error::argument("Counts::new", message));
         }
         let on_device = if device == Device::Cpu {
-            None
+            OnDevice::Absent
         } else {
             let list: Vec<i64> = counts.iter().map(|&count| count as i64).collect();
-            Some(Tensor::new(&list, [counts.len()])?.to_device(device)?)
+            OnDevice::Counts(Tensor::new(&list, [counts.len()])?.to_device(device)?)
         };
         Ok(Counts { list: counts.into(), on_device })
+    }
+
+    /// `models` models of `batch` samples without padding, for ops on any device.
+    pub fn full(models: usize, batch: usize) -> Self {
+        Counts { list: vec![batch; models].into(), on_device: OnDevice::Full }
     }
 
     /// Number of models.
@@ -58,15 +73,24 @@ impl Counts {
         &self.list
     }
 
-    /// For kernels.
-    pub(crate) fn tensor(&self, op: &'static str) -> Result<&Tensor> {
-        let message = || Error::argument(op, "the counts are on the host; give `Counts::new` the tensors' device");
-        self.on_device.as_ref().ok_or_else(message)
+    /// For kernels: `None` where there is no padding.
+    pub(crate) fn tensor(&self, op: &'static str) -> Result<Option<&Tensor>> {
+        match &self.on_device {
+            OnDevice::Full => Ok(None),
+            OnDevice::Counts(tensor) => Ok(Some(tensor)),
+            OnDevice::Absent => {
+                Err(Error::argument(op, "the counts are on the host; give `Counts::new` the tensors' device"))
+            }
+        }
     }
 
     /// Whether they fit tensors with `models` models of `batch` samples, in `place`.
     pub(crate) fn check(&self, op: &'static str, [models, batch]: [usize; 2], place: Place) -> Result<()> {
-        if self.models() != models || self.list.iter().any(|&count| count > batch) {
+        let fits = |&count: &usize| match self.on_device {
+            OnDevice::Full => count == batch,
+            _ => count <= batch,
+        };
+        if self.models() != models || !self.list.iter().all(fits) {
             let message = format!("counts {:?} for {models} models of {batch} samples", self.list);
             return Err(Error::shape(op, message));
         }
@@ -76,7 +100,8 @@ impl Counts {
             if models > MOST {
                 return Err(Error::shape(op, format!("{models} models: a launch takes {MOST} at most")));
             }
-            let (left, right) = (gpu.device(), self.tensor(op)?.device());
+            let left = gpu.device();
+            let right = self.tensor(op)?.map_or(left, Tensor::device);
             if left != right {
                 return Err(Error::DeviceMismatch { op, left, right });
             }

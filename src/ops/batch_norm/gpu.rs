@@ -87,7 +87,10 @@ const MODEL_PART: usize = 512;
 struct Rows<'a> {
     count: usize,
     channels: usize,
+    /// Whether there is a model axis.
+    each: bool,
     models: usize,
+    /// Of samples, where some are padding.
     counts: Option<&'a Tensor>,
     /// Rows of a sample.
     positions: usize,
@@ -105,15 +108,15 @@ impl<'a> Rows<'a> {
         let channels = input.shape().last().copied().unwrap_or(1);
         let rows = input.elements() / channels.max(1);
         let Some(counts) = layer.counts else {
-            return Ok(Rows { count: rows, channels, models: 1, counts: None, positions: 1 });
+            return Ok(Rows { count: rows, channels, each: false, models: 1, counts: None, positions: 1 });
         };
         let (models, batch) = (counts.models(), input.shape()[1]);
-        let tensor = counts.tensor(super::OP)?;
         Ok(Rows {
             count: rows / models,
             channels,
+            each: true,
             models,
-            counts: Some(tensor),
+            counts: counts.tensor(super::OP)?,
             positions: rows / models / batch.max(1),
         })
     }
@@ -139,7 +142,7 @@ impl<'a> Rows<'a> {
     }
 
     fn reducing(self) -> Tiles {
-        if self.counts.is_none() {
+        if !self.each {
             return self.tiles(|tiles| (REDUCING_BLOCKS / tiles).max(1));
         }
         let (across, slices, tiles) = self.across();
@@ -165,7 +168,7 @@ impl<'a> Rows<'a> {
     fn vector(self, gpu: &'static Gpu) -> Result<Tensor> {
         let elements = self.models * self.channels;
         let vector = Tensor::empty_on(gpu, [elements], DType::F32)?;
-        Ok(if self.counts.is_some() { vector.share([self.models, self.channels].into()) } else { vector })
+        Ok(if self.each { vector.share([self.models, self.channels].into()) } else { vector })
     }
 }
 
