@@ -15,6 +15,7 @@
 
 mod batch_norm;
 mod conv2d;
+mod crops;
 pub mod cross_scale_embedding;
 mod dropout;
 mod elementwise;
@@ -36,6 +37,7 @@ mod strided;
 
 pub use batch_norm::{BatchNorm, BatchNormMode, BatchStatistics, batch_norm, batch_norm_relu_each};
 pub use conv2d::{Conv2dOptions, conv_transpose2d, conv2d, conv2d_each, linear_each};
+pub use crops::crops_each;
 pub use cross_scale_embedding::cross_scale_embedding;
 pub use dropout::{drop_path, dropout};
 pub use elementwise::{Binary, Unary, select};
@@ -63,10 +65,11 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        let rooms: [&[Signature]; 18] = [
+        let rooms: [&[Signature]; 19] = [
             batch_norm::gpu::KERNELS,
             conv2d::depthwise_gpu::KERNELS,
             conv2d::gpu::KERNELS,
+            crops::gpu::KERNELS,
             cross_scale_embedding::gpu::KERNELS,
             dropout::gpu::KERNELS,
             elementwise::gpu::KERNELS,
