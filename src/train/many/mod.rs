@@ -103,6 +103,11 @@ impl Trainer {
         &self.recipe
     }
 
+    /// Where it trains.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
     /// How many models are computed at the same time: on the processor a few for each thread, so that none is idle long.
     pub fn models_at_once(&self) -> usize {
         match self.device {

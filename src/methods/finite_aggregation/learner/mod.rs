@@ -5,8 +5,10 @@
 //! not the order of the training file, not the number of threads.
 
 mod nearest;
+mod network_in_network;
 
 pub use nearest::NearestNeighbour;
+pub use network_in_network::NetworkInNetwork;
 
 use crate::Result;
 use crate::data::InMemory;
@@ -53,8 +55,8 @@ pub trait BaseLearner {
     /// the bits that the member would have alone.
     ///
     /// # Errors
-    /// `Argument` where an index is not one of `train`, or `test` has images of another size; `Training` where a loss
-    /// is not finite; what the device has to say.
+    /// `Argument` where an index is not one of `train`, or `test` has images of another size; what the device has to
+    /// say. A loss that is not finite is an outcome, and disturbs no other member.
     fn train(&self, members: &[Member<'_>], train: &InMemory, test: &InMemory) -> Result<Vec<Trained>>;
 }
 
