@@ -22,6 +22,26 @@ pub fn dispatch<R>(body: impl FnOnce() -> R) -> R {
     body()
 }
 
+/// Runs `work`, which is written for explicit vectors, with the widest ones of this machine. For loops that the compiler
+/// does not vectorise as they stand: blocks of many registers. Also builds with debug assertions have all sets.
+#[inline(always)]
+pub(crate) fn with_vectors<W: pulp::WithSimd>(work: W) -> W::Output {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if let Some(avx512) = pulp::x86::V4::try_new() {
+            return pulp::Simd::vectorize(avx512, work);
+        }
+        if let Some(avx2) = pulp::x86::V3::try_new() {
+            return pulp::Simd::vectorize(avx2, work);
+        }
+    }
+    #[cfg(target_arch = "aarch64")]
+    if let Some(neon) = pulp::aarch64::Neon::try_new() {
+        return pulp::Simd::vectorize(neon, work);
+    }
+    pulp::Simd::vectorize(pulp::Scalar128b, work)
+}
+
 /// Whether [`dispatch`] has 32 registers of 512 bits.
 #[inline(always)]
 pub fn has_wide_registers() -> bool {

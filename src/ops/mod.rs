@@ -15,6 +15,7 @@
 
 mod batch_norm;
 mod conv2d;
+mod crops;
 pub mod cross_scale_embedding;
 mod dropout;
 mod elementwise;
@@ -26,6 +27,7 @@ mod linear;
 mod loss;
 pub mod lsda;
 mod matmul;
+mod models;
 mod pool;
 pub mod position_bias;
 mod reduce;
@@ -33,8 +35,9 @@ mod resample;
 mod softmax;
 mod strided;
 
-pub use batch_norm::{BatchNorm, BatchNormMode, BatchStatistics, batch_norm};
-pub use conv2d::{Conv2dOptions, conv_transpose2d, conv2d};
+pub use batch_norm::{BatchNorm, BatchNormMode, BatchStatistics, batch_norm, batch_norm_relu_each};
+pub use conv2d::{Conv2dOptions, conv_transpose2d, conv2d, conv2d_each, linear_each};
+pub use crops::crops_each;
 pub use cross_scale_embedding::cross_scale_embedding;
 pub use dropout::{drop_path, dropout};
 pub use elementwise::{Binary, Unary, select};
@@ -46,6 +49,7 @@ pub use linear::{linear, linear_gelu};
 pub use loss::{CrossEntropyOptions, Reduction, Targets, binary_cross_entropy_with_logits, cross_entropy, mse_loss};
 pub use lsda::lsda;
 pub use matmul::Transposed;
+pub use models::Counts;
 pub use pool::{Pool2dOptions, adaptive_avg_pool2d, avg_pool2d, global_avg_pool2d, max_pool2d};
 pub use position_bias::dynamic_position_bias;
 pub use softmax::{log_softmax, softmax};
@@ -61,10 +65,11 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        let rooms: [&[Signature]; 18] = [
+        let rooms: [&[Signature]; 19] = [
             batch_norm::gpu::KERNELS,
             conv2d::depthwise_gpu::KERNELS,
             conv2d::gpu::KERNELS,
+            crops::gpu::KERNELS,
             cross_scale_embedding::gpu::KERNELS,
             dropout::gpu::KERNELS,
             elementwise::gpu::KERNELS,

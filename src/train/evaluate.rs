@@ -6,7 +6,7 @@ use super::metrics::{Evaluation, RunningMeans, top_hits};
 use super::precision::Precision;
 use crate::autograd::no_grad;
 use crate::data::{Batch, Loader};
-use crate::models::CrossFormer;
+use crate::models::{CrossFormer, NetworkInNetwork};
 use crate::nn::{Context, Parameters};
 use crate::ops::{CrossEntropyOptions, Reduction, Targets, cross_entropy};
 use crate::{DType, Device, Error, Result, Tensor};
@@ -30,6 +30,16 @@ impl Classifier for CrossFormer {
 
     fn parameters(&self) -> &Parameters {
         CrossFormer::parameters(self)
+    }
+}
+
+impl Classifier for NetworkInNetwork {
+    fn forward(&self, images: &Tensor, context: &Context) -> Result<Tensor> {
+        self.logits(images, context)
+    }
+
+    fn parameters(&self) -> &Parameters {
+        NetworkInNetwork::parameters(self)
     }
 }
 

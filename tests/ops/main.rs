@@ -16,6 +16,7 @@ mod linear;
 mod loss;
 mod lsda;
 mod matmul;
+mod models;
 mod pool;
 mod position_bias;
 mod reduce;
@@ -38,6 +39,7 @@ pub fn benchmarks() -> Vec<(&'static str, Vec<Box<dyn harness::OpCase>>)> {
         ("loss", loss::benchmarks()),
         ("lsda", lsda::benchmarks()),
         ("matmul", matmul::benchmarks()),
+        ("models", models::benchmarks()),
         ("pool", pool::benchmarks()),
         ("position_bias", position_bias::benchmarks()),
         ("reduce", reduce::benchmarks()),

@@ -5,11 +5,12 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use gridgrad::data::{self, Split};
-use gridgrad::methods::finite_aggregation::learner::{self, BaseLearner};
+use gridgrad::methods::finite_aggregation::learner::{self, BaseLearner, NearestNeighbour, NetworkInNetwork};
 use gridgrad::methods::finite_aggregation::run::{
     Ensemble, MANIFEST, Manifest, Record, Run, Settings, Shard, Sources, merge,
 };
 use gridgrad::methods::finite_aggregation::{ContentHash, Spread};
+use gridgrad::train::many::{Recipe, Trainer};
 use gridgrad::{Device, Error, Result};
 
 use crate::device::DeviceFlag;
@@ -66,8 +67,21 @@ pub struct TrainBagging {
 /// What trains the base classifiers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum LearnerKind {
+    /// The Network-in-Network of the papers
+    Nin,
     /// The nearest neighbour of the image, by Euclidean distance
     Nearest,
+}
+
+/// What a network sees of a training image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Augment {
+    /// The image
+    None,
+    /// A random crop of the padded image
+    Crop,
+    /// A random crop of the padded image, mirrored or not
+    CropFlip,
 }
 
 /// Flags that all ensembles have.
@@ -77,8 +91,23 @@ struct Common {
     #[arg(long, default_value = "builtin", conflicts_with = "resume")]
     data: String,
     /// What trains the base classifiers
-    #[arg(long, value_enum, default_value = "nearest", conflicts_with = "resume")]
+    #[arg(long, value_enum, default_value = "nin", conflicts_with = "resume")]
     learner: LearnerKind,
+    /// Passes of a network over its subset; 200 as published where absent, and fewer for the built-in digits
+    #[arg(long, conflicts_with = "resume")]
+    epochs: Option<usize>,
+    /// Images in a step; 128 as published where absent, and fewer for the built-in digits
+    #[arg(long, conflicts_with = "resume")]
+    batch_size: Option<usize>,
+    /// First learning rate; 0.1 as published where absent, and less for the built-in digits
+    #[arg(long, allow_negative_numbers = true, conflicts_with = "resume")]
+    lr: Option<f64>,
+    /// What a network sees of a training image; as published where absent: crop-flip for CIFAR, crop for others
+    #[arg(long, value_enum, conflicts_with = "resume")]
+    augment: Option<Augment>,
+    /// Networks that are computed by one op, which changes no bit
+    #[arg(long, value_name = "G")]
+    group: Option<usize>,
     /// Classifier i has the seed SEED + i, which decides first weights, order and augmentation
     #[arg(long, default_value_t = 0, conflicts_with = "resume")]
     seed: u64,
@@ -159,7 +188,8 @@ impl Common {
         let device = self.device.get()?;
         if let Some(folder) = &self.resume {
             let manifest = Manifest::read(folder)?;
-            let learner = learner::from_recipe(&manifest.run.recipe)?;
+            let keep_weights = manifest.run.settings.keep_weights;
+            let learner = learner::from_recipe(&manifest.run.recipe, device, self.group, keep_weights)?;
             return with_sources(&manifest.run.settings, &*learner, |sources| {
                 train(Run::resume(folder, sources)?, folder, device)
             });
@@ -173,7 +203,7 @@ impl Common {
             );
             return Err(Error::Config(message));
         }
-        let learner = self.learner()?;
+        let learner = self.learner(device)?;
         with_sources(&settings, &*learner, |sources| {
             let shard = self.shard.unwrap_or(Shard::WHOLE);
             train(Run::create(&folder, settings.clone(), shard, sources)?, &folder, device)
@@ -193,9 +223,48 @@ impl Common {
         }
     }
 
-    fn learner(&self) -> Result<Box<dyn BaseLearner>> {
-        match self.learner {
-            LearnerKind::Nearest => Ok(Box::new(learner::NearestNeighbour)),
+    fn learner(&self, device: Device) -> Result<Box<dyn BaseLearner>> {
+        if self.learner == LearnerKind::Nearest {
+            let of_networks = [
+                ("epochs", self.epochs.is_some()),
+                ("batch-size", self.batch_size.is_some()),
+                ("lr", self.lr.is_some()),
+                ("augment", self.augment.is_some()),
+                ("group", self.group.is_some()),
+                ("keep-weights", self.keep_weights),
+            ];
+            return match of_networks.iter().find(|(_, is_there)| *is_there) {
+                Some((flag, _)) => Err(Error::Config(format!("--{flag} is for --learner nin alone"))),
+                None => Ok(Box::new(NearestNeighbour)),
+            };
+        }
+        let trainer = Trainer::new(self.recipe()).on(device).keep_weights(self.keep_weights);
+        Ok(Box::new(NetworkInNetwork::new(match self.group {
+            Some(group) => trainer.group(group),
+            None => trainer,
+        })))
+    }
+
+    /// The published recipe, or what does well on tiny digits in a minute, with flags over it.
+    fn recipe(&self) -> Recipe {
+        let published = Recipe::default();
+        let suited = match self.data.as_str() {
+            "builtin" => Recipe { epochs: 10, batch_size: 16, learning_rate: 0.05, crop_padding: 1, ..published },
+            "cifar10" | "cifar100" => Recipe { flip: true, ..published },
+            _ => published,
+        };
+        let (crop_padding, flip) = match self.augment {
+            None => (suited.crop_padding, suited.flip),
+            Some(Augment::None) => (0, false),
+            Some(augment) => (suited.crop_padding, augment == Augment::CropFlip),
+        };
+        Recipe {
+            epochs: self.epochs.unwrap_or(suited.epochs),
+            batch_size: self.batch_size.unwrap_or(suited.batch_size),
+            learning_rate: self.lr.unwrap_or(suited.learning_rate),
+            crop_padding,
+            flip,
+            ..suited
         }
     }
 }

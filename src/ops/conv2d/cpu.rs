@@ -7,7 +7,7 @@
 //! used once, and no two tiles write to the same place. Depthwise convolutions and gradients of images have ways of
 //! their own.
 
-use super::{Geometry, depthwise, scatter};
+use super::{Geometry, depthwise, scatter, winograd};
 use crate::cpu::gemm::{Into, Matrix, Threads, gemm};
 use crate::cpu::{Float, parallel, simd};
 use crate::tensor::Buffer;
@@ -159,6 +159,9 @@ pub(super) fn output<T: Float>(g: &Geometry, input: &[T], weight: &[T], bias: Op
     if g.is_depthwise() {
         return depthwise::output(g, input, weight, bias);
     }
+    if winograd::applies::<T>(g) {
+        return winograd::output(g, input, weight, bias);
+    }
     let mut output = Buffer::recycled(rows * features);
     let tile = tile_rows(rows);
     if g.is_pointwise() {
@@ -261,6 +264,9 @@ pub(super) fn input_gradient<T: Float>(g: &Geometry, grad: &[T], weight: &[T], b
     if g.is_depthwise() {
         return depthwise::input_gradient(g, grad, weight, bias);
     }
+    if winograd::applies::<T>(g) {
+        return winograd::input_gradient(g, grad, weight, bias);
+    }
     let mut output = Buffer::recycled(g.input_shape().elements());
     if g.is_pointwise() {
         let rows = g.batch * g.input[0] * g.input[1];
@@ -361,6 +367,9 @@ struct Share<'a, T> {
 pub(super) fn weight_gradient<T: Float>(g: &Geometry, input: &[T], grad: &[T]) -> Buffer<T> {
     if g.is_depthwise() {
         return depthwise::weight_gradient(g, input, grad);
+    }
+    if winograd::applies::<T>(g) {
+        return winograd::weight_gradient(g, input, grad);
     }
     let rows = g.batch * g.output[0] * g.output[1];
     let (group_inputs, group_outputs) = (g.group_inputs(), g.group_outputs());

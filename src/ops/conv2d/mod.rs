@@ -8,12 +8,19 @@
 mod cpu;
 mod depthwise;
 pub(crate) mod depthwise_gpu;
+mod each;
+mod geometry;
 pub(crate) mod gpu;
 mod scatter;
+mod winograd;
+
+use geometry::{Geometry, window};
 
 use crate::autograd::{Backward, Function, record};
 use crate::tensor::{Place, Shape, place};
 use crate::{Error, Result, Tensor, dispatch_float};
+
+pub use each::{conv2d_each, linear_each};
 
 /// How a kernel moves over a map. Pairs are (vertical, horizontal).
 ///
@@ -45,75 +52,6 @@ impl Default for Conv2dOptions {
     }
 }
 
-/// Extents of a convolution that has been checked. A transposed convolution runs it from output to input.
-#[derive(Clone, Copy)]
-struct Geometry {
-    batch: usize,
-    input: [usize; 2],
-    output: [usize; 2],
-    in_channels: usize,
-    out_channels: usize,
-    kernel: [usize; 2],
-    options: Conv2dOptions,
-}
-
-impl Geometry {
-    fn input_shape(&self) -> Shape {
-        [self.batch, self.input[0], self.input[1], self.in_channels].into()
-    }
-
-    fn output_shape(&self) -> Shape {
-        [self.batch, self.output[0], self.output[1], self.out_channels].into()
-    }
-
-    fn weight_shape(&self) -> Shape {
-        [self.out_channels, self.group_inputs(), self.kernel[0], self.kernel[1]].into()
-    }
-
-    fn taps(&self) -> usize {
-        self.kernel[0] * self.kernel[1]
-    }
-
-    /// Input channels of one group.
-    fn group_inputs(&self) -> usize {
-        self.in_channels / self.options.groups
-    }
-
-    /// Output channels of one group.
-    fn group_outputs(&self) -> usize {
-        self.out_channels / self.options.groups
-    }
-
-    /// Whether every position is mapped by itself: a matrix product of all positions.
-    fn is_pointwise(&self) -> bool {
-        let Conv2dOptions { stride, padding, groups, .. } = self.options;
-        self.kernel == [1; 2] && stride == [1; 2] && padding == [0; 2] && groups == 1 && self.input == self.output
-    }
-
-    /// Whether every channel is convolved by itself.
-    fn is_depthwise(&self) -> bool {
-        self.options.groups == self.in_channels && self.out_channels == self.in_channels
-    }
-
-    /// What both directions demand of the weight (out, in / groups, kernel height, kernel width) and the options.
-    fn check(op: &'static str, weight: [usize; 4], options: Conv2dOptions) -> Result<()> {
-        let Conv2dOptions { stride, dilation, groups, .. } = options;
-        if stride.contains(&0) || dilation.contains(&0) || groups == 0 {
-            return Err(Error::argument(op, format!("stride, dilation and groups must be positive, got {options:?}")));
-        }
-        if weight.contains(&0) || !weight[0].is_multiple_of(groups) {
-            let message = format!("weight {} is empty or does not divide into {groups} groups", Shape::from(weight));
-            return Err(Error::shape(op, message));
-        }
-        Ok(())
-    }
-}
-
-/// The extent that a kernel with gaps covers.
-fn window(kernel: usize, dilation: usize) -> Option<usize> {
-    (kernel - 1).checked_mul(dilation)?.checked_add(1)
-}
-
 /// Convolves `input` (batch, height, width, channels) with `weight` (out, channels / groups, kernel height, kernel
 /// width) and adds `bias` (out). The result is (batch, height', width', out) with
 /// height' = ⌊(height + 2 padding − dilation (kernel height − 1) − 1) / stride⌋ + 1.
@@ -125,27 +63,10 @@ fn window(kernel: usize, dilation: usize) -> Option<usize> {
 /// padded input.
 pub fn conv2d(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2dOptions) -> Result<Tensor> {
     const OP: &str = "conv2d";
-    let [batch, height, width, in_channels] = input.dims(OP, "input (batch, height, width, channels)")?;
+    let maps = input.dims(OP, "input (batch, height, width, channels)")?;
     let weights = weight.dims(OP, "weight (out, in / groups, kernel height, kernel width)")?;
-    Geometry::check(OP, weights, options)?;
-    let [out_channels, group_inputs, kernel @ ..] = weights;
-    if group_inputs.checked_mul(options.groups) != Some(in_channels) {
-        let message = format!("input {}, weight {}, {} groups", input.shape(), weight.shape(), options.groups);
-        return Err(Error::shape(OP, message));
-    }
-    check_parameters(OP, input, weight, bias, out_channels)?;
-    let input_extents = [height, width];
-    let extent = |axis: usize| {
-        let padded = options.padding[axis].checked_mul(2).and_then(|both| both.checked_add(input_extents[axis]));
-        let free = padded.zip(window(kernel[axis], options.dilation[axis])).and_then(|(p, w)| p.checked_sub(w));
-        free.map(|free| free / options.stride[axis] + 1).ok_or_else(|| {
-            let message = format!("kernel {kernel:?} is larger than input {} with {options:?}", input.shape());
-            Error::shape(OP, message)
-        })
-    };
-    let output = [extent(0)?, extent(1)?];
-    let geometry = Geometry { batch, input: input_extents, output, in_channels, out_channels, kernel, options };
-    geometry.output_shape().checked_elements(OP, size_of::<f64>())?;
+    let geometry = Geometry::forward(OP, maps, weights, options)?;
+    check_parameters(OP, input, weight, bias, &[geometry.out_channels])?;
     Map::Output.apply(input, weight, bias, geometry)
 }
 
@@ -176,7 +97,7 @@ pub fn conv_transpose2d(
     }
     let too_large = || Error::shape(OP, format!("weight {} with {options:?} overflows", weight.shape()));
     let features = group_outputs.checked_mul(options.groups).ok_or_else(too_large)?;
-    check_parameters(OP, input, weight, bias, features)?;
+    check_parameters(OP, input, weight, bias, &[features])?;
     let output_extents = [height, width];
     let extent = |axis: usize| {
         let (stride, dilation) = (options.stride[axis], options.dilation[axis]);
@@ -211,12 +132,17 @@ fn check_parameters(
     input: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
-    features: usize,
+    expected: &[usize],
 ) -> Result<()> {
     input.expect_float(op)?;
     [Some(weight), bias].into_iter().flatten().try_for_each(|parameter| parameter.expect_dtype(op, input.dtype()))?;
-    match bias.filter(|bias| **bias.shape() != [features]) {
-        Some(bias) => Err(Error::shape(op, format!("bias {} for {features} output channels", bias.shape()))),
+    match bias.filter(|bias| **bias.shape() != *expected) {
+        Some(bias) => {
+            let channels = expected.last().copied().unwrap_or(0);
+            let message =
+                format!("bias {} for {channels} output channels, expected {}", bias.shape(), Shape::from(expected));
+            Err(Error::shape(op, message))
+        }
         None => Ok(()),
     }
 }
@@ -238,9 +164,9 @@ impl Map {
         let inputs: Vec<&Tensor> = [Some(first), Some(second), bias].into_iter().flatten().collect();
         let output = match place(op, &inputs)? {
             Place::Gpu(gpu) => match self {
-                Map::Output => gpu::output(gpu, &geometry, first, second, bias)?,
-                Map::Input => gpu::input_gradient(gpu, &geometry, first, second, bias)?,
-                Map::Weight => gpu::weight_gradient(gpu, &geometry, first, second)?,
+                Map::Output => gpu::gather(gpu, &geometry, gpu::Pass::Forward, [first, second], bias, None)?,
+                Map::Input => gpu::gather(gpu, &geometry, gpu::Pass::InputGradient, [first, second], bias, None)?,
+                Map::Weight => gpu::weight_gradient(gpu, &geometry, [first, second], None)?,
             },
             Place::Host => dispatch_float!(op, dtype, T => {
                 let (a, b) = (first.floats::<T>(op)?, second.floats::<T>(op)?);
@@ -254,6 +180,21 @@ impl Map {
             })?,
         };
         Ok(record(output, &inputs, |_| ConvRule { map: self, first: first.clone(), second: second.clone(), geometry }))
+    }
+
+    /// The gradients of both arguments, as maps of two arguments. The gradient stands in the place of the map's result;
+    /// the map of the place that is asked for takes it there.
+    fn derivatives<'a>(
+        self,
+        grad: &'a Tensor,
+        first: &'a Tensor,
+        second: &'a Tensor,
+    ) -> [(Map, &'a Tensor, &'a Tensor); 2] {
+        match self {
+            Map::Output => [(Map::Input, grad, second), (Map::Weight, first, grad)],
+            Map::Input => [(Map::Output, grad, second), (Map::Weight, grad, first)],
+            Map::Weight => [(Map::Input, second, grad), (Map::Output, first, grad)],
+        }
     }
 
     fn name(self) -> &'static str {
@@ -278,13 +219,8 @@ impl Function for ConvRule {
     }
 
     fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
-        let (grad, first, second) = (backward.grad(), &self.first, &self.second);
-        // The gradient stands in the place of the map's result; the map of the place that is asked for takes it there.
-        let (of_first, of_second) = match self.map {
-            Map::Output => ((Map::Input, grad, second), (Map::Weight, first, grad)),
-            Map::Input => ((Map::Output, grad, second), (Map::Weight, grad, first)),
-            Map::Weight => ((Map::Input, second, grad), (Map::Output, first, grad)),
-        };
+        let grad = backward.grad();
+        let [of_first, of_second] = self.map.derivatives(grad, &self.first, &self.second);
         let gradient = |index: usize, (map, a, b): (Map, &Tensor, &Tensor)| {
             if backward.needs(index) { map.apply(a, b, None, self.geometry).map(Some) } else { Ok(None) }
         };

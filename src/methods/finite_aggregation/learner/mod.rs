@@ -5,13 +5,16 @@
 //! not the order of the training file, not the number of threads.
 
 mod nearest;
+mod network_in_network;
 
 pub use nearest::NearestNeighbour;
+pub use network_in_network::NetworkInNetwork;
 use serde_json::Value;
 
 use crate::cpu::simd;
 use crate::data::InMemory;
 use crate::nn::StateDict;
+use crate::train::many::Trainer;
 use crate::{Device, Error, Result, driver};
 
 /// A classifier to be trained.
@@ -60,19 +63,36 @@ pub trait BaseLearner {
     /// the bits that the member would have alone.
     ///
     /// # Errors
-    /// `Argument` where an index is not one of `train`, or `test` has images of another size; `Training` where a loss
-    /// is not finite; what the device has to say.
+    /// `Argument` where an index is not one of `train`, or `test` has images of another size; what the device has to
+    /// say. A loss that is not finite is an outcome, and disturbs no other member.
     fn train(&self, members: &[Member<'_>], train: &InMemory, test: &InMemory) -> Result<Vec<Trained>>;
 }
 
-/// The learner with a recipe.
+/// The learner with a recipe, on `device`. Of networks, `group` are computed by one op, where it is not left to the
+/// device; that changes no bit.
 ///
 /// # Errors
-/// `Config` where no learner of this crate has it.
-pub fn from_recipe(recipe: &Value) -> Result<Box<dyn BaseLearner>> {
-    let learners: [Box<dyn BaseLearner>; 1] = [Box::new(NearestNeighbour)];
-    let found = learners.into_iter().find(|learner| learner.recipe() == *recipe);
-    found.ok_or_else(|| Error::Config(format!("no learner of this program has the recipe {recipe}")))
+/// `Config` where no learner of this crate has such a recipe.
+pub fn from_recipe(
+    recipe: &Value,
+    device: Device,
+    group: Option<usize>,
+    keep_weights: bool,
+) -> Result<Box<dyn BaseLearner>> {
+    let unknown = |reason: String| Error::Config(format!("no learner of this program has the recipe {recipe}{reason}"));
+    match recipe.get("learner").and_then(Value::as_str) {
+        Some("nearest") => Ok(Box::new(NearestNeighbour)),
+        Some("network-in-network") => {
+            let training = recipe.get("training").cloned().unwrap_or_default();
+            let training = serde_json::from_value(training).map_err(|error| unknown(format!(": {error}")))?;
+            let trainer = Trainer::new(training).on(device).keep_weights(keep_weights);
+            Ok(Box::new(NetworkInNetwork::new(match group {
+                Some(group) => trainer.group(group),
+                None => trainer,
+            })))
+        }
+        _ => Err(unknown(String::new())),
+    }
 }
 
 /// What the bits of a network that was trained on `device` depend on beside its recipe: processors differ by their vector

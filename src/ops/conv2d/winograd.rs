@@ -1,0 +1,612 @@
+//! Convolutions of stride 1 by minimal filtering, after Winograd: fewer multiplications, and no larger errors.
+//!
+//! m neighbouring outputs of a kernel of r taps see m + r − 1 = 6 inputs. They are the upper coefficients of a product of
+//! polynomials, found from its remainders by x, x − 1, x + 1, x² + 1 and ∞: with x² + 1 by three multiplications, 7 in
+//! place of m r. For a map that is done in both directions: 49 multiplications give 4 × 4 outputs of a 3 × 3 kernel (144
+//! directly), or 2 × 2 of a 5 × 5 one (100). The 49 become matrix products over channels; see Lavin & Gray, "Fast
+//! Algorithms for Convolutional Neural Networks" (2016).
+//!
+//! The usual choice of points is real (0, ±1, ±2, ∞), needs 36 products, and loses a digit. Here all points have
+//! magnitude 1, all transforms but a scaling by powers of 2 are sums of inputs, and errors stay below those of the
+//! direct sum (a test compares). With residues A, Aₘ y the 7 of m values and Gᵣ = S Aᵣ, S diagonal,
+//!
+//! - outputs are Aₘᵀ [(Gᵣ w) ⊙ (Bᵀ x)], and so is the input gradient, from the flipped kernel;
+//! - the weight gradient is Gᵣᵀ Σ (Aₘ y) ⊙ (Bᵀ x), summed over all tiles.
+
+use std::ops::Range;
+
+use pulp::{Simd, WithSimd};
+
+use super::Geometry;
+use crate::cpu::block_gemm::{GROUP, LANES, Onto, PANEL, Rows, load, multiply, multiply_transposed, store};
+use crate::cpu::{Float, parallel, simd};
+use crate::tensor::{Buffer, DType};
+
+/// Inputs of a tile, in one direction.
+const TILE: usize = 6;
+/// Products of a tile, in one direction and in both.
+const POINTS: usize = 7;
+const PRODUCTS: usize = POINTS * POINTS;
+/// The diagonal of S.
+const SCALE: [f32; POINTS] = [1.0, 0.25, 0.25, 0.5, 0.5, 0.5, 1.0];
+/// Elements between planes of products, so that they do not all fall into the same sets of a cache.
+const GAP: usize = LANES;
+/// Terms that are summed before they join a longer sum, which keeps errors small.
+const DEPTH: usize = 64;
+
+/// Vectors of N × N positions or products.
+type Square<V, const N: usize> = [[V; N]; N];
+
+/// Whether this way is open, and faster than the direct one: kernels of 3 × 3 and 5 × 5, stride 1, channels in whole
+/// vectors. `f64` is for references, which are direct.
+pub(super) fn applies<T: Float>(g: &Geometry) -> bool {
+    let options = g.options;
+    let plain = options.stride == [1; 2] && options.dilation == [1; 2] && options.groups == 1;
+    let whole = [g.in_channels, g.out_channels].iter().all(|&channels| channels.is_multiple_of(LANES));
+    let fits = options.padding.iter().all(|&padding| padding < g.kernel[0]);
+    T::DTYPE == DType::F32 && plain && whole && fits && (g.kernel == [3; 2] || g.kernel == [5; 2])
+}
+
+pub(super) fn output<T: Float>(g: &Geometry, input: &[T], weight: &[T], bias: Option<&[T]>) -> Buffer<T> {
+    let map = Map {
+        batch: g.batch,
+        source: bytemuck::cast_slice(input),
+        extents: g.input,
+        depth: g.in_channels,
+        result: g.output,
+        columns: g.out_channels,
+        padding: g.options.padding,
+    };
+    let strides = [g.taps(), g.taps() * g.in_channels];
+    correlate(g.kernel[0], &map, (weight, strides, false), bias)
+}
+
+pub(super) fn input_gradient<T: Float>(g: &Geometry, grad: &[T], weight: &[T], bias: Option<&[T]>) -> Buffer<T> {
+    let map = Map {
+        batch: g.batch,
+        source: bytemuck::cast_slice(grad),
+        extents: g.output,
+        depth: g.out_channels,
+        result: g.input,
+        columns: g.in_channels,
+        padding: g.options.padding.map(|padding| g.kernel[0] - 1 - padding),
+    };
+    let strides = [g.taps() * g.in_channels, g.taps()];
+    correlate(g.kernel[0], &map, (weight, strides, true), bias)
+}
+
+fn correlate<T: Float>(
+    kernel: usize,
+    map: &Map<'_>,
+    (weight, strides, flipped): (&[T], [usize; 2], bool),
+    bias: Option<&[T]>,
+) -> Buffer<T> {
+    let mut output = Buffer::recycled(map.batch * map.result[0] * map.result[1] * map.columns);
+    let (weight, bias) = (bytemuck::cast_slice(weight), bias.map(bytemuck::cast_slice));
+    let out = bytemuck::cast_slice_mut(&mut output);
+    match kernel {
+        3 => map.correlate::<4>(&map.packed_weight::<3>(weight, strides, flipped), bias, out),
+        _ => map.correlate::<2>(&map.packed_weight::<5>(weight, strides, flipped), bias, out),
+    }
+    output
+}
+
+pub(super) fn weight_gradient<T: Float>(g: &Geometry, input: &[T], grad: &[T]) -> Buffer<T> {
+    let map = Map {
+        batch: g.batch,
+        source: bytemuck::cast_slice(input),
+        extents: g.input,
+        depth: g.in_channels,
+        result: g.output,
+        columns: g.out_channels,
+        padding: g.options.padding,
+    };
+    let mut output = Buffer::recycled(g.weight_shape().elements());
+    let (grad, out) = (bytemuck::cast_slice(grad), bytemuck::cast_slice_mut(&mut output));
+    match g.kernel[0] {
+        3 => map.collect_weight::<3>(&map.weight_products::<4>(grad), out),
+        _ => map.collect_weight::<5>(&map.weight_products::<2>(grad), out),
+    }
+    output
+}
+
+/// A convolution of a channels-last map, from `depth` channels to `columns`.
+struct Map<'a> {
+    batch: usize,
+    source: &'a [f32],
+    extents: [usize; 2],
+    depth: usize,
+    result: [usize; 2],
+    columns: usize,
+    padding: [usize; 2],
+}
+
+/// Where the window of a tile lies: offsets of its positions in a map, `None` outside.
+type Window<const N: usize> = [[Option<usize>; N]; N];
+
+impl Map<'_> {
+    /// Lines of tiles in an image, and tiles in a line.
+    fn tiles<const M: usize>(&self) -> [usize; 2] {
+        self.result.map(|extent| extent.div_ceil(M))
+    }
+
+    /// Image, and position in the result, of the tile of a number.
+    fn place<const M: usize>(&self, tile: usize) -> (usize, [usize; 2]) {
+        let [lines, across] = self.tiles::<M>();
+        (tile / across / lines, [tile / across % lines * M, tile % across * M])
+    }
+
+    fn input_window<const M: usize>(&self, tile: usize) -> Window<TILE> {
+        let (image, corner) = self.place::<M>(tile);
+        window(image, corner, self.padding, self.extents, self.depth)
+    }
+
+    fn output_window<const M: usize>(&self, tile: usize) -> Window<M> {
+        let (image, corner) = self.place::<M>(tile);
+        window(image, corner, [0; 2], self.result, self.columns)
+    }
+
+    /// Writes the result, block by block of whole lines of tiles.
+    fn correlate<const M: usize>(&self, weight: &[f32], bias: Option<&[f32]>, mut rest: &mut [f32]) {
+        // A block's operands should stay in the second-level cache, and be many beside a large weight.
+        const BYTES: usize = 1 << 20;
+        const LARGE: usize = 1 << 15;
+        let fitting = BYTES / (PRODUCTS * size_of::<f32>() * (self.depth + self.columns));
+        let tiles = if self.depth * self.columns < LARGE { fitting.clamp(32, 64) } else { 64 };
+        let [height, width] = self.result;
+        let [lines, across] = self.tiles::<M>();
+        if rest.is_empty() {
+            return;
+        }
+        let per_block = (tiles / across).max(1);
+        let start = |q: usize| (q / lines * height + q % lines * M) * width * self.columns;
+        let mut blocks = Vec::new();
+        for first in (0..self.batch * lines).step_by(per_block) {
+            let last = (first + per_block).min(self.batch * lines);
+            let (out, behind) = rest.split_at_mut(start(last) - start(first));
+            blocks.push((first, last, out));
+            rest = behind;
+        }
+        parallel::pieces_mut(&mut blocks, 1, |_, block| {
+            let (first, last, out) = &mut block[0];
+            self.correlate_tiles::<M>(*first * across..*last * across, weight, bias, (out, start(*first)));
+        });
+    }
+
+    /// The result of some tiles, which begins at `offset`.
+    fn correlate_tiles<const M: usize>(
+        &self,
+        tiles: Range<usize>,
+        weight: &[f32],
+        bias: Option<&[f32]>,
+        (out, offset): (&mut [f32], usize),
+    ) {
+        let (depth, columns, count) = (self.depth, self.columns, tiles.len());
+        let planes = [count * depth + GAP, count * columns + GAP];
+        let mut inputs = Buffer::<f32>::recycled(PRODUCTS * planes[0]);
+        let to = InputPlanes { data: &mut inputs, plane: planes[0], tile: depth, group: LANES };
+        simd::with_vectors(SpreadInput::<M> { map: self, tiles: tiles.clone(), to });
+        let mut products = Buffer::<f32>::recycled(PRODUCTS * planes[1]);
+        let mut starts = vec![0; count];
+        let mut places = vec![0; count];
+        for p in 0..PRODUCTS {
+            let products = &mut products[p * planes[1]..][..planes[1]];
+            for first in (0..columns).step_by(PANEL) {
+                let width = PANEL.min(columns - first);
+                let panel = &weight[(first * PRODUCTS + p * width) * depth..][..depth * width];
+                places.iter_mut().enumerate().for_each(|(t, place)| *place = t * columns + first);
+                for (chunk, panel) in panel.chunks(DEPTH * width).enumerate() {
+                    let from = p * planes[0] + chunk * DEPTH;
+                    starts.iter_mut().enumerate().for_each(|(t, start)| *start = from + t * depth);
+                    let onto = if chunk == 0 { Onto::Nothing } else { Onto::Itself };
+                    multiply(Rows { data: &inputs, starts: &starts }, panel, width, (products, &places), onto);
+                }
+            }
+        }
+        simd::with_vectors(CollectOutput::<M> {
+            map: self,
+            tiles,
+            products: &products,
+            plane: planes[1],
+            bias,
+            out,
+            offset,
+        });
+    }
+
+    /// Σ (A y) ⊙ (Bᵀ x), in the order (product, panel of columns, depth, column of the panel): sums over blocks of a
+    /// fixed number of tiles, counted from the first image. So images whose gradient is zero, behind the others, add
+    /// zeros and change no bit.
+    fn weight_products<const M: usize>(&self, grad: &[f32]) -> Buffer<f32> {
+        const BLOCK: usize = 32;
+        const BYTES: usize = 16 << 20;
+        let (depth, columns) = (self.depth, self.columns);
+        let [lines, across] = self.tiles::<M>();
+        let tiles = self.batch * lines * across;
+        // Of each block, the inputs' and then the gradients' planes.
+        let planes = [BLOCK * depth + GAP, BLOCK * columns + GAP];
+        let block_len = PRODUCTS * (planes[0] + planes[1]);
+        let blocks = (BYTES / size_of::<f32>() / block_len).clamp(4, 16).min(tiles.div_ceil(BLOCK));
+        let mut operands = Buffer::<f32>::recycled(blocks * block_len);
+        let mut sums = Buffer::<f32>::zeroed(PRODUCTS * depth * columns);
+        for first in (0..tiles).step_by((blocks * BLOCK).max(1)) {
+            let last = tiles.min(first + blocks * BLOCK);
+            let used = (last - first).div_ceil(BLOCK) * block_len;
+            parallel::pieces_mut(&mut operands[..used], block_len, |index, block| {
+                let start = first + index * BLOCK;
+                let tiles = start..last.min(start + BLOCK);
+                let (inputs, grads) = block.split_at_mut(PRODUCTS * planes[0]);
+                let to = InputPlanes { data: inputs, plane: planes[0], tile: GROUP, group: GROUP };
+                simd::with_vectors(SpreadInput::<M> { map: self, tiles: tiles.clone(), to });
+                simd::with_vectors(SpreadGrad::<M> { map: self, tiles, grad, data: grads, plane: planes[1] });
+            });
+            let mut parts: Vec<(usize, usize, &mut [f32])> = Vec::new();
+            for (p, sums) in sums.chunks_mut(depth * columns).enumerate() {
+                parts.extend(sums.chunks_mut(depth * PANEL).enumerate().map(|(panel, sums)| (p, panel * PANEL, sums)));
+            }
+            parallel::pieces_mut(&mut parts, 1, |_, part| {
+                let (p, column, sums) = &mut part[0];
+                let width = sums.len() / depth;
+                for (index, block) in operands[..used].chunks(block_len).enumerate() {
+                    let count = BLOCK.min(last - first - index * BLOCK);
+                    let inputs = &block[*p * planes[0]..][..count * depth];
+                    let grads = PRODUCTS * planes[0] + *p * planes[1] + *column * count;
+                    multiply_transposed(inputs, &block[grads..][..count * width], width, sums);
+                }
+            });
+        }
+        sums
+    }
+
+    /// From (product, panel, in, out of the panel) to (out, in, tap).
+    fn collect_weight<const R: usize>(&self, sums: &[f32], out: &mut [f32]) {
+        parallel::pieces_mut(out, LANES * self.depth * R * R, |index, out| {
+            simd::with_vectors(CollectWeight::<R> { map: self, sums, first: index * LANES, out });
+        });
+    }
+
+    /// The transformed weight in the order (panel of columns, product, depth, column of the panel).
+    fn packed_weight<const R: usize>(&self, weight: &[f32], strides: [usize; 2], flipped: bool) -> Buffer<f32> {
+        let mut packed = Buffer::recycled(PRODUCTS * self.depth * self.columns);
+        parallel::pieces_mut(&mut packed, PRODUCTS * self.depth * PANEL, |panel, out| {
+            let kernel = |row: usize, column: usize| {
+                &weight[row * strides[0] + (panel * PANEL + column) * strides[1]..][..R * R]
+            };
+            simd::with_vectors(SpreadWeight::<R, _> { depth: self.depth, kernel, flipped, out });
+        });
+        packed
+    }
+}
+
+/// Positions of a square window whose corner is `padding` before `corner`.
+fn window<const N: usize>(
+    image: usize,
+    corner: [usize; 2],
+    padding: [usize; 2],
+    extents: [usize; 2],
+    channels: usize,
+) -> Window<N> {
+    let mut window = [[None; N]; N];
+    for (y, line) in window.iter_mut().enumerate() {
+        let y = (corner[0] + y).wrapping_sub(padding[0]);
+        for (x, place) in line.iter_mut().enumerate() {
+            let x = (corner[1] + x).wrapping_sub(padding[1]);
+            if y < extents[0] && x < extents[1] {
+                *place = Some(((image * extents[0] + y) * extents[1] + x) * channels);
+            }
+        }
+    }
+    window
+}
+
+/// Where transformed inputs go: planes of products; channels in groups, the elements of a group `tile` apart from tile
+/// to tile.
+struct InputPlanes<'a> {
+    data: &'a mut [f32],
+    plane: usize,
+    tile: usize,
+    group: usize,
+}
+
+/// Bᵀ x B of some tiles.
+struct SpreadInput<'a, const M: usize> {
+    map: &'a Map<'a>,
+    tiles: Range<usize>,
+    to: InputPlanes<'a>,
+}
+
+impl<const M: usize> WithSimd for SpreadInput<'_, M> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (count, to) = (self.tiles.len(), self.to);
+        for (t, tile) in self.tiles.enumerate() {
+            let window = self.map.input_window::<M>(tile);
+            for channel in (0..self.map.depth).step_by(S::F32_LANES) {
+                let square = input_square(simd, self.map.source, &window, channel);
+                // Rows of all channels, or groups of few behind one another.
+                let grouped = to.group == to.tile;
+                let start = if grouped { channel / GROUP * GROUP * count + t * GROUP } else { t * to.tile + channel };
+                for (p, &value) in square.as_flattened().iter().enumerate() {
+                    let at = p * to.plane + start;
+                    if grouped && S::F32_LANES > GROUP {
+                        let lanes: &[f32] = bytemuck::cast_slice(std::slice::from_ref(&value));
+                        for (group, lanes) in lanes.chunks_exact(GROUP).enumerate() {
+                            to.data[at + group * GROUP * count..][..GROUP].copy_from_slice(lanes);
+                        }
+                    } else {
+                        let within = if grouped { channel % GROUP } else { 0 };
+                        store::<S>(to.data, at + within, value);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A y Aᵀ of some tiles of a gradient, in panels.
+struct SpreadGrad<'a, const M: usize> {
+    map: &'a Map<'a>,
+    tiles: Range<usize>,
+    grad: &'a [f32],
+    data: &'a mut [f32],
+    plane: usize,
+}
+
+impl<const M: usize> WithSimd for SpreadGrad<'_, M> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (count, columns) = (self.tiles.len(), self.map.columns);
+        for (t, tile) in self.tiles.enumerate() {
+            let window = self.map.output_window::<M>(tile);
+            for column in (0..columns).step_by(S::F32_LANES) {
+                let mut values = [[simd.splat_f32s(0.0); M]; M];
+                for y in 0..M {
+                    for x in 0..M {
+                        if let Some(at) = window[y][x] {
+                            values[y][x] = load::<S>(self.grad, at + column);
+                        }
+                    }
+                }
+                let square = spread_square(simd, &values);
+                let panel = column / PANEL * PANEL;
+                let start = panel * count + t * PANEL.min(columns - panel) + column - panel;
+                for (p, &value) in square.as_flattened().iter().enumerate() {
+                    store::<S>(self.data, p * self.plane + start, value);
+                }
+            }
+        }
+    }
+}
+
+/// Aᵀ z A of some tiles, with the bias.
+struct CollectOutput<'a, const M: usize> {
+    map: &'a Map<'a>,
+    tiles: Range<usize>,
+    products: &'a [f32],
+    plane: usize,
+    bias: Option<&'a [f32]>,
+    out: &'a mut [f32],
+    offset: usize,
+}
+
+impl<const M: usize> WithSimd for CollectOutput<'_, M> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let columns = self.map.columns;
+        for (t, tile) in self.tiles.enumerate() {
+            let window = self.map.output_window::<M>(tile);
+            for column in (0..columns).step_by(S::F32_LANES) {
+                let zero = simd.splat_f32s(0.0);
+                let bias = self.bias.map_or(zero, |bias| load::<S>(bias, column));
+                let mut square = [[zero; POINTS]; POINTS];
+                for (p, value) in square.as_flattened_mut().iter_mut().enumerate() {
+                    *value = load::<S>(self.products, p * self.plane + t * columns + column);
+                }
+                let values: Square<S::f32s, M> = collect_square(simd, &square);
+                for y in 0..M {
+                    for x in 0..M {
+                        if let Some(at) = window[y][x] {
+                            store::<S>(self.out, at - self.offset + column, simd.add_f32s(values[y][x], bias));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Gᵀ z G of [`LANES`] columns from `first`.
+struct CollectWeight<'a, const R: usize> {
+    map: &'a Map<'a>,
+    sums: &'a [f32],
+    first: usize,
+    out: &'a mut [f32],
+}
+
+impl<const R: usize> WithSimd for CollectWeight<'_, R> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (depth, columns) = (self.map.depth, self.map.columns);
+        let panel = self.first / PANEL * PANEL;
+        let width = PANEL.min(columns - panel);
+        for row in 0..depth {
+            for offset in (0..LANES).step_by(S::F32_LANES) {
+                let mut square = [[simd.splat_f32s(0.0); POINTS]; POINTS];
+                for (p, value) in square.as_flattened_mut().iter_mut().enumerate() {
+                    let at = (p * columns + panel) * depth + row * width + self.first - panel + offset;
+                    *value = load::<S>(self.sums, at);
+                }
+                scale_square(simd, &mut square);
+                let taps: Square<S::f32s, R> = collect_square(simd, &square);
+                for (tap, values) in taps.as_flattened().iter().enumerate() {
+                    let lanes: &[f32] = bytemuck::cast_slice(std::slice::from_ref(values));
+                    for (lane, &value) in lanes.iter().enumerate() {
+                        self.out[((offset + lane) * depth + row) * R * R + tap] = value;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// G w Gᵀ of one panel.
+struct SpreadWeight<'a, const R: usize, K> {
+    depth: usize,
+    /// The taps from a row of the depth to a column of the panel.
+    kernel: K,
+    flipped: bool,
+    out: &'a mut [f32],
+}
+
+impl<'w, const R: usize, K: Fn(usize, usize) -> &'w [f32]> WithSimd for SpreadWeight<'_, R, K> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let width = self.out.len() / (PRODUCTS * self.depth);
+        for row in 0..self.depth {
+            for first in (0..width).step_by(S::F32_LANES) {
+                let mut taps = [[simd.splat_f32s(0.0); R]; R];
+                for lane in 0..S::F32_LANES {
+                    let kernel = (self.kernel)(row, first + lane);
+                    for (tap, values) in taps.as_flattened_mut().iter_mut().enumerate() {
+                        let lanes: &mut [f32] = bytemuck::cast_slice_mut(std::slice::from_mut(values));
+                        lanes[lane] = kernel[if self.flipped { R * R - 1 - tap } else { tap }];
+                    }
+                }
+                let mut square = spread_square(simd, &taps);
+                scale_square(simd, &mut square);
+                for (p, &value) in square.as_flattened().iter().enumerate() {
+                    store::<S>(self.out, (p * self.depth + row) * width + first, value);
+                }
+            }
+        }
+    }
+}
+
+/// Bᵀ x.
+#[inline(always)]
+fn input_line<S: Simd>(simd: S, x: [S::f32s; TILE]) -> [S::f32s; POINTS] {
+    let (add, sub) = (|a, b| simd.add_f32s(a, b), |a, b| simd.sub_f32s(a, b));
+    let (odd, even) = (add(x[1], x[3]), add(x[2], x[4]));
+    let (first, second) = (sub(x[1], x[3]), sub(x[4], x[2]));
+    let (negative, rest) = (sub(x[2], x[4]), first);
+    [sub(x[0], x[4]), add(even, odd), sub(even, odd), sub(second, first), sub(negative, rest), first, sub(x[5], x[1])]
+}
+
+/// A y: the remainders of N values.
+#[inline(always)]
+fn spread_line<S: Simd, const N: usize>(simd: S, y: [S::f32s; N]) -> [S::f32s; POINTS] {
+    let (add, sub) = (|a, b| simd.add_f32s(a, b), |a, b| simd.sub_f32s(a, b));
+    let (mut sums, mut remainders) = ([y[0], y[1]], [y[0], y[1]]);
+    for i in 2..N {
+        let parity = i % 2;
+        sums[parity] = add(sums[parity], y[i]);
+        remainders[parity] = if i % 4 < 2 { add(remainders[parity], y[i]) } else { sub(remainders[parity], y[i]) };
+    }
+    let ([even, odd], [real, imaginary]) = (sums, remainders);
+    [y[0], add(even, odd), sub(even, odd), real, imaginary, add(real, imaginary), y[N - 1]]
+}
+
+/// Aᵀ z, N values.
+#[inline(always)]
+fn collect_line<S: Simd, const N: usize>(simd: S, z: [S::f32s; POINTS]) -> [S::f32s; N] {
+    let (add, sub) = (|a, b| simd.add_f32s(a, b), |a, b| simd.sub_f32s(a, b));
+    let (even, odd) = (add(z[1], z[2]), sub(z[1], z[2]));
+    let (real, imaginary) = (add(z[3], z[5]), add(z[4], z[5]));
+    let mut y = [z[0]; N];
+    for (i, value) in y.iter_mut().enumerate() {
+        *value = match i % 4 {
+            0 => add(even, real),
+            1 => add(odd, imaginary),
+            2 => sub(even, real),
+            _ => sub(odd, imaginary),
+        };
+    }
+    y[0] = add(y[0], z[0]);
+    y[N - 1] = add(y[N - 1], z[6]);
+    y
+}
+
+#[inline(always)]
+fn input_square<S: Simd>(simd: S, source: &[f32], window: &Window<TILE>, channel: usize) -> Square<S::f32s, POINTS> {
+    let zero = simd.splat_f32s(0.0);
+    let mut columns = [[zero; TILE]; POINTS];
+    for x in 0..TILE {
+        let mut column = [zero; TILE];
+        for y in 0..TILE {
+            if let Some(at) = window[y][x] {
+                column[y] = load::<S>(source, at + channel);
+            }
+        }
+        let line = input_line(simd, column);
+        for i in 0..POINTS {
+            columns[i][x] = line[i];
+        }
+    }
+    let mut square = [[zero; POINTS]; POINTS];
+    for i in 0..POINTS {
+        square[i] = input_line(simd, columns[i]);
+    }
+    square
+}
+
+#[inline(always)]
+fn spread_square<S: Simd, const N: usize>(simd: S, values: &Square<S::f32s, N>) -> Square<S::f32s, POINTS> {
+    let zero = simd.splat_f32s(0.0);
+    let mut columns = [[zero; N]; POINTS];
+    for x in 0..N {
+        let mut column = [zero; N];
+        for y in 0..N {
+            column[y] = values[y][x];
+        }
+        let line = spread_line(simd, column);
+        for i in 0..POINTS {
+            columns[i][x] = line[i];
+        }
+    }
+    let mut square = [[zero; POINTS]; POINTS];
+    for i in 0..POINTS {
+        square[i] = spread_line(simd, columns[i]);
+    }
+    square
+}
+
+#[inline(always)]
+fn collect_square<S: Simd, const N: usize>(simd: S, square: &Square<S::f32s, POINTS>) -> Square<S::f32s, N> {
+    let zero = simd.splat_f32s(0.0);
+    let mut columns = [[zero; POINTS]; N];
+    for x in 0..POINTS {
+        let mut column = [zero; POINTS];
+        for y in 0..POINTS {
+            column[y] = square[y][x];
+        }
+        let line: [S::f32s; N] = collect_line(simd, column);
+        for i in 0..N {
+            columns[i][x] = line[i];
+        }
+    }
+    let mut values = [[zero; N]; N];
+    for i in 0..N {
+        values[i] = collect_line(simd, columns[i]);
+    }
+    values
+}
+
+/// S z S.
+#[inline(always)]
+fn scale_square<S: Simd>(simd: S, square: &mut Square<S::f32s, POINTS>) {
+    for i in 0..POINTS {
+        for j in 0..POINTS {
+            square[i][j] = simd.mul_f32s(square[i][j], simd.splat_f32s(SCALE[i] * SCALE[j]));
+        }
+    }
+}
