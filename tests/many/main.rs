@@ -1,7 +1,7 @@
 //! Training many models at once: the bits of a model are its own.
 
-use gridgrad::data::InMemory;
-use gridgrad::methods::finite_aggregation::learner::{BaseLearner, Member, NetworkInNetwork};
+use gridgrad::data::{self, Image, InMemory, Split};
+use gridgrad::methods::finite_aggregation::learner::{BaseLearner, Member, NetworkInNetwork, vote};
 use gridgrad::random::Philox;
 use gridgrad::train::many::{Outcome, Recipe, Task, Trainer};
 use gridgrad::{Device, Result};
@@ -31,7 +31,7 @@ fn bits(outcome: &Outcome) -> Vec<u8> {
 
 /// Subsets of different sizes, among them one with more steps and one without samples.
 fn subsets() -> Vec<Vec<usize>> {
-    let ranges = [0..7, 3..8, 5..21, 9..9, 10..16, 2..7];
+    let ranges = [0..5, 3..7, 5..15, 9..9, 10..14, 2..6];
     ranges.into_iter().map(Vec::from_iter).collect()
 }
 
@@ -70,23 +70,31 @@ fn a_model_that_diverges_says_so() {
     assert_eq!(outcome.scores.len(), 6);
 }
 
+/// The built-in zeros and ones, `samples` of them.
+fn digits(split: Split, samples: usize) -> InMemory {
+    let all = data::open("builtin", split, None).unwrap();
+    let two = (0..all.len()).map(|index| all.sample(index).unwrap()).filter(|(_, label)| *label < 2).take(samples);
+    let (images, labels): (Vec<Image>, Vec<usize>) = two.unzip();
+    let pixels = images.iter().flat_map(|image| image.pixels().to_vec()).collect();
+    InMemory::new("digits", vec!["0".into(), "1".into()], [8, 8, 1], pixels, labels).unwrap()
+}
+
 #[test]
 fn it_learns_and_the_empty_subset_answers_class_0() {
-    let (train, test) = (halves(40, 1), halves(40, 2));
-    let samples: Vec<usize> = (0..40).collect();
+    let (train, test) = (digits(Split::Train, 24), digits(Split::Test, 40));
+    let samples: Vec<usize> = (0..24).collect();
     // Enough steps for the running statistics to follow.
-    let recipe = Recipe { epochs: 20, batch_size: 20, crop_padding: 0, ..Recipe::default() };
+    let recipe = Recipe { epochs: 12, batch_size: 8, crop_padding: 1, ..Recipe::default() };
     let learner = NetworkInNetwork::new(Trainer::new(recipe));
     let members =
         [Member { classifier: 0, seed: 3, samples: &samples }, Member { classifier: 1, seed: 4, samples: &[] }];
     let trained = learner.train(&members, &train, &test).unwrap();
-    let hits = |scores: &[f32]| {
-        let right = |(scores, &label): (&[f32], &usize)| usize::from(scores[1] > scores[0]) == label;
-        scores.chunks(2).zip(test.labels()).filter(|&pair| right(pair)).count()
-    };
-    assert!(hits(&trained[0].scores) >= 34, "{} of 40, loss {}", hits(&trained[0].scores), trained[0].loss);
+    let right = |(scores, &label): (&[f32], &usize)| vote(scores) == label;
+    let hits = trained[0].scores.chunks(2).zip(test.labels()).filter(|&pair| right(pair)).count();
+    // By chance so many are right about once in a thousand times.
+    assert!(hits >= 30, "{hits} of 40, loss {}", trained[0].loss);
     assert!(trained[1].scores.chunks(2).all(|scores| scores == [1.0, 0.0]) && trained[1].weights.is_none());
-    assert_eq!(learner.recipe()["training"]["epochs"], 8);
+    assert_eq!(learner.recipe()["training"]["epochs"], 12);
 }
 
 #[test]
