@@ -289,7 +289,12 @@ impl Panel {
 }
 
 /// A `<path>` through the points, interrupted where a value is not a number; a lone point shows as a dot.
-fn path(points: &[(f64, f64)], colour: &str, style: &str, place: &dyn Fn((f64, f64)) -> (f64, f64)) -> String {
+pub(super) fn path(
+    points: &[(f64, f64)],
+    colour: &str,
+    style: &str,
+    place: &dyn Fn((f64, f64)) -> (f64, f64),
+) -> String {
     let mut data = String::new();
     let mut pen_down = false;
     for &point in points {

@@ -5,7 +5,8 @@
 //!
 //! - [`training_curves`]: loss and accuracy over the epochs;
 //! - [`prediction_sheet`]: pictures with the network's guesses beside the truth;
-//! - [`attention_sheet`]: where the heads of a transformer look.
+//! - [`attention_sheet`]: where the heads of a transformer look;
+//! - [`certified_curves`]: how much accuracy is certified against poisoning, by size of attack.
 //!
 //! ```
 //! use gridgrad::report::{EpochRecord, training_curves};
@@ -23,6 +24,7 @@
 
 mod attention;
 mod axis;
+mod certified;
 mod curves;
 mod picture;
 mod predictions;
@@ -31,6 +33,7 @@ mod svg;
 mod tests;
 
 pub use attention::{AttentionView, attention_sheet};
+pub use certified::{CertifiedCurve, certified_curves};
 pub use curves::{EpochRecord, StepRecord, training_curves};
 pub use picture::ImageView;
 pub use predictions::{PredictionView, prediction_sheet};

@@ -41,7 +41,7 @@ fn info_refuses_images_that_cannot_be() {
 
 #[test]
 fn every_level_has_help() {
-    let commands = ["train", "eval", "predict", "info", "run", "bench", "doctor"];
+    let commands = ["train", "eval", "predict", "info", "run", "certify", "bench", "doctor"];
     let top = succeeds(Path::new("."), &["--help"]);
     for command in commands {
         assert!(top.contains(&format!("\n  {command} ")), "{command} is not in {top}");

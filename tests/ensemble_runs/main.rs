@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use gridgrad::data::{Dataset, InMemory};
 use gridgrad::methods::finite_aggregation::learner::{BaseLearner, Member, NearestNeighbour, Trained};
-use gridgrad::methods::finite_aggregation::run::{Ensemble, Run, Settings, Shard, Sources};
-use gridgrad::methods::finite_aggregation::{ContentHash, Spread};
+use gridgrad::methods::finite_aggregation::run::{Answers, Ensemble, Run, Settings, Shard, Sources};
+use gridgrad::methods::finite_aggregation::{ContentHash, Spread, Votes};
 use gridgrad::{Error, Result};
 
 /// The digits that come with the crate as they were published: pixels from 0 to 16, in the order of the file.
@@ -129,4 +129,13 @@ fn in_order(set: &InMemory, order: &[usize]) -> InMemory {
     let pixels = order.iter().flat_map(|&index| &set.pixels()[index * size..][..size]).copied().collect();
     let labels = order.iter().map(|&index| set.labels()[index]).collect();
     InMemory::new(set.name(), set.class_names().to_vec(), set.shape(), pixels, labels).unwrap()
+}
+
+fn votes(answers: &Answers) -> &Votes {
+    answers.table.votes.as_ref().unwrap()
+}
+
+/// Share of right answers over all pairs of a classifier and a held-out sample.
+fn base_accuracy(answers: &Answers) -> f64 {
+    answers.certify(&answers.method(0.001)).unwrap().base_accuracy.unwrap()
 }

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod bench;
+mod certify;
 mod checkpoint;
 mod device;
 mod doctor;
@@ -45,6 +46,8 @@ enum Command {
     Info(info::Info),
     /// Runs a network with given weights on given tensors: the bridge to other frameworks.
     Run(run::Run),
+    /// Certifies the answers of an ensemble against poisoned training data.
+    Certify(certify::Certify),
     /// Measures the speed of training on this machine.
     Bench(bench::BenchArgs),
     /// Shows what this machine offers: processor, memory, GPU, data sets.
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
         Command::Predict(predict) => predict::run(predict),
         Command::Info(info) => info::run(&info),
         Command::Run(run) => run::run(&run),
+        Command::Certify(args) => certify::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Doctor { json } => doctor::run(json),
     });

@@ -9,6 +9,7 @@
 //! 2. [`Partition`] has the samples of each classifier, in an order that depends on their content alone.
 //! 3. A [`learner`] makes classifiers of them, and a [`run`] keeps what was trained, on one machine or many.
 //! 4. The classifiers' answers are [`Votes`], or [`Scores`] where run-off election is to follow.
+//! 5. [`certify`] turns them into radii, and [`certify_table`] into a [`Report`].
 //!
 //! ```
 //! use gridgrad::data::{self, Split};
@@ -22,15 +23,20 @@
 //! # Ok::<(), gridgrad::Error>(())
 //! ```
 
+pub mod certify;
 mod hash;
 pub mod learner;
 mod mersenne_twister;
 mod partition;
+mod report;
 pub mod run;
 mod spread;
+mod vote_file;
 mod votes;
 
 pub use hash::ContentHash;
 pub use partition::Partition;
+pub use report::{Guarantee, Method, Report, SampleReport, certify_table};
 pub use spread::{MAX_CLASSIFIERS, Spread};
+pub use vote_file::VoteFile;
 pub use votes::{ScoreValues, Scores, Votes};

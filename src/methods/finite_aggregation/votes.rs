@@ -64,13 +64,11 @@ impl Votes {
     /// # Errors
     /// None that scores can cause, as they were checked when they were built.
     pub fn from_scores(scores: &Scores) -> Result<Self> {
-        let (samples, classifiers, classes) = (scores.samples, scores.classifiers, scores.classes);
-        let top = match &scores.values {
-            ScoreValues::F32(values) => tops(values, classes, total_f32),
-            ScoreValues::F64(values) => tops(values, classes, total_f64),
-            ScoreValues::I64(values) => tops(values, classes, Ord::cmp),
-        };
-        Votes::new(samples, classifiers, classes, top)
+        let Scores { samples, classifiers, classes, .. } = *scores;
+        let mut values = vec![0; samples * classifiers];
+        let rows = values.par_chunks_mut(classifiers).enumerate();
+        rows.for_each(|(sample, row)| row.copy_from_slice(&scores.tops(sample)));
+        Votes::new(samples, classifiers, classes, values)
     }
 
     /// Number of samples.
@@ -165,7 +163,7 @@ impl Scores {
     /// As [`new`](Scores::new), and `Shape` where columns differ in length, or hold no whole number of rows.
     pub fn from_columns(classes: usize, columns: &[Vec<f32>]) -> Result<Self> {
         let len = columns.first().map_or(0, Vec::len);
-        if classes == 0 || len % classes != 0 {
+        if classes == 0 || !len.is_multiple_of(classes) {
             return Err(Error::shape("scores", format!("got columns of {len} scores for {classes} classes")));
         }
         let values = rows_of("scores", len / classes, classes, columns)?;
@@ -192,18 +190,74 @@ impl Scores {
         &self.values
     }
 
-    /// The place of every class in the ranking of every classifier for `sample`: (classifiers, classes), 0 for the best.
+    /// The best class of every classifier for `sample`.
     ///
     /// # Panics
     /// Where `sample` is not below [`samples`](Scores::samples), as indexing does.
-    pub fn ranks(&self, sample: usize) -> Vec<u16> {
-        let row = self.classifiers * self.classes;
-        let range = sample * row..(sample + 1) * row;
+    pub fn tops(&self, sample: usize) -> Vec<u16> {
+        let range = self.range(sample);
         match &self.values {
-            ScoreValues::F32(values) => ranks(&values[range], self.classes, total_f32),
-            ScoreValues::F64(values) => ranks(&values[range], self.classes, total_f64),
-            ScoreValues::I64(values) => ranks(&values[range], self.classes, Ord::cmp),
+            ScoreValues::F32(values) => tops(&values[range], self.classes, total_f32).collect(),
+            ScoreValues::F64(values) => tops(&values[range], self.classes, total_f64).collect(),
+            ScoreValues::I64(values) => tops(&values[range], self.classes, Ord::cmp).collect(),
         }
+    }
+
+    /// For every classifier, whether it ranks class `a` before class `b` for `sample`.
+    ///
+    /// # Panics
+    /// Where `sample`, `a` or `b` is out of range, as indexing does.
+    pub fn prefers(&self, sample: usize, a: usize, b: usize) -> Vec<bool> {
+        let range = self.range(sample);
+        match &self.values {
+            ScoreValues::F32(values) => prefers(&values[range], self.classes, a, b, total_f32),
+            ScoreValues::F64(values) => prefers(&values[range], self.classes, a, b, total_f64),
+            ScoreValues::I64(values) => prefers(&values[range], self.classes, a, b, Ord::cmp),
+        }
+    }
+
+    /// The sums of the scores of several versions of the same classifiers, trained with different seeds: boosted DPA
+    /// (DPA*, Rezaei et al. 2023), whose sums count as one classifier's scores. Versions are added in order.
+    ///
+    /// # Errors
+    /// `Argument` where there is no version, or a sum of integers is beyond 64 bits; `Shape` where versions differ in
+    /// extents or kind of numbers.
+    pub fn boosted(versions: &[Scores]) -> Result<Self> {
+        let Some((first, more)) = versions.split_first() else {
+            return Err(Error::argument("boosted", "got no versions of the scores, expected at least one"));
+        };
+        let mut sum = first.clone();
+        for version in more {
+            sum.add(version)?;
+        }
+        Ok(sum)
+    }
+
+    fn add(&mut self, other: &Scores) -> Result<()> {
+        let extents = |scores: &Scores| [scores.samples, scores.classifiers, scores.classes];
+        let (own, theirs) = (extents(self), extents(other));
+        let differ = || Error::shape("boosted", format!("got scores {theirs:?} after {own:?}, or of another type"));
+        if own != theirs {
+            return Err(differ());
+        }
+        match (&mut self.values, &other.values) {
+            (ScoreValues::F32(sum), ScoreValues::F32(more)) => sum.iter_mut().zip(more).for_each(|(s, m)| *s += m),
+            (ScoreValues::F64(sum), ScoreValues::F64(more)) => sum.iter_mut().zip(more).for_each(|(s, m)| *s += m),
+            (ScoreValues::I64(sum), ScoreValues::I64(more)) => {
+                for (sum, &more) in sum.iter_mut().zip(more) {
+                    *sum = sum.checked_add(more).ok_or_else(|| {
+                        Error::argument("boosted", format!("the sum of scores {sum} and {more} is beyond 64 bits"))
+                    })?;
+                }
+            }
+            _ => return Err(differ()),
+        }
+        Ok(())
+    }
+
+    fn range(&self, sample: usize) -> std::ops::Range<usize> {
+        let row = self.classifiers * self.classes;
+        sample * row..(sample + 1) * row
     }
 }
 
@@ -218,31 +272,20 @@ fn total_f64(a: &f64, b: &f64) -> Ordering {
 }
 
 /// The first class with the largest score, for each run of `classes` scores.
-fn tops<T: Sync>(values: &[T], classes: usize, order: impl Fn(&T, &T) -> Ordering + Sync) -> Vec<u16> {
-    let top = |scores: &[T]| {
+fn tops<T>(values: &[T], classes: usize, order: impl Fn(&T, &T) -> Ordering) -> impl Iterator<Item = u16> {
+    values.chunks_exact(classes).map(move |scores| {
         let better = |best: usize, class: usize| match order(&scores[class], &scores[best]) {
             Ordering::Greater => class,
             _ => best,
         };
         (0..classes).fold(0, better) as u16
-    };
-    values.par_chunks_exact(classes).map(top).collect()
+    })
 }
 
-/// The place of every class, for each run of `classes` scores.
-fn ranks<T>(values: &[T], classes: usize, order: impl Fn(&T, &T) -> Ordering) -> Vec<u16> {
-    let mut ranks = vec![0; values.len()];
-    let mut ranking: Vec<u16> = Vec::with_capacity(classes);
-    for (scores, ranks) in values.chunks_exact(classes).zip(ranks.chunks_exact_mut(classes)) {
-        ranking.clear();
-        ranking.extend(0..classes as u16);
-        // Stable, so that equal scores keep the order of their classes.
-        ranking.sort_by(|&a, &b| order(&scores[usize::from(b)], &scores[usize::from(a)]));
-        for (place, &class) in ranking.iter().enumerate() {
-            ranks[usize::from(class)] = place as u16;
-        }
-    }
-    ranks
+/// Whether class `a` comes before class `b`, for each run of `classes` scores.
+fn prefers<T>(values: &[T], classes: usize, a: usize, b: usize, order: impl Fn(&T, &T) -> Ordering) -> Vec<bool> {
+    let before = |scores: &[T]| order(&scores[b], &scores[a]).then(a.cmp(&b)).is_lt();
+    values.chunks_exact(classes).map(before).collect()
 }
 
 /// Checks that a table with `extents` has a class and a classifier, and `len` numbers.
@@ -313,9 +356,24 @@ mod tests {
         let rows = [[1.0, 3.0, 3.0], [nan, 0.0, -0.0], [nan, nan, nan], [nan, f32::NEG_INFINITY, nan]];
         let scores = Scores::new(1, 4, 3, ScoreValues::F32(rows.as_flattened().to_vec())).unwrap();
         assert_eq!(Votes::from_scores(&scores).unwrap().values(), [1, 1, 0, 1]);
-        assert_eq!(scores.ranks(0), [2, 0, 1, 2, 0, 1, 0, 1, 2, 1, 0, 2]);
+        assert_eq!(scores.prefers(0, 0, 2), [false, false, true, true]);
+        assert_eq!(scores.prefers(0, 2, 1), [false; 4]);
+        assert_eq!(scores.prefers(0, 1, 2), [true; 4]);
         let large = ScoreValues::I64(vec![i64::MAX - 1, i64::MAX]);
         assert_eq!(Votes::from_scores(&Scores::new(1, 1, 2, large).unwrap()).unwrap().values(), [1]);
+    }
+
+    #[test]
+    fn versions_are_added() {
+        let scores = |values: &[i64]| Scores::new(1, 1, values.len(), ScoreValues::I64(values.to_vec())).unwrap();
+        let sum = Scores::boosted(&[scores(&[1, 2]), scores(&[3, -5]), scores(&[0, 1])]).unwrap();
+        assert_eq!(sum, scores(&[4, -2]));
+        let message = |versions: &[Scores]| Scores::boosted(versions).unwrap_err().to_string();
+        assert!(message(&[]).contains("no versions"));
+        assert!(message(&[scores(&[1, 2]), scores(&[1])]).contains("[1, 1, 1] after [1, 1, 2]"));
+        assert!(message(&[scores(&[i64::MAX]), scores(&[1])]).contains("64 bits"));
+        let floats = Scores::new(1, 1, 1, ScoreValues::F32(vec![1.0])).unwrap();
+        assert!(message(&[scores(&[1]), floats]).contains("another type"));
     }
 
     #[test]

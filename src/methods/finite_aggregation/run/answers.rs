@@ -4,11 +4,12 @@ use std::path::Path;
 
 use rayon::prelude::*;
 
-use super::super::{Scores, Votes};
+use super::super::certify::BaggingOptions;
+use super::super::{Method, Report, Scores, Spread, VoteFile, Votes, certify_table};
 use super::files;
 use super::identity_differences;
 use super::manifest::{Identity, MANIFEST, Manifest, Record};
-use super::settings::Shard;
+use super::settings::{Ensemble, Shard};
 use crate::file::write_atomically;
 use crate::{Error, Result};
 
@@ -18,10 +19,8 @@ pub struct Answers {
     pub run: Identity,
     /// The classifiers, in order.
     pub classifiers: Vec<Record>,
-    /// (held-out samples, classifiers).
-    pub votes: Votes,
-    /// (held-out samples, classifiers, classes), where they were kept.
-    pub scores: Option<Scores>,
+    /// Votes of all classifiers on the held-out samples, their scores where they were kept, offsets and labels.
+    pub table: VoteFile,
 }
 
 impl Answers {
@@ -42,21 +41,55 @@ impl Answers {
         let answers = shards.classifiers.par_iter().map(read).collect::<Result<Vec<_>>>()?;
         let (votes, scores): (Vec<_>, Vec<_>) = answers.into_iter().map(|one| (one.votes, one.scores)).unzip();
         let scores = scores.into_iter().collect::<Option<Vec<_>>>();
-        Ok(Answers {
-            run,
-            classifiers: shards.classifiers.into_iter().map(|(_, record)| record).collect(),
-            votes: Votes::from_columns(classes, &votes)?,
+        let offsets = match &run.settings.ensemble {
+            Ensemble::FiniteAggregation { spread, .. } => Some(spread.offsets().to_vec()),
+            Ensemble::Bagging { .. } => None,
+        };
+        let table = VoteFile {
+            votes: Some(Votes::from_columns(classes, &votes)?),
             scores: scores.map(|scores| Scores::from_columns(classes, &scores)).transpose()?,
-        })
+            offsets,
+            labels: Some(run.data.test_labels.clone()),
+        };
+        Ok(Answers { run, classifiers: shards.classifiers.into_iter().map(|(_, record)| record).collect(), table })
     }
 
-    /// Share of right answers over all pairs of a classifier and a held-out sample, 0 to 1.
-    pub fn base_accuracy(&self) -> f64 {
-        let labels = &self.run.data.test_labels;
-        let right =
-            |sample: usize| self.votes.of_sample(sample).iter().filter(move |v| usize::from(**v) == labels[sample]);
-        let right: usize = (0..labels.len()).map(|sample| right(sample).count()).sum();
-        right as f64 / (labels.len() * self.votes.classifiers()).max(1) as f64
+    /// The method that an ensemble of this kind was made for. `alpha` is the probability with which bagging may fail.
+    pub fn method(&self, alpha: f64) -> Method {
+        match &self.run.settings.ensemble {
+            Ensemble::FiniteAggregation { spread, .. } if spread.d() == 1 => Method::Dpa,
+            Ensemble::FiniteAggregation { .. } => Method::FiniteAggregation,
+            Ensemble::Bagging { samples, .. } => Method::Bagging(BaggingOptions {
+                subset_size: *samples,
+                train_size: self.run.data.train_samples,
+                alpha,
+            }),
+        }
+    }
+
+    /// Certifies the answers.
+    ///
+    /// # Errors
+    /// `Config` where the certificate of `method` does not hold for classifiers that were trained in this way, or needs
+    /// scores that were not kept; and as [`certify_table`].
+    pub fn certify(&self, method: &Method) -> Result<Report> {
+        let refuse = |message: String| Err(Error::Config(message));
+        if *method == Method::RunOff && self.table.scores.is_none() {
+            return refuse("run-off election needs scores, and this run kept votes alone".into());
+        }
+        match &self.run.settings.ensemble {
+            Ensemble::FiniteAggregation { spread, .. } => match method {
+                Method::Bagging(_) | Method::InfiniteBound { .. } => refuse(format!(
+                    "{} is for classifiers with independent random training sets; this run has those of Finite Aggregation",
+                    method.name()
+                )),
+                _ => certify_table(&self.table, spread, method),
+            },
+            Ensemble::Bagging { classifiers, .. } => match method {
+                Method::Bagging(_) => certify_table(&self.table, &Spread::new(*classifiers, 1)?, method),
+                _ => refuse(format!("this run is of bagging, whose classifiers {} does not certify", method.name())),
+            },
+        }
     }
 }
 

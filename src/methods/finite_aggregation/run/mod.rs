@@ -28,7 +28,8 @@
 //! let mut run = Run::create(folder.path(), settings, Shard::WHOLE, &sources)?;
 //! run.train(&AtomicBool::new(false), |_| Ok(()))?;
 //! let answers = Answers::read(&[folder.path()])?;
-//! assert_eq!((answers.votes.samples(), answers.votes.classifiers()), (10, 10));
+//! let report = answers.certify(&answers.method(0.001))?;
+//! assert_eq!((report.samples.len(), report.classifiers), (10, 10));
 //! # Ok::<(), gridgrad::Error>(())
 //! ```
 

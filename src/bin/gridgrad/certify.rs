@@ -1,0 +1,278 @@
+//! `gridgrad certify`: certified radii from the answers of an ensemble.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use gridgrad::file::write_atomically;
+use gridgrad::methods::finite_aggregation::certify::BaggingOptions;
+use gridgrad::methods::finite_aggregation::run::Answers;
+use gridgrad::methods::finite_aggregation::{Method, Report, Spread, VoteFile, certify_table};
+use gridgrad::report::{CertifiedCurve, certified_curves};
+use gridgrad::{Error, Result};
+
+use crate::output::{print, table};
+
+/// Which answers, how they were trained, and where results go.
+#[derive(Args)]
+pub struct Certify {
+    /// The folder of a run of `gridgrad train finite-aggregation`, `dpa` or `bagging`, or those of all its shards.
+    #[arg(value_name = "RUN", required_unless_present = "votes")]
+    runs: Vec<PathBuf>,
+    /// Answers of an ensemble made elsewhere: `votes` (samples, classifiers) or `scores` (samples, classifiers, classes), optionally
+    /// `offsets` (d) and `labels` (samples).
+    #[arg(long, value_name = "FILE.safetensors", conflicts_with = "runs")]
+    votes: Option<PathBuf>,
+    /// Inverse sensitivity: one poisoned sample reaches one in k classifiers.
+    #[arg(long, conflicts_with = "runs")]
+    k: Option<usize>,
+    /// Spreading degree: classifiers that each sample trains.
+    #[arg(long, conflicts_with = "runs")]
+    d: Option<usize>,
+    /// Classes; a vote of this number is an abstention. Taken from scores, labels and votes where absent.
+    #[arg(long, value_name = "C", conflicts_with = "runs")]
+    num_classes: Option<usize>,
+    /// How answers are certified; a run's own method where absent.
+    #[arg(long, value_enum, required_unless_present = "runs")]
+    method: Option<MethodName>,
+    /// Samples that each classifier of a bagging ensemble was trained on.
+    #[arg(long, value_name = "N", conflicts_with = "runs")]
+    subset_size: Option<usize>,
+    /// Samples of the training set that bagging drew from.
+    #[arg(long, value_name = "N", conflicts_with = "runs")]
+    train_size: Option<usize>,
+    /// Probability that a certificate of bagging or infinite-bound is wrong.
+    #[arg(long, default_value_t = 0.001)]
+    alpha: f64,
+    #[command(flatten)]
+    outputs: Outputs,
+}
+
+/// Where a report goes.
+#[derive(Args)]
+pub struct Outputs {
+    /// Writes every sample's radius and the certified fractions. Where a single run is certified, this and the other two
+    /// files go to its folder where absent, as certified-METHOD.json and so on.
+    #[arg(long, value_name = "OUT")]
+    json: Option<PathBuf>,
+    /// Writes the certified fraction at each size.
+    #[arg(long, value_name = "OUT")]
+    csv: Option<PathBuf>,
+    /// Draws the certified fractions.
+    #[arg(long, value_name = "OUT.svg")]
+    plot: Option<PathBuf>,
+    /// A report written by --json, or the folder of a run, to draw beside this one; may be given several times.
+    #[arg(long, value_name = "REPORT")]
+    beside: Vec<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum MethodName {
+    /// Deep Partition Aggregation (d = 1)
+    Dpa,
+    /// Finite Aggregation
+    Fa,
+    /// Finite Aggregation's bound from the margin alone
+    Coarse,
+    /// Run-off election, from scores
+    #[value(alias = "roe")]
+    FaRoe,
+    /// Enumeration of all attacks, for up to 20 classifiers
+    Exact,
+    /// Bagging, probabilistic
+    Bagging,
+    /// What a large d could bring: an estimate, no certificate
+    InfiniteEstimate,
+    /// The certificate of classifiers on independent random subsets, probabilistic
+    InfiniteBound,
+}
+
+/// Certifies a run, or a file of answers.
+pub fn run(mut args: Certify) -> Result<()> {
+    let (report, companions) = match &args.votes {
+        Some(path) => args.of_file(path)?,
+        None => args.of_runs()?,
+    };
+    if let [folder] = &args.runs[..] {
+        args.outputs.fill(folder, &report.method);
+    }
+    if args.outputs.plot.is_none() && !args.outputs.beside.is_empty() {
+        return Err(Error::Config("--beside draws reports into the picture: add --plot".into()));
+    }
+    args.outputs.write(&report, companions)
+}
+
+/// The reports that are drawn beside that of `method`: what it improves on.
+fn companions(method: &Method, spread: &Spread, certify: impl Fn(&Method) -> Result<Report>) -> Result<Vec<Report>> {
+    Ok(match method {
+        Method::FiniteAggregation if spread.d() > 1 => vec![certify(&Method::Coarse)?],
+        Method::RunOff => vec![certify(&Method::FiniteAggregation)?],
+        _ => Vec::new(),
+    })
+}
+
+impl Certify {
+    fn of_file(&self, path: &Path) -> Result<(Report, Vec<Report>)> {
+        let name = self.method.ok_or_else(|| Error::Config("--votes needs --method".into()))?;
+        let method = self.method(name)?;
+        if self.num_classes == Some(0) {
+            return Err(Error::Config("--num-classes 0: expected at least 1".into()));
+        }
+        let answers = VoteFile::read(path, self.num_classes)?;
+        let spread = self.spread(path, &answers, &method)?;
+        let report = certify_table(&answers, &spread, &method)?;
+        let beside = match self.outputs.plot {
+            Some(_) => companions(&method, &spread, |method| certify_table(&answers, &spread, method))?,
+            None => Vec::new(),
+        };
+        Ok((report, beside))
+    }
+
+    fn of_runs(&self) -> Result<(Report, Vec<Report>)> {
+        let answers = Answers::read(&self.runs)?;
+        let own = answers.method(self.alpha);
+        let method = match self.method {
+            None => own,
+            Some(MethodName::Bagging) if matches!(own, Method::Bagging(_)) => own,
+            Some(MethodName::Bagging) => {
+                return Err(Error::Config("--method bagging is for runs of gridgrad train bagging".into()));
+            }
+            Some(name) => self.method(name)?,
+        };
+        let report = answers.certify(&method)?;
+        let beside = match &report.spread {
+            Some(spread) => companions(&method, spread, |method| answers.certify(method))?,
+            None => Vec::new(),
+        };
+        Ok((report, beside))
+    }
+
+    fn method(&self, name: MethodName) -> Result<Method> {
+        if name != MethodName::Bagging && (self.subset_size.is_some() || self.train_size.is_some()) {
+            return Err(Error::Config("--subset-size and --train-size are for --method bagging alone".into()));
+        }
+        Ok(match name {
+            MethodName::Dpa => Method::Dpa,
+            MethodName::Fa => Method::FiniteAggregation,
+            MethodName::Coarse => Method::Coarse,
+            MethodName::FaRoe => Method::RunOff,
+            MethodName::Exact => Method::Exact,
+            MethodName::Bagging => {
+                let needed = |value: Option<usize>, flag: &str| {
+                    value.ok_or_else(|| Error::Config(format!("--method bagging needs {flag}")))
+                };
+                let subset_size = needed(self.subset_size, "--subset-size")?;
+                let train_size = needed(self.train_size, "--train-size")?;
+                Method::Bagging(BaggingOptions { subset_size, train_size, alpha: self.alpha })
+            }
+            MethodName::InfiniteEstimate => Method::InfiniteEstimate,
+            MethodName::InfiniteBound => Method::InfiniteBound { alpha: self.alpha },
+        })
+    }
+
+    fn spread(&self, path: &Path, answers: &VoteFile, method: &Method) -> Result<Spread> {
+        let columns = answers.classifiers();
+        let is_bagging = matches!(method, Method::Bagging(_));
+        let k = match self.k {
+            Some(k) => k,
+            None if is_bagging => columns,
+            None => return Err(Error::Config(format!("--method {} needs --k", method.name()))),
+        };
+        let d = match self.d {
+            Some(d) => d,
+            None if *method == Method::Dpa || !method.follows_spread() => 1,
+            None => return Err(Error::Config(format!("--method {} needs --d", method.name()))),
+        };
+        let checked = Spread::new(k, d)?;
+        if method.follows_spread() && columns != checked.n() {
+            let reason = format!("holds answers of {columns} classifiers, expected k·d = {k}·{d} = {}", checked.n());
+            return Err(Error::format(path, reason));
+        }
+        match &answers.offsets {
+            Some(offsets) if method.follows_spread() => Spread::with_offsets(k, d, offsets.clone())
+                .map_err(|error| Error::format(path, format!("offsets: {error}"))),
+            _ => Ok(checked),
+        }
+    }
+}
+
+impl Outputs {
+    /// Sends what was not sent elsewhere to the folder of a run.
+    fn fill(&mut self, folder: &Path, method: &str) {
+        let outputs = [(&mut self.json, "json"), (&mut self.csv, "csv"), (&mut self.plot, "svg")];
+        for (output, extension) in outputs {
+            output.get_or_insert_with(|| folder.join(format!("certified-{method}.{extension}")));
+        }
+    }
+
+    /// Prints the report and writes the files asked for. `companions` are drawn beside it.
+    pub fn write(&self, report: &Report, companions: Vec<Report>) -> Result<()> {
+        let mut drawn = vec![(report.title(), report.clone())];
+        drawn.extend(companions.into_iter().map(|companion| (companion.title(), companion)));
+        for path in &self.beside {
+            let beside = match path.is_dir() {
+                true => certified_run(path)?,
+                false => read_report(path)?,
+            };
+            drawn.push((format!("{} ({})", beside.title(), path.display()), beside));
+        }
+        if let Some(path) = &self.json {
+            write_atomically(path, report.to_json()?.as_bytes())?;
+        }
+        if let Some(path) = &self.csv {
+            write_atomically(path, report.to_csv().as_bytes())?;
+        }
+        if let Some(path) = &self.plot {
+            let curves: Vec<CertifiedCurve<'_>> =
+                drawn.iter().map(|(name, report)| CertifiedCurve { name, fractions: report.curve() }).collect();
+            let title =
+                if report.clean_accuracy.is_some() { "Certified fraction" } else { "Stable answers (no labels)" };
+            certified_curves(path, title, &curves)?;
+        }
+        let written = [&self.json, &self.csv, &self.plot].into_iter().flatten();
+        let files: String = written.map(|path| format!("{}\n", path.display())).collect();
+        let gap = if files.is_empty() { "" } else { "\n" };
+        print(&(summary(report) + gap + &files))
+    }
+}
+
+/// A run by its own method.
+fn certified_run(folder: &Path) -> Result<Report> {
+    const ALPHA: f64 = 0.001;
+    let answers = Answers::read(&[folder])?;
+    answers.certify(&answers.method(ALPHA))
+}
+
+fn read_report(path: &Path) -> Result<Report> {
+    let text = std::fs::read_to_string(path).map_err(|error| Error::io(path, error))?;
+    text.parse().map_err(|error: Error| Error::format(path, error.to_string()))
+}
+
+/// The report in words, and the curve at about ten sizes.
+fn summary(report: &Report) -> String {
+    let percent = |share: f64| format!("{:.2} %", 100.0 * share);
+    let mut text = format!(
+        "{}: {} samples, {} classifiers, {} classes\nguarantee: {}\n",
+        report.title(),
+        report.samples.len(),
+        report.classifiers,
+        report.classes,
+        report.guarantee
+    );
+    if let (Some(clean), Some(base)) = (report.clean_accuracy, report.base_accuracy) {
+        text += &format!("clean accuracy {}, of single classifiers {}\n", percent(clean), percent(base));
+        text += &match report.median_radius {
+            Some(radius) => format!("median certified radius {radius} (published as {})\n", radius + 1),
+            None => "less than half of the samples are classified right\n".to_owned(),
+        };
+    }
+    if let Some(poison) = report.single_poison {
+        text += &format!("one poisoned sample can lose at most {} correct answers at once\n", poison.lost);
+    }
+    let what = if report.clean_accuracy.is_some() { "certified" } else { "stable" };
+    let last = report.curve().len().saturating_sub(1);
+    let mut sizes: Vec<usize> = (0..=10).map(|tenth| last * tenth / 10).collect();
+    sizes.dedup();
+    let mut rows = vec![vec!["poisoned samples".to_owned(), what.to_owned()]];
+    rows.extend(sizes.into_iter().map(|size| vec![size.to_string(), percent(report.fraction(size))]));
+    text + &table(&rows)
+}

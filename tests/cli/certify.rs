@@ -1,0 +1,165 @@
+//! `certify`: radii from files of answers.
+
+use std::path::Path;
+
+use gridgrad::methods::finite_aggregation::{ScoreValues, Scores, VoteFile, Votes};
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::{Value, json};
+
+use crate::{content, refused_in_one_line, succeeds};
+
+/// Writes tensors of any kind: (name, dtype, shape, bytes).
+fn write(folder: &Path, tensors: &[(&str, Dtype, &[usize], Vec<u8>)]) {
+    let views = tensors
+        .iter()
+        .map(|(name, dtype, shape, bytes)| (name.to_string(), TensorView::new(*dtype, shape.to_vec(), bytes).unwrap()));
+    std::fs::write(folder.join("v.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+fn i64s(values: &[i64]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+fn certify(folder: &Path, flags: &str) -> (String, Value) {
+    let mut arguments = vec!["certify", "--votes", "v.safetensors", "--json", "out.json"];
+    arguments.extend(flags.split_whitespace());
+    let printed = succeeds(folder, &arguments);
+    (printed, serde_json::from_slice(&std::fs::read(folder.join("out.json")).unwrap()).unwrap())
+}
+
+fn refuses(folder: &Path, flags: &str, parts: &[&str]) {
+    let mut arguments = vec!["certify", "--votes", "v.safetensors", "--json", "out.json"];
+    arguments.extend(flags.split_whitespace());
+    refused_in_one_line(folder, &arguments, parts);
+    assert!(!folder.join("out.json").exists(), "{flags}: a refused call left a report");
+}
+
+#[test]
+fn votes_of_every_integer_type_give_the_radii_of_the_examples() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    // Examples E and G of the specification.
+    let values: [i64; 16] = [0, 1, 0, 2, 0, 3, 0, 4, 0, 0, 0, 0, 1, 2, 3, 4];
+    let (offsets, labels) = (i64s(&[0, 1]), i64s(&[0, 3]));
+    for dtype in [Dtype::U8, Dtype::I8, Dtype::U16, Dtype::I16, Dtype::U32, Dtype::I32, Dtype::U64, Dtype::I64] {
+        let size = dtype.bitsize() / 8;
+        let votes = values.iter().flat_map(|value| value.to_le_bytes()[..size].to_vec()).collect();
+        let offsets = ("offsets", Dtype::I64, &[2][..], offsets.clone());
+        write(folder, &[("votes", dtype, &[2, 8], votes), offsets, ("labels", Dtype::I64, &[2], labels.clone())]);
+        let (printed, report) = certify(folder, "--k 4 --d 2 --num-classes 5 --method fa");
+        let right = json!({"prediction": 0, "radius": 1, "correct": true});
+        assert_eq!(report["samples"], json!([right, {"prediction": 0, "radius": 0, "correct": false}]));
+        assert_eq!(report["certified_fraction"], json!([0.5, 0.5]));
+        assert_eq!(report["spread"], json!({"k": 4, "d": 2, "offsets": [0, 1]}));
+        assert!(printed.contains("clean accuracy 50.00 %") && printed.contains("deterministic"), "{printed}");
+    }
+    let (_, coarse) = certify(folder, "--k 4 --d 2 --num-classes 5 --method coarse");
+    assert_eq!(coarse["samples"][0]["radius"], 0);
+    let (_, exact) = certify(folder, "--k 4 --d 2 --method exact");
+    assert_eq!(exact["samples"][0]["radius"], 1);
+}
+
+#[test]
+fn every_method_runs_and_every_output_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let values = (0..3 * 6 * 4).map(|i| ((i * 37 + i / 5) % 11) as f32).collect();
+    let scores = Scores::new(3, 6, 4, ScoreValues::F32(values)).unwrap();
+    let file = VoteFile { scores: Some(scores), labels: Some(vec![0, 1, 2]), ..VoteFile::default() };
+    file.write(folder.join("v.safetensors")).unwrap();
+    for flags in [
+        "--k 3 --d 2 --method fa",
+        "--k 3 --d 2 --method fa-roe --num-classes 4",
+        "--k 6 --d 1 --method fa-roe",
+        "--k 6 --method dpa",
+        "--k 3 --d 2 --method exact",
+        "--method bagging --subset-size 30 --train-size 60000",
+        "--k 3 --method infinite-estimate",
+        "--k 3 --method infinite-bound --alpha 0.01",
+    ] {
+        let (printed, report) = certify(folder, &format!("{flags} --csv out.csv --plot out.svg"));
+        assert_eq!(report["samples"].as_array().unwrap().len(), 3, "{flags}");
+        let fractions = report["certified_fraction"].as_array().unwrap();
+        let lines = std::fs::read_to_string(folder.join("out.csv")).unwrap();
+        assert_eq!(lines.lines().count(), 1 + fractions.len(), "{flags}: {lines}");
+        assert!(printed.contains("guarantee: "), "{printed}");
+    }
+    succeeds(
+        folder,
+        &"certify --votes v.safetensors --k 6 --d 1 --method dpa --json dpa.json".split(' ').collect::<Vec<_>>(),
+    );
+    certify(folder, "--k 3 --d 2 --method fa --plot both.svg --beside dpa.json");
+    let drawn = std::fs::read_to_string(folder.join("both.svg")).unwrap();
+    assert!(drawn.contains("dpa, k = 6, d = 1") && drawn.contains("coarse, k = 3, d = 2"), "{drawn}");
+    let before = content(folder);
+    certify(folder, "--k 3 --d 2 --method fa --plot both.svg --beside dpa.json --threads 1");
+    assert_eq!(content(folder), before);
+    std::fs::write(folder.join("bad.json"), "{}").unwrap();
+    std::fs::remove_file(folder.join("out.json")).unwrap();
+    refuses(folder, "--k 3 --d 2 --method fa --plot both.svg --beside bad.json", &["bad.json", "not a report"]);
+}
+
+#[test]
+fn flags_that_do_not_fit_the_table() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    refuses(folder, "--k 4 --d 1 --method fa", &["v.safetensors", "No such file"]);
+    let votes = Votes::new(2, 4, 3, vec![0, 1, 2, 0, 1, 1, 2, 2]).unwrap();
+    VoteFile { votes: Some(votes), ..VoteFile::default() }.write(folder.join("v.safetensors")).unwrap();
+    for (flags, parts) in [
+        ("--k 0 --d 4 --method fa", &["k = 0"][..]),
+        ("--k 4 --d 0 --method fa", &["d = 0"]),
+        ("--k 4 --d 2 --method fa", &["4 classifiers", "4·2 = 8"]),
+        ("--k 5 --d 1 --method dpa", &["4 classifiers", "5·1 = 5"]),
+        ("--k 2 --d 2 --method dpa", &["d = 1", "got d = 2"]),
+        ("--k 18446744073709551615 --d 2 --method fa", &["16777216"]),
+        ("--d 1 --method fa", &["needs --k"]),
+        ("--k 4 --method fa", &["needs --d"]),
+        ("--k 4 --d 1 --method fa-roe", &["needs scores"]),
+        ("--k 4 --d 1 --method bagging", &["needs --subset-size"]),
+        ("--k 4 --d 1 --method bagging --subset-size 3", &["needs --train-size"]),
+        ("--method bagging --subset-size 0 --train-size 3", &["subsets of 0"]),
+        ("--method bagging --subset-size 3 --train-size 3 --alpha 0", &["alpha = 0"]),
+        ("--k 4 --method infinite-bound --alpha NaN", &["alpha = NaN"]),
+        ("--k 4 --d 1 --method fa --subset-size 3", &["bagging alone"]),
+        ("--k 4 --d 1 --method fa --num-classes 1", &["value 2 at index 2 is not in 0 to 1"]),
+        ("--k 4 --d 1 --method fa --num-classes 0", &["--num-classes 0"]),
+        ("--k 4 --d 1 --method fa --num-classes 70000", &["70000 classes"]),
+    ] {
+        refuses(folder, flags, parts);
+    }
+}
+
+#[test]
+fn tables_that_are_wrong_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let votes = || ("votes", Dtype::I64, &[1, 2][..], i64s(&[0, 1]));
+    let cases: [(&[(&str, Dtype, &[usize], Vec<u8>)], &str); 15] = [
+        (&[], "holds nothing"),
+        (&[("vote", Dtype::I64, &[1, 2], i64s(&[0, 1]))], "holds vote, expected a tensor votes or scores"),
+        (&[("votes", Dtype::I64, &[2], i64s(&[0, 1]))], "votes: has shape [2], expected (samples, classifiers)"),
+        (&[("votes", Dtype::F32, &[1, 1], vec![0; 4])], "votes: has dtype F32, expected integers"),
+        (&[("votes", Dtype::I64, &[1, 2], i64s(&[0, -1]))], "votes: value -1 at index 1"),
+        (&[("votes", Dtype::I64, &[1, 2], i64s(&[0, 1 << 40]))], "votes: value 1099511627776 at index 1"),
+        (&[("votes", Dtype::I64, &[0, 2], vec![])], "no samples"),
+        (&[("votes", Dtype::I64, &[2, 0], vec![])], "0 classifiers"),
+        (&[("scores", Dtype::F32, &[1, 2], vec![0; 8])], "scores: has shape [1, 2]"),
+        (&[("scores", Dtype::BOOL, &[1, 2, 2], vec![0; 4])], "scores: has dtype BOOL"),
+        (&[("scores", Dtype::F32, &[1, 2, 0], vec![])], "0 classes"),
+        (&[votes(), ("labels", Dtype::I64, &[2], i64s(&[0, 1]))], "2 labels for 1 samples"),
+        (&[votes(), ("labels", Dtype::I64, &[1], i64s(&[-1]))], "labels: value -1 at index 0"),
+        (&[votes(), ("offsets", Dtype::I64, &[1], i64s(&[2]))], "offsets: Spread: got offset 2"),
+        (&[votes(), ("scores", Dtype::F32, &[1, 3, 2], vec![0; 24])], "votes are for [1, 2, 2]"),
+    ];
+    for (tensors, part) in cases {
+        write(folder, tensors);
+        refuses(folder, "--k 2 --d 1 --method fa", &["v.safetensors", part]);
+    }
+    write(folder, &[votes(), ("labels", Dtype::I64, &[1], i64s(&[2]))]);
+    refuses(folder, "--k 2 --d 1 --method fa --num-classes 2", &["sample 0 has label 2, expected one below 2"]);
+    write(folder, &[votes(), ("offsets", Dtype::I64, &[2], i64s(&[0, 1]))]);
+    refuses(folder, "--k 2 --d 1 --method fa", &["got 2 offsets, expected d = 1"]);
+    std::fs::write(folder.join("v.safetensors"), b"not a table").unwrap();
+    refuses(folder, "--k 2 --d 1 --method fa", &["not a safetensors file"]);
+}
