@@ -138,7 +138,55 @@ fn what_makes_no_sense_is_refused() {
     refused(folder.path(), &["train", "dpa", "--shard", "3/2"], &["3/2"]);
     refused(folder.path(), &["train", "dpa", "--hash", "md5"], &["md5"]);
     refused(folder.path(), &["train", "dpa", "--learner", "oracle"], &["oracle"]);
+    let epochs = ["train", "dpa", "--learner", "nearest", "--epochs", "3"];
+    refused_in_one_line(folder.path(), &epochs, &["--epochs is for --learner nin"]);
     assert!(content(folder.path()).is_empty());
+}
+
+#[test]
+fn a_run_is_certified_with_the_other_beside_it() {
+    let folder = tempfile::tempdir().unwrap();
+    train(folder.path(), "dpa", &["--k", "10", "--out", "dpa"]);
+    train(folder.path(), "finite-aggregation", &["--k", "10", "--d", "3", "--out", "fa"]);
+    let printed = succeeds(folder.path(), &["certify", "fa", "--beside", "dpa"]);
+    for part in ["fa, k = 10, d = 3: 40 samples, 30 classifiers", "clean accuracy", "fa/certified-fa.svg"] {
+        assert!(printed.contains(part), "{part}: {printed}");
+    }
+    let report: Value = serde_json::from_slice(&bytes(&folder.path().join("fa"), "certified-fa.json")).unwrap();
+    assert_eq!(report["samples"].as_array().unwrap().len(), 40);
+    assert_eq!(report["certified_fraction"][0], report["clean_accuracy"]);
+    let csv = text(&bytes(&folder.path().join("fa"), "certified-fa.csv"));
+    assert!(csv.starts_with("size,certified_fraction,stable_fraction\n0,"), "{csv}");
+    let picture = text(&bytes(&folder.path().join("fa"), "certified-fa.svg"));
+    assert!(picture.contains("fa, k = 10, d = 3") && picture.contains("dpa, k = 10, d = 1"), "{picture}");
+    for (run, method) in [("fa", "fa-roe"), ("dpa", "roe"), ("dpa", "fa"), ("fa", "coarse")] {
+        succeeds(folder.path(), &["certify", run, "--method", method]);
+    }
+    refused_in_one_line(folder.path(), &["certify", "fa", "--method", "dpa"], &["dpa is the case d = 1"]);
+    refused_in_one_line(folder.path(), &["certify", "fa", "--method", "bagging"], &["gridgrad train bagging"]);
+    refused_in_one_line(folder.path(), &["certify", "fa", "--method", "infinite-bound"], &["independent random"]);
+    refused(folder.path(), &["certify", "fa", "dpa"], &["fa and dpa are not shards of one run"]);
+    refused(folder.path(), &["certify", "fa", "--k", "3"], &["cannot be used with"]);
+    refused(folder.path(), &["certify"], &["RUN"]);
+}
+
+#[test]
+fn bagging_is_certified_by_its_own_method_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = ["--models", "60", "--samples", "30", "--votes-only", "--out", "run"];
+    let printed = train(folder.path(), "bagging", &options);
+    assert!(printed.contains("Bagging: 60 classifiers of 30 draws each"), "{printed}");
+    let printed = succeeds(folder.path(), &["certify", "run"]);
+    assert!(printed.contains("bagging, 60 classifiers") && printed.contains("with probability 0.999"), "{printed}");
+    for method in ["fa", "dpa", "infinite-estimate"] {
+        refused_in_one_line(
+            folder.path(),
+            &["certify", "run", "--method", method],
+            &["of bagging", "does not certify"],
+        );
+    }
+    train(folder.path(), "dpa", &["--k", "4", "--votes-only", "--out", "votes"]);
+    refused_in_one_line(folder.path(), &["certify", "votes", "--method", "roe"], &["needs scores"]);
 }
 
 /// Pictures of different sizes become one size, and are hashed before.

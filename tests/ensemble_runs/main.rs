@@ -1,6 +1,7 @@
 //! Runs of base classifiers: what they leave, how they stop, go on and are merged, and what a changed sample changes.
 
 mod folders;
+mod networks;
 mod refusals;
 mod theorem;
 
@@ -62,24 +63,25 @@ fn train(folder: &Path, settings: Settings, sources: &Sources<'_>) -> PathBuf {
 }
 
 /// Trains in groups of `group`, and fails in place of the group after `groups`, as a process that is killed.
-struct Limited {
+struct Limited<'a> {
+    inner: &'a dyn BaseLearner,
     group: usize,
     groups: std::sync::atomic::AtomicUsize,
 }
 
-impl Limited {
+impl Limited<'static> {
     fn new(group: usize, groups: usize) -> Self {
-        Limited { group, groups: groups.into() }
+        Limited { inner: &NearestNeighbour, group, groups: groups.into() }
     }
 }
 
-impl BaseLearner for Limited {
+impl BaseLearner for Limited<'_> {
     fn recipe(&self) -> serde_json::Value {
-        NearestNeighbour.recipe()
+        self.inner.recipe()
     }
 
     fn backend(&self) -> String {
-        NearestNeighbour.backend()
+        self.inner.backend()
     }
 
     fn group_size(&self) -> usize {
@@ -89,7 +91,7 @@ impl BaseLearner for Limited {
     fn train(&self, members: &[Member<'_>], train: &InMemory, test: &InMemory) -> Result<Vec<Trained>> {
         let left = self.groups.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |groups| groups.checked_sub(1));
         left.map_err(|_| Error::Training("killed".into()))?;
-        NearestNeighbour.train(members, train, test)
+        self.inner.train(members, train, test)
     }
 }
 
