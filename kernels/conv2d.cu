@@ -17,6 +17,8 @@
 // element is in as many patches as the kernel has taps. From device memory: the maps and the weight about once.
 // FLOPs: 2 rows columns terms.
 //
+// Along y the grid counts models: tensors with a leading model axis, a convolution for each (common/convolution.cuh).
+//
 // tensor cores: conv2d_gather_bf16, conv2d_gather_f16
 
 #include "common/kernel.cuh"
@@ -136,11 +138,17 @@ __device__ __forceinline__ void gather(T* output, const T* source, const T* weig
     const u32 rows = c.batch * block.y.positions * block.x.positions;
     if (block.row >= rows) return;
 
+    const u32 source_height = gradient ? c.output[0] : c.input[0], source_width = gradient ? c.output[1] : c.input[1];
+    const u32 height = gradient ? c.input[0] : c.output[0], width = gradient ? c.input[1] : c.output[1];
+    const u32 model = blockIdx.y;
+    source += model * (u64(c.batch) * source_height * source_width * channels * c.groups);
+    output += model * (u64(c.batch) * height * width * columns * c.groups);
+    weight += model * (u64(c.groups) * columns * c.taps() * channels);
+    if (bias != nullptr) bias += model * (columns * c.groups);
+
     DYNAMIC_SHARED(shared);
     Anchor* anchors = reinterpret_cast<Anchor*>(shared);
     const Gather gather(block.y, block.x, channels);
-    const u32 source_height = gradient ? c.output[0] : c.input[0], source_width = gradient ? c.output[1] : c.input[1];
-    const u32 height = gradient ? c.input[0] : c.output[0], width = gradient ? c.input[1] : c.output[1];
     fill_anchors<Tile::M, Tile::THREADS>(anchors, gather, block.row, rows, source_height, height, width);
 
     const u32 depth = gather.depth(), column_stride = c.taps() * channels;

@@ -12,6 +12,9 @@
 // Bytes: a step over the tile's terms reads (rows + columns) terms; the partial sums are written and read once.
 // FLOPs: 2 rows columns terms.
 //
+// Along y the grid counts models: tensors with a leading model axis, whose partial sums are (part, model, …). A part has
+// the same number of positions for every model, so that positions of zeros behind a model's own change no bit of it.
+//
 // tensor cores: conv2d_weight_bf16, conv2d_weight_f16
 
 #include "common/kernel.cuh"
@@ -58,6 +61,9 @@ __device__ __forceinline__ void weight_gradient(float* partial, const T* input, 
     const u32 group = next(c.groups), part = index;
     const u32 first = part * part_positions;
     const u32 end = positions - first < part_positions ? positions : first + part_positions;
+    const u32 model = blockIdx.y;
+    input += model * (u64(c.batch) * c.input[0] * c.input[1] * channels * c.groups);
+    gradient += model * (u64(positions) * features * c.groups);
 
     const MatrixSource<T, false, RUN> outputs{gradient + group * features, features, positions, features * c.groups};
     const Map<T> map{input + group * channels, c.input[0], c.input[1], channels * c.groups};
@@ -67,7 +73,7 @@ __device__ __forceinline__ void weight_gradient(float* partial, const T* input, 
     tile.accumulate(outputs, patches, row, column, first, end, shared);
 
     // Features and channels that are padding are left out when the parts are added.
-    float* sums = partial + (u64(part) * c.groups + group) * features * columns;
+    float* sums = partial + ((u64(part) * gridDim.y + model) * c.groups + group) * features * columns;
     tile.for_each_pair(row, column, [&](u32 row, u32 column, float first, float second) {
         if (row >= features || column >= columns) return;
         const float pair[2] = {first, second};  // the number of columns is a multiple of RUN
@@ -103,8 +109,9 @@ __device__ __forceinline__ void sum_permuted(T* output, const S* input, const Ar
             from += rest % extents[axis] * strides[axis];
             rest /= extents[axis];
         }
-        float sum = l < valid ? to_float(input[from]) : 0;
-        for (u32 i = 1; i < parts; ++i) sum += to_float(input[i * part + from]);
+        // From 0, so that a sum of -0 and a part of zeros is what it is without that part.
+        float sum = 0;
+        for (u32 i = 0; l < valid && i < parts; ++i) sum += to_float(input[i * part + from]);
         output[element] = from_float<T>(sum);
     }
 }

@@ -64,6 +64,7 @@ pub mod nn;
 pub mod ops;
 pub mod random;
 pub mod report;
+mod sha256;
 pub mod tensor;
 pub mod train;
 

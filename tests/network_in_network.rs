@@ -64,3 +64,20 @@ fn gradients_agree_with_differences_along_a_direction() {
         assert!((along - difference).abs() < 1e-5 * (1.0 + along.abs()), "{name}: {along} and {difference}");
     }
 }
+
+#[test]
+fn every_model_of_several_has_the_bits_of_its_seed() {
+    let seeds = [4, 9, 2];
+    let several = NetworkInNetwork::each(1, 3, &seeds, DType::F32).unwrap();
+    assert_eq!(several.parameters().get("fc.weight").unwrap().shape().to_vec(), [3, 3, 192]);
+    for (model, seed) in seeds.into_iter().enumerate() {
+        let alone = NetworkInNetwork::new(1, 3, seed, DType::F32).unwrap().parameters().state_dict();
+        let state = several.state_of(model).unwrap();
+        assert_eq!(state.len(), alone.len());
+        for (name, value) in alone {
+            assert_eq!(state[&name].shape(), value.shape(), "{name}");
+            assert!(state[&name].raw_bytes().unwrap() == value.raw_bytes().unwrap(), "{name} of model {model}");
+        }
+    }
+    assert!(several.state_of(3).is_err() && NetworkInNetwork::each(1, 3, &[], DType::F32).is_err());
+}

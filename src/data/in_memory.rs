@@ -57,6 +57,31 @@ impl InMemory {
         }
         Ok(InMemory { name: name.into(), class_names, height, width, channels, pixels, labels })
     }
+
+    /// (height, width, channels) of every image.
+    pub fn shape(&self) -> [usize; 3] {
+        [self.height, self.width, self.channels]
+    }
+
+    /// Bytes of an image.
+    pub fn image_bytes(&self) -> usize {
+        self.height * self.width * self.channels
+    }
+
+    /// All images, (samples, height, width, channels).
+    pub fn pixels(&self) -> &[u8] {
+        &self.pixels
+    }
+
+    /// The label of every image.
+    pub fn labels(&self) -> &[usize] {
+        &self.labels
+    }
+
+    /// Number of classes.
+    pub fn classes(&self) -> usize {
+        self.class_names.len()
+    }
 }
 
 impl Dataset for InMemory {
@@ -78,7 +103,7 @@ impl Dataset for InMemory {
 
     fn sample(&self, index: usize) -> Result<(Image, usize)> {
         let label = *self.labels.get(index).ok_or_else(|| out_of_range(self, index))?;
-        let size = self.height * self.width * self.channels;
+        let size = self.image_bytes();
         let pixels = self.pixels[index * size..(index + 1) * size].to_vec();
         Ok((Image { height: self.height, width: self.width, channels: self.channels, pixels }, label))
     }

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 
 use super::{Initializer, StateDict};
 use crate::driver::seam::Address;
+use crate::ops::concat;
 use crate::random::Philox;
 use crate::tensor::{Element, Shape};
 use crate::{DType, Device, Error, Result, Tensor};
@@ -238,7 +239,9 @@ impl Parameters {
 #[derive(Clone)]
 pub struct Scope {
     prefix: String,
-    stream: Philox,
+    /// One, or of each model those of its seed.
+    streams: Arc<[Philox]>,
+    model_axis: bool,
     dtype: DType,
     parameters: Parameters,
 }
@@ -246,12 +249,18 @@ pub struct Scope {
 impl Scope {
     /// The root of a new model.
     pub fn new(seed: u64, dtype: DType) -> Self {
-        Scope {
-            prefix: String::new(),
-            stream: Philox::new(seed).stream("init"),
-            dtype,
-            parameters: Parameters::default(),
-        }
+        Self::of_seeds(&[seed], false, dtype)
+    }
+
+    /// The root of several models of one architecture: every parameter has a leading axis (models, …), along which each
+    /// model has the bits of its own seed.
+    pub fn each(seeds: &[u64], dtype: DType) -> Self {
+        Self::of_seeds(seeds, true, dtype)
+    }
+
+    fn of_seeds(seeds: &[u64], model_axis: bool, dtype: DType) -> Self {
+        let streams = seeds.iter().map(|&seed| Philox::new(seed).stream("init")).collect();
+        Scope { prefix: String::new(), streams, model_axis, dtype, parameters: Parameters::default() }
     }
 
     /// The scope of a part: `name` may hold several levels, joined by dots.
@@ -291,7 +300,12 @@ impl Scope {
 
     fn make(&self, name: &str, shape: Shape, initializer: Initializer, role: Role) -> Result<Parameter> {
         let name = self.full_name(name);
-        let value = initializer.draw(&shape, self.dtype, self.stream.stream(&name))?;
+        let draw = |stream: &Philox| initializer.draw(&shape, self.dtype, stream.stream(&name));
+        let drawn = self.streams.iter().map(draw).collect::<Result<Vec<Tensor>>>()?;
+        let value = match &drawn[..] {
+            [only] if !self.model_axis => only.clone(),
+            all => concat(&all.iter().collect::<Vec<_>>(), 0)?.reshape([&[all.len()], &shape[..]].concat())?,
+        };
         let value = if role == Role::Weight { value.variable()? } else { value };
         let mut list = self.parameters.list();
         if list.iter().any(|parameter| parameter.name() == name) {

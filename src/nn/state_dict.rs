@@ -72,12 +72,20 @@ pub fn parse(bytes: &[u8], path: &Path) -> Result<(StateDict, Metadata)> {
 /// Where the system refuses, a full disk included; an existing file is then untouched.
 pub fn write(path: impl AsRef<Path>, state: &StateDict, metadata: Metadata) -> Result<()> {
     let path = path.as_ref();
+    write_atomically(path, &to_bytes(path, state, metadata)?)
+}
+
+/// The content of a safetensors file; `path` is for errors. With at most one key of metadata, equal tensors give equal
+/// bytes.
+///
+/// # Errors
+/// Where a tensor cannot be copied to the host.
+pub fn to_bytes(path: &Path, state: &StateDict, metadata: Metadata) -> Result<Vec<u8>> {
     let on_host = state.iter().map(|(name, tensor)| Ok((name, tensor.to_device(Device::Cpu)?)));
     let on_host = on_host.collect::<Result<Vec<_>>>()?;
     let views = on_host.iter().map(|(name, tensor)| Ok((name, view(tensor, path)?))).collect::<Result<Vec<_>>>()?;
-    let bytes = safetensors::serialize(views, Some(metadata))
-        .map_err(|error| Error::format(path, format!("cannot be written as safetensors: {error}")))?;
-    write_atomically(path, &bytes)
+    safetensors::serialize(views, Some(metadata))
+        .map_err(|error| Error::format(path, format!("cannot be written as safetensors: {error}")))
 }
 
 fn view<'a>(tensor: &'a Tensor, path: &Path) -> Result<TensorView<'a>> {

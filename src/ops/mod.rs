@@ -16,6 +16,7 @@
 mod batch_norm;
 pub mod class_moments;
 mod conv2d;
+mod crops;
 pub mod cross_scale_embedding;
 pub mod denfi;
 mod dropout;
@@ -29,6 +30,7 @@ mod linear_probe;
 mod loss;
 pub mod lsda;
 mod matmul;
+mod models;
 mod pool;
 mod pooled_features;
 pub mod position_bias;
@@ -37,9 +39,10 @@ mod resample;
 mod softmax;
 mod strided;
 
-pub use batch_norm::{BatchNorm, BatchNormMode, BatchStatistics, batch_norm};
+pub use batch_norm::{BatchNorm, BatchNormMode, BatchStatistics, batch_norm, batch_norm_relu_each};
 pub use class_moments::class_moments;
-pub use conv2d::{Conv2dOptions, conv_transpose2d, conv2d};
+pub use conv2d::{Conv2dOptions, conv_transpose2d, conv2d, conv2d_each, linear_each};
+pub use crops::crops_each;
 pub use cross_scale_embedding::{
     EmbeddingNorm, EmbeddingOptions, ImageLayout, PixelNormalisation, cross_scale_embedding, cross_scale_embedding_with,
 };
@@ -55,6 +58,7 @@ pub use linear_probe::{ProbeLoss, linear_probe};
 pub use loss::{CrossEntropyOptions, Reduction, Targets, binary_cross_entropy_with_logits, cross_entropy, mse_loss};
 pub use lsda::{lsda, lsda_dropout};
 pub use matmul::Transposed;
+pub use models::Counts;
 pub use pool::{Pool2dOptions, adaptive_avg_pool2d, avg_pool2d, global_avg_pool2d, max_pool2d};
 pub use pooled_features::{add_relu_gap, pooled_features};
 pub use position_bias::{dynamic_position_bias, dynamic_position_biases};
@@ -72,11 +76,12 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        let rooms: [&[Signature]; 23] = [
+        let rooms: [&[Signature]; 24] = [
             batch_norm::gpu::KERNELS,
             class_moments::gpu::KERNELS,
             conv2d::depthwise_gpu::KERNELS,
             conv2d::gpu::KERNELS,
+            crops::gpu::KERNELS,
             cross_scale_embedding::gpu::KERNELS,
             denfi::density_gpu::KERNELS,
             denfi::gpu::KERNELS,

@@ -46,6 +46,7 @@ mod device;
 mod ema;
 mod engine;
 mod evaluate;
+pub mod many;
 mod metrics;
 mod observer;
 mod optimizer;

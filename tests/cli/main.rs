@@ -3,6 +3,7 @@
 mod certify;
 #[cfg(all(feature = "cuda", target_os = "linux"))]
 mod devices;
+mod finite_aggregation;
 mod info;
 mod refusals;
 mod run;

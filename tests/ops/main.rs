@@ -19,6 +19,7 @@ mod linear_probe;
 mod loss;
 mod lsda;
 mod matmul;
+mod models;
 mod pool;
 mod pooled_features;
 mod position_bias;
@@ -45,6 +46,7 @@ pub fn benchmarks() -> Vec<(&'static str, Vec<Box<dyn harness::OpCase>>)> {
         ("loss", loss::benchmarks()),
         ("lsda", lsda::benchmarks()),
         ("matmul", matmul::benchmarks()),
+        ("models", models::benchmarks()),
         ("pool", pool::benchmarks()),
         ("pooled_features", pooled_features::benchmarks()),
         ("position_bias", position_bias::benchmarks()),

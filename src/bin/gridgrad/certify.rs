@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use gridgrad::file::write_atomically;
 use gridgrad::methods::finite_aggregation::certify::BaggingOptions;
+use gridgrad::methods::finite_aggregation::run::Answers;
 use gridgrad::methods::finite_aggregation::{Method, Report, Spread, VoteFile, certify_table};
 use gridgrad::report::{CertifiedCurve, certified_curves};
 use gridgrad::{Error, Result};
@@ -14,27 +15,30 @@ use crate::output::{print, table};
 /// Which answers, how they were trained, and where results go.
 #[derive(Args)]
 pub struct Certify {
-    /// Answers of the ensemble: `votes` (samples, classifiers) or `scores` (samples, classifiers, classes), optionally
+    /// The folder of a run of `gridgrad train finite-aggregation`, `dpa` or `bagging`, or those of all its shards.
+    #[arg(value_name = "RUN", required_unless_present = "votes")]
+    runs: Vec<PathBuf>,
+    /// Answers of an ensemble made elsewhere: `votes` (samples, classifiers) or `scores` (samples, classifiers, classes), optionally
     /// `offsets` (d) and `labels` (samples).
-    #[arg(long, value_name = "FILE.safetensors")]
-    votes: PathBuf,
+    #[arg(long, value_name = "FILE.safetensors", conflicts_with = "runs")]
+    votes: Option<PathBuf>,
     /// Inverse sensitivity: one poisoned sample reaches one in k classifiers.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "runs")]
     k: Option<usize>,
     /// Spreading degree: classifiers that each sample trains.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "runs")]
     d: Option<usize>,
     /// Classes; a vote of this number is an abstention. Taken from scores, labels and votes where absent.
-    #[arg(long, value_name = "C")]
+    #[arg(long, value_name = "C", conflicts_with = "runs")]
     num_classes: Option<usize>,
-    /// How answers are certified.
-    #[arg(long, value_enum)]
-    method: MethodName,
+    /// How answers are certified; a run's own method where absent.
+    #[arg(long, value_enum, required_unless_present = "runs")]
+    method: Option<MethodName>,
     /// Samples that each classifier of a bagging ensemble was trained on.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", conflicts_with = "runs")]
     subset_size: Option<usize>,
     /// Samples of the training set that bagging drew from.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", conflicts_with = "runs")]
     train_size: Option<usize>,
     /// Probability that a certificate of bagging or infinite-bound is wrong.
     #[arg(long, default_value_t = 0.001)]
@@ -46,7 +50,8 @@ pub struct Certify {
 /// Where a report goes.
 #[derive(Args)]
 pub struct Outputs {
-    /// Writes every sample's radius and the certified fractions.
+    /// Writes every sample's radius and the certified fractions. Where a single run is certified, this and the other two
+    /// files go to its folder where absent, as certified-METHOD.json and so on.
     #[arg(long, value_name = "OUT")]
     json: Option<PathBuf>,
     /// Writes the certified fraction at each size.
@@ -55,8 +60,8 @@ pub struct Outputs {
     /// Draws the certified fractions.
     #[arg(long, value_name = "OUT.svg")]
     plot: Option<PathBuf>,
-    /// A report written by --json, to draw beside this one; may be given several times.
-    #[arg(long, value_name = "REPORT.json", requires = "plot")]
+    /// A report written by --json, or the folder of a run, to draw beside this one; may be given several times.
+    #[arg(long, value_name = "REPORT")]
     beside: Vec<PathBuf>,
 }
 
@@ -69,6 +74,7 @@ enum MethodName {
     /// Finite Aggregation's bound from the margin alone
     Coarse,
     /// Run-off election, from scores
+    #[value(alias = "roe")]
     FaRoe,
     /// Enumeration of all attacks, for up to 20 classifiers
     Exact,
@@ -80,31 +86,71 @@ enum MethodName {
     InfiniteBound,
 }
 
-/// Certifies a file of answers.
-pub fn run(args: Certify) -> Result<()> {
-    let method = args.method()?;
-    if args.num_classes == Some(0) {
-        return Err(Error::Config("--num-classes 0: expected at least 1".into()));
+/// Certifies a run, or a file of answers.
+pub fn run(mut args: Certify) -> Result<()> {
+    let (report, companions) = match &args.votes {
+        Some(path) => args.of_file(path)?,
+        None => args.of_runs()?,
+    };
+    if let [folder] = &args.runs[..] {
+        args.outputs.fill(folder, &report.method);
     }
-    let answers = VoteFile::read(&args.votes, args.num_classes)?;
-    let spread = args.spread(&answers, &method)?;
-    let report = certify_table(&answers, &spread, &method)?;
-    let mut companions = Vec::new();
-    if args.outputs.plot.is_some() && method == Method::FiniteAggregation && spread.d() > 1 {
-        companions.push(certify_table(&answers, &spread, &Method::Coarse)?);
-    }
-    if args.outputs.plot.is_some() && method == Method::RunOff {
-        companions.push(certify_table(&answers, &spread, &Method::FiniteAggregation)?);
+    if args.outputs.plot.is_none() && !args.outputs.beside.is_empty() {
+        return Err(Error::Config("--beside draws reports into the picture: add --plot".into()));
     }
     args.outputs.write(&report, companions)
 }
 
+/// The reports that are drawn beside that of `method`: what it improves on.
+fn companions(method: &Method, spread: &Spread, certify: impl Fn(&Method) -> Result<Report>) -> Result<Vec<Report>> {
+    Ok(match method {
+        Method::FiniteAggregation if spread.d() > 1 => vec![certify(&Method::Coarse)?],
+        Method::RunOff => vec![certify(&Method::FiniteAggregation)?],
+        _ => Vec::new(),
+    })
+}
+
 impl Certify {
-    fn method(&self) -> Result<Method> {
-        if self.method != MethodName::Bagging && (self.subset_size.is_some() || self.train_size.is_some()) {
+    fn of_file(&self, path: &Path) -> Result<(Report, Vec<Report>)> {
+        let name = self.method.ok_or_else(|| Error::Config("--votes needs --method".into()))?;
+        let method = self.method(name)?;
+        if self.num_classes == Some(0) {
+            return Err(Error::Config("--num-classes 0: expected at least 1".into()));
+        }
+        let answers = VoteFile::read(path, self.num_classes)?;
+        let spread = self.spread(path, &answers, &method)?;
+        let report = certify_table(&answers, &spread, &method)?;
+        let beside = match self.outputs.plot {
+            Some(_) => companions(&method, &spread, |method| certify_table(&answers, &spread, method))?,
+            None => Vec::new(),
+        };
+        Ok((report, beside))
+    }
+
+    fn of_runs(&self) -> Result<(Report, Vec<Report>)> {
+        let answers = Answers::read(&self.runs)?;
+        let own = answers.method(self.alpha);
+        let method = match self.method {
+            None => own,
+            Some(MethodName::Bagging) if matches!(own, Method::Bagging(_)) => own,
+            Some(MethodName::Bagging) => {
+                return Err(Error::Config("--method bagging is for runs of gridgrad train bagging".into()));
+            }
+            Some(name) => self.method(name)?,
+        };
+        let report = answers.certify(&method)?;
+        let beside = match &report.spread {
+            Some(spread) => companions(&method, spread, |method| answers.certify(method))?,
+            None => Vec::new(),
+        };
+        Ok((report, beside))
+    }
+
+    fn method(&self, name: MethodName) -> Result<Method> {
+        if name != MethodName::Bagging && (self.subset_size.is_some() || self.train_size.is_some()) {
             return Err(Error::Config("--subset-size and --train-size are for --method bagging alone".into()));
         }
-        Ok(match self.method {
+        Ok(match name {
             MethodName::Dpa => Method::Dpa,
             MethodName::Fa => Method::FiniteAggregation,
             MethodName::Coarse => Method::Coarse,
@@ -123,7 +169,7 @@ impl Certify {
         })
     }
 
-    fn spread(&self, answers: &VoteFile, method: &Method) -> Result<Spread> {
+    fn spread(&self, path: &Path, answers: &VoteFile, method: &Method) -> Result<Spread> {
         let columns = answers.classifiers();
         let is_bagging = matches!(method, Method::Bagging(_));
         let k = match self.k {
@@ -139,23 +185,34 @@ impl Certify {
         let checked = Spread::new(k, d)?;
         if method.follows_spread() && columns != checked.n() {
             let reason = format!("holds answers of {columns} classifiers, expected k·d = {k}·{d} = {}", checked.n());
-            return Err(Error::format(&self.votes, reason));
+            return Err(Error::format(path, reason));
         }
         match &answers.offsets {
             Some(offsets) if method.follows_spread() => Spread::with_offsets(k, d, offsets.clone())
-                .map_err(|error| Error::format(&self.votes, format!("offsets: {error}"))),
+                .map_err(|error| Error::format(path, format!("offsets: {error}"))),
             _ => Ok(checked),
         }
     }
 }
 
 impl Outputs {
+    /// Sends what was not sent elsewhere to the folder of a run.
+    fn fill(&mut self, folder: &Path, method: &str) {
+        let outputs = [(&mut self.json, "json"), (&mut self.csv, "csv"), (&mut self.plot, "svg")];
+        for (output, extension) in outputs {
+            output.get_or_insert_with(|| folder.join(format!("certified-{method}.{extension}")));
+        }
+    }
+
     /// Prints the report and writes the files asked for. `companions` are drawn beside it.
     pub fn write(&self, report: &Report, companions: Vec<Report>) -> Result<()> {
         let mut drawn = vec![(report.title(), report.clone())];
         drawn.extend(companions.into_iter().map(|companion| (companion.title(), companion)));
         for path in &self.beside {
-            let beside = read_report(path)?;
+            let beside = match path.is_dir() {
+                true => certified_run(path)?,
+                false => read_report(path)?,
+            };
             drawn.push((format!("{} ({})", beside.title(), path.display()), beside));
         }
         if let Some(path) = &self.json {
@@ -171,8 +228,18 @@ impl Outputs {
                 if report.clean_accuracy.is_some() { "Certified fraction" } else { "Stable answers (no labels)" };
             certified_curves(path, title, &curves)?;
         }
-        print(&summary(report))
+        let written = [&self.json, &self.csv, &self.plot].into_iter().flatten();
+        let files: String = written.map(|path| format!("{}\n", path.display())).collect();
+        let gap = if files.is_empty() { "" } else { "\n" };
+        print(&(summary(report) + gap + &files))
     }
+}
+
+/// A run by its own method.
+fn certified_run(folder: &Path) -> Result<Report> {
+    const ALPHA: f64 = 0.001;
+    let answers = Answers::read(&[folder])?;
+    answers.certify(&answers.method(ALPHA))
 }
 
 fn read_report(path: &Path) -> Result<Report> {

@@ -10,6 +10,7 @@ mod checkpoint;
 mod device;
 mod doctor;
 mod eval;
+mod finite_aggregation;
 mod info;
 mod kernels;
 mod output;
@@ -36,6 +37,8 @@ enum Command {
     /// Trains a network on images and leaves checkpoints, metrics and pictures in a folder.
     #[command(subcommand)]
     Train(train::Train),
+    /// Makes one run of the shards of an ensemble.
+    MergeShards(finite_aggregation::MergeShards),
     /// Measures a trained network on a data set.
     Eval(eval::Eval),
     /// Tells what images show.
@@ -62,6 +65,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let outcome = set_threads(arguments.threads).and_then(|()| match arguments.command {
         Command::Train(train) => train::run(train),
+        Command::MergeShards(merge) => merge.run(),
         Command::Eval(eval) => eval::run(eval),
         Command::Predict(predict) => predict::run(predict),
         Command::Info(info) => info::run(&info),

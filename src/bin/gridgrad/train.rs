@@ -18,6 +18,7 @@ use serde::de::DeserializeOwned;
 
 use crate::checkpoint::{Description, Trained};
 use crate::device::DeviceFlag;
+use crate::finite_aggregation::{TrainBagging, TrainDpa, TrainFiniteAggregation};
 use crate::info::{grouped, named};
 use crate::output::{complain, print};
 use crate::progress::{CURVES, Display, human};
@@ -35,6 +36,16 @@ pub enum Train {
     /// minutes. Ctrl-C stops after the step with a checkpoint; --resume goes on from it, bit for bit.
     #[command(name = "crossformer")]
     CrossFormer(Box<TrainCrossFormer>),
+    /// An ensemble whose answers no attacker can change by a few poisoned training images: Finite Aggregation.
+    ///
+    /// Splits the training set into k·d buckets by a hash of each image, and trains k·d base classifiers on d buckets
+    /// each. Then `gridgrad certify RUN` tells how many inserted or deleted images every answer withstands. A run that is
+    /// stopped, by Ctrl-C or otherwise, goes on with --resume and ends with the same bytes.
+    FiniteAggregation(Box<TrainFiniteAggregation>),
+    /// Deep Partition Aggregation: Finite Aggregation with d = 1, every image in one classifier's training set.
+    Dpa(Box<TrainDpa>),
+    /// Bagging: classifiers that each draw their images with replacement. Its certificate holds with a probability.
+    Bagging(Box<TrainBagging>),
 }
 
 /// Flags of `gridgrad train crossformer`. A flag goes over the configuration file, which goes over the defaults.
@@ -90,7 +101,15 @@ pub struct TrainCrossFormer {
 }
 
 pub fn run(train: Train) -> Result<()> {
-    let Train::CrossFormer(flags) = train;
+    match train {
+        Train::CrossFormer(flags) => train_crossformer(*flags),
+        Train::FiniteAggregation(flags) => flags.run(),
+        Train::Dpa(flags) => flags.run(),
+        Train::Bagging(flags) => flags.run(),
+    }
+}
+
+fn train_crossformer(flags: TrainCrossFormer) -> Result<()> {
     let device = flags.device.get()?;
     if flags.cuda_graph && device == Device::Cpu {
         return Err(Error::Config("--cuda-graph records steps on a GPU; add --device cuda".into()));
@@ -195,15 +214,19 @@ impl TrainCrossFormer {
             }
             return Ok(folder.clone());
         }
-        let set =
-            Path::new(&settings.data).file_name().map_or("data".into(), |name| name.to_string_lossy().into_owned());
-        let name = |number: usize| match number {
-            1 => format!("runs/crossformer-{set}"),
-            _ => format!("runs/crossformer-{set}-{number}"),
-        };
-        let free = (1..10_000).map(|number| PathBuf::from(name(number))).find(|folder| !folder.exists());
-        free.ok_or_else(|| Error::Config("10,000 runs under runs/; choose a folder with --out".into()))
+        free_folder("crossformer", &settings.data)
     }
+}
+
+/// The first free folder under `runs/` for a run of `method` on `data`.
+pub fn free_folder(method: &str, data: &str) -> Result<PathBuf> {
+    let set = Path::new(data).file_name().map_or("data".into(), |name| name.to_string_lossy().into_owned());
+    let name = |number: usize| match number {
+        1 => format!("runs/{method}-{set}"),
+        _ => format!("runs/{method}-{set}-{number}"),
+    };
+    let free = (1..10_000).map(|number| PathBuf::from(name(number))).find(|folder| !folder.exists());
+    free.ok_or_else(|| Error::Config("10,000 runs under runs/; choose a folder with --out".into()))
 }
 
 /// A preset with the data's own mean and deviation where they are known.
@@ -298,7 +321,7 @@ fn run_settings(settings: &Settings, folder: &Path, resume: bool, (device, graph
         settings.write(&folder.join(CONFIG_FILE))?;
     }
     introduce(settings, &model, &*train_set, &*test_set, folder, device)?;
-    let stop = stop_on_ctrl_c()?;
+    let stop = stop_on_ctrl_c("this step")?;
     let start = Instant::now();
     let mut display = Display::new(settings.train.epochs, format!("CrossFormer on {}", settings.data), folder.into());
     if resume {
@@ -349,14 +372,14 @@ fn introduce(
 }
 
 /// A flag that the first Ctrl-C sets; the second one ends the program at once.
-fn stop_on_ctrl_c() -> Result<Arc<AtomicBool>> {
+pub fn stop_on_ctrl_c(after: &'static str) -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&stop);
     let handler = move || {
         if flag.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
-        complain("\nStopping after this step; once more to stop at once.");
+        complain(&format!("\nStopping after {after}; once more to stop at once."));
     };
     ctrlc::set_handler(handler).map_err(|error| Error::Config(format!("cannot listen for Ctrl-C: {error}")))?;
     Ok(stop)

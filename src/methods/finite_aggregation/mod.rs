@@ -7,8 +7,9 @@
 //! 1. A [`Spread`] has `k` and `d`: the samples fall into `n = k·d` buckets by a [`ContentHash`], each bucket feeds `d`
 //!    of `n` classifiers. `d = 1` is Deep Partition Aggregation (Levine and Feizi, ICLR 2021).
 //! 2. [`Partition`] has the samples of each classifier, in an order that depends on their content alone.
-//! 3. The classifiers' answers are [`Votes`], or [`Scores`] where run-off election is to follow.
-//! 4. [`certify`] turns them into radii, and [`certify_table`] into a [`Report`].
+//! 3. A [`learner`] makes classifiers of them, and a [`run`] keeps what was trained, on one machine or many.
+//! 4. The classifiers' answers are [`Votes`], or [`Scores`] where run-off election is to follow.
+//! 5. [`certify`] turns them into radii, and [`certify_table`] into a [`Report`].
 //!
 //! ```
 //! use gridgrad::data::{self, Split};
@@ -24,9 +25,11 @@
 
 pub mod certify;
 mod hash;
+pub mod learner;
 mod mersenne_twister;
 mod partition;
 mod report;
+pub mod run;
 mod spread;
 mod vote_file;
 mod votes;

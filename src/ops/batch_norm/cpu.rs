@@ -80,26 +80,33 @@ pub(super) fn inverse_deviation<T: Float>(variance: &[T], eps: f64) -> Buffer<T>
     Buffer::from_fn(variance.len(), |c| T::ONE / (variance[c] + T::from_f64(eps)).sqrt())
 }
 
-/// scale · weight, with 1 for an absent weight.
-fn slope<T: Float>(scale: &[T], weight: Option<&[T]>) -> Buffer<T> {
-    Buffer::from_fn(scale.len(), |c| weight.map_or(scale[c], |weight| scale[c] * weight[c]))
+/// What becomes of each channel: (x − mean) · slope + bias.
+pub(super) struct Affine<T> {
+    mean: Buffer<T>,
+    /// scale · weight
+    slope: Buffer<T>,
+    bias: Buffer<T>,
+}
+
+impl<T: Float> Affine<T> {
+    /// With 1 for an absent weight and 0 for an absent bias.
+    pub fn new(mean: &[T], scale: &[T], weight: Option<&[T]>, bias: Option<&[T]>) -> Self {
+        let channels = mean.len();
+        Affine {
+            mean: Buffer::copy_of(mean),
+            slope: Buffer::from_fn(channels, |c| weight.map_or(scale[c], |weight| scale[c] * weight[c])),
+            bias: bias.map_or_else(|| Buffer::zeroed(channels), Buffer::copy_of),
+        }
+    }
 }
 
 fn rows_per_piece(channels: usize) -> usize {
     (parallel::PIECE / channels).max(1)
 }
 
-/// (x − mean) · scale · weight + bias
-pub(super) fn apply<T: Float>(
-    input: &[T],
-    mean: &[T],
-    scale: &[T],
-    weight: Option<&[T]>,
-    bias: Option<&[T]>,
-) -> Buffer<T> {
-    let channels = mean.len();
-    let slope = slope(scale, weight);
-    let bias = bias.map_or_else(|| Buffer::zeroed(channels), Buffer::copy_of);
+/// (x − mean) · slope + bias; with `RELU` its ReLU, which keeps NaN.
+pub(super) fn apply<const RELU: bool, T: Float>(input: &[T], affine: &Affine<T>) -> Buffer<T> {
+    let channels = affine.mean.len();
     let mut output = Buffer::recycled(input.len());
     let piece_len = rows_per_piece(channels) * channels;
     parallel::pieces_mut(&mut output, piece_len, |index, piece| {
@@ -108,9 +115,11 @@ pub(super) fn apply<T: Float>(
             #[inline(always)]
             || {
                 for (out, row) in piece.chunks_exact_mut(channels).zip(input.chunks_exact(channels)) {
-                    let (mean, slope, bias) = (&mean[..channels], &slope[..channels], &bias[..channels]);
+                    let mean = &affine.mean[..channels];
+                    let (slope, bias) = (&affine.slope[..channels], &affine.bias[..channels]);
                     for c in 0..channels {
-                        out[c] = (row[c] - mean[c]).mul_add(slope[c], bias[c]);
+                        let value = (row[c] - mean[c]).mul_add(slope[c], bias[c]);
+                        out[c] = if RELU && value < T::ZERO { T::ZERO } else { value };
                     }
                 }
             },
@@ -119,9 +128,14 @@ pub(super) fn apply<T: Float>(
     output
 }
 
-/// Σ dy x̂ and Σ dy.
-pub(super) fn parameter_gradients<T: Float>(input: &[T], grad: &[T], mean: &[T], scale: &[T]) -> [Buffer<T>; 2] {
-    let channels = mean.len();
+/// Σ dy x̂ and Σ dy, with `RELU` over the rows where [`apply`] gave more than 0.
+pub(super) fn parameter_gradients<const RELU: bool, T: Float>(
+    input: &[T],
+    grad: &[T],
+    scale: &[T],
+    affine: &Affine<T>,
+) -> [Buffer<T>; 2] {
+    let channels = affine.mean.len();
     let rows = input.len() / channels;
     let sums = parallel::accumulate(rows, rows_per_piece(channels), 2 * channels, |rows, sums| {
         let (along, total) = sums.split_at_mut(channels);
@@ -131,10 +145,15 @@ pub(super) fn parameter_gradients<T: Float>(input: &[T], grad: &[T], mean: &[T],
             || {
                 let (input, grad) = (&input[range.clone()], &grad[range]);
                 for (row, grad) in input.chunks_exact(channels).zip(grad.chunks_exact(channels)) {
-                    let (mean, along, total) = (&mean[..channels], &mut along[..channels], &mut total[..channels]);
+                    let (along, total) = (&mut along[..channels], &mut total[..channels]);
+                    let mean = &affine.mean[..channels];
+                    let (slope, bias) = (&affine.slope[..channels], &affine.bias[..channels]);
                     for c in 0..channels {
-                        along[c] = (row[c] - mean[c]).mul_add(grad[c], along[c]);
-                        total[c] += grad[c];
+                        let distance = row[c] - mean[c];
+                        let passes = !RELU || distance.mul_add(slope[c], bias[c]) > T::ZERO;
+                        let grad = if passes { grad[c] } else { T::ZERO };
+                        along[c] = distance.mul_add(grad, along[c]);
+                        total[c] += grad;
                     }
                 }
             },
@@ -143,18 +162,17 @@ pub(super) fn parameter_gradients<T: Float>(input: &[T], grad: &[T], mean: &[T],
     [Buffer::from_fn(channels, |c| sums[c] * scale[c]), Buffer::copy_of(&sums[channels..])]
 }
 
-/// scale · weight · (dy − ⟨dy⟩ − x̂ ⟨dy x̂⟩), with `sums` = (Σ dy x̂, Σ dy); without them scale · weight · dy.
-pub(super) fn input_gradient<T: Float>(
+/// slope · (dy − ⟨dy⟩ − x̂ ⟨dy x̂⟩), with `sums` = (Σ dy x̂, Σ dy); without them slope · dy. With `RELU` dy is 0 where
+/// [`apply`] gave no more than 0.
+pub(super) fn input_gradient<const RELU: bool, T: Float>(
     input: &[T],
     grad: &[T],
-    mean: &[T],
     scale: &[T],
-    weight: Option<&[T]>,
+    affine: &Affine<T>,
     sums: Option<(&[T], &[T])>,
 ) -> Buffer<T> {
-    let channels = mean.len();
+    let channels = affine.mean.len();
     let share = T::from_f64(channels as f64 / input.len().max(1) as f64);
-    let slope = slope(scale, weight);
     // dy − offset − (x − mean) · tilt
     let tilt = Buffer::from_fn(channels, |c| sums.map_or(T::ZERO, |(along, _)| along[c] * share * scale[c]));
     let offset = Buffer::from_fn(channels, |c| sums.map_or(T::ZERO, |(_, total)| total[c] * share));
@@ -167,10 +185,14 @@ pub(super) fn input_gradient<T: Float>(
             || {
                 let rows = input.chunks_exact(channels).zip(grad.chunks_exact(channels));
                 for (out, (row, grad)) in piece.chunks_exact_mut(channels).zip(rows) {
-                    let (mean, slope) = (&mean[..channels], &slope[..channels]);
+                    let mean = &affine.mean[..channels];
+                    let (slope, bias) = (&affine.slope[..channels], &affine.bias[..channels]);
                     let (tilt, offset) = (&tilt[..channels], &offset[..channels]);
                     for c in 0..channels {
-                        out[c] = (grad[c] - offset[c] - (row[c] - mean[c]) * tilt[c]) * slope[c];
+                        let distance = row[c] - mean[c];
+                        let passes = !RELU || distance.mul_add(slope[c], bias[c]) > T::ZERO;
+                        let grad = if passes { grad[c] } else { T::ZERO };
+                        out[c] = (grad - offset[c] - distance * tilt[c]) * slope[c];
                     }
                 }
             },

@@ -2,12 +2,16 @@
 
 pub(crate) mod cost;
 mod cpu;
+mod each;
 pub(crate) mod gpu;
 
 use crate::autograd::{Backward, Function, record};
 use crate::gpu::Gpu;
+use crate::ops::Counts;
 use crate::tensor::{Element, Place, Shape, place};
 use crate::{DType, Error, Result, Tensor, dispatch_float};
+
+pub use each::batch_norm_relu_each;
 
 const OP: &str = "batch_norm";
 
@@ -116,7 +120,7 @@ pub fn batch_norm(
     input.expect_float(OP)?;
     let all: Vec<&Tensor> = std::iter::once(input).chain(vectors.into_iter().flatten()).collect();
     let Normalised { output, batch, mean, scale } = match place(OP, &all)? {
-        Place::Gpu(gpu) => normalise_on(gpu, input, weight, bias, given, eps)?,
+        Place::Gpu(gpu) => normalise_on(gpu, input, Layer { weight, bias, ..Layer::default() }, given, eps)?,
         Place::Host => normalise(input, weight, bias, given, eps)?,
     };
     let inputs: Vec<&Tensor> = [Some(input), weight, bias].into_iter().flatten().collect();
@@ -130,6 +134,17 @@ pub fn batch_norm(
         train: batch.is_some(),
     });
     Ok(BatchNorm { output, batch })
+}
+
+/// What is particular to a layer, beside its input and statistics.
+#[derive(Clone, Copy, Default)]
+struct Layer<'a> {
+    weight: Option<&'a Tensor>,
+    bias: Option<&'a Tensor>,
+    /// Whether a ReLU follows.
+    relu: bool,
+    /// Where there is a model axis, in front of the batch and of all vectors.
+    counts: Option<&'a Counts>,
 }
 
 /// The output and what the backward needs.
@@ -161,7 +176,9 @@ fn normalise(
         let scale = Tensor::from_buffer(cpu::inverse_deviation(variance.data::<T>()?, eps), [channels])?;
         let weight = weight.map(|weight| weight.floats::<T>(OP)).transpose()?;
         let bias = bias.map(|bias| bias.floats::<T>(OP)).transpose()?;
-        let y = cpu::apply(&x, mean.data()?, scale.data()?, weight.as_deref(), bias.as_deref());
+        let (mean_values, scale_values) = (mean.data()?, scale.data()?);
+        let affine = cpu::Affine::new(mean_values, scale_values, weight.as_deref(), bias.as_deref());
+        let y = cpu::apply::<false, T>(&x, &affine);
         Ok(Normalised { output: Tensor::from_floats(y, input.shape(), dtype)?, batch, mean, scale })
     })
 }
@@ -169,8 +186,7 @@ fn normalise(
 fn normalise_on(
     gpu: &'static Gpu,
     input: &Tensor,
-    weight: Option<&Tensor>,
-    bias: Option<&Tensor>,
+    layer: Layer<'_>,
     given: Option<&BatchStatistics>,
     eps: f64,
 ) -> Result<Normalised> {
@@ -180,12 +196,11 @@ fn normalise_on(
             (given.mean.cast_values(DType::F32)?, gpu::inverse_deviation(gpu, &variance, eps)?, None)
         }
         None => {
-            let channels = input.shape().last().copied().unwrap_or(1);
-            let [mean, scale, variance] = gpu::statistics(gpu, input, channels, eps)?;
+            let [mean, scale, variance] = gpu::statistics(gpu, input, layer, eps)?;
             (mean.clone(), scale, Some(BatchStatistics { mean, variance }))
         }
     };
-    let output = gpu::apply(gpu, input, [&mean, &scale], weight, bias)?;
+    let output = gpu::apply(gpu, input, [&mean, &scale], layer)?;
     Ok(Normalised { output, batch, mean, scale })
 }
 
@@ -237,10 +252,11 @@ impl BatchNormRule {
             let (x, dy) = (self.input.floats::<T>(OP)?, backward.grad().floats::<T>(OP)?);
             let weight = self.weight.as_ref().map(|weight| weight.floats::<T>(OP)).transpose()?;
             let (mean, scale) = (self.mean.data::<T>()?, self.scale.data::<T>()?);
-            let [dw, db] = cpu::parameter_gradients(&x, &dy, mean, scale);
+            let affine = cpu::Affine::new(mean, scale, weight.as_deref(), None);
+            let [dw, db] = cpu::parameter_gradients::<false, T>(&x, &dy, scale, &affine);
             let input = if backward.needs(0) {
                 let sums = self.train.then_some((&dw[..], &db[..]));
-                let dx = cpu::input_gradient(&x, &dy, mean, scale, weight.as_deref(), sums);
+                let dx = cpu::input_gradient::<false, T>(&x, &dy, scale, &affine, sums);
                 Some(Tensor::from_floats(dx, shape, dtype)?)
             } else {
                 None
@@ -255,9 +271,10 @@ impl BatchNormRule {
 
     fn fused_on(&self, gpu: &'static Gpu, backward: &Backward<'_>) -> Result<InputGradients> {
         let (x, dy, statistics) = (&self.input, backward.grad(), [&self.mean, &self.scale]);
-        let [weight, bias] = gpu::parameter_gradients(gpu, x, dy, statistics)?;
+        let layer = Layer { weight: self.weight.as_ref(), bias: self.bias.as_ref(), ..Layer::default() };
+        let [weight, bias] = gpu::parameter_gradients(gpu, x, dy, statistics, layer)?;
         let sums = self.train.then_some([&weight, &bias]);
-        let gradient = || gpu::input_gradient(gpu, x, dy, statistics, self.weight.as_ref(), sums);
+        let gradient = || gpu::input_gradient(gpu, x, dy, statistics, layer, sums);
         let input = backward.needs(0).then(gradient).transpose()?;
         Ok(InputGradients { input, weight, bias })
     }

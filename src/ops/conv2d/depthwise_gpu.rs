@@ -66,5 +66,5 @@ pub(super) fn weight_gradient(gpu: &'static Gpu, g: &Convolution, input: &Tensor
     };
     let arguments = (sums.address()?, input.address()?, grad.address()?, extents, part as u32);
     WEIGHT.launch(gpu, &instance, geometry, arguments)?;
-    sum_parts(gpu, g, input.dtype(), &sums, ([1, channels, 1, taps], [0, 1, 0, channels]))
+    sum_parts(gpu, g.weight_shape(), input.dtype(), &sums, ([1, channels, 1, taps], [0, 1, 0, channels]))
 }

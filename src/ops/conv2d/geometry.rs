@@ -54,6 +54,29 @@ impl Geometry {
         self.options.groups == self.in_channels && self.out_channels == self.in_channels
     }
 
+    /// The convolution of `maps` (batch, height, width, channels) with weights (out, in / groups, kernel height, kernel
+    /// width).
+    pub fn forward(op: &'static str, maps: [usize; 4], weights: [usize; 4], options: Conv2dOptions) -> Result<Self> {
+        Self::check(op, weights, options)?;
+        let ([batch, height, width, in_channels], [out_channels, group_inputs, kernel @ ..]) = (maps, weights);
+        let (map, weight, input) = (Shape::from(maps), Shape::from(weights), [height, width]);
+        if group_inputs.checked_mul(options.groups) != Some(in_channels) {
+            let message = format!("input {map}, weight {weight}, {} groups", options.groups);
+            return Err(Error::shape(op, message));
+        }
+        let extent = |axis: usize| {
+            let padded = options.padding[axis].checked_mul(2).and_then(|both| both.checked_add(input[axis]));
+            let free = padded.zip(window(kernel[axis], options.dilation[axis])).and_then(|(p, w)| p.checked_sub(w));
+            free.map(|free| free / options.stride[axis] + 1).ok_or_else(|| {
+                Error::shape(op, format!("kernel {kernel:?} is larger than input {map} with {options:?}"))
+            })
+        };
+        let output = [extent(0)?, extent(1)?];
+        let geometry = Geometry { batch, input, output, in_channels, out_channels, kernel, options };
+        geometry.output_shape().checked_elements(op, size_of::<f64>())?;
+        Ok(geometry)
+    }
+
     /// What both directions demand of the weight (out, in / groups, kernel height, kernel width) and the options.
     pub fn check(op: &'static str, weight: [usize; 4], options: Conv2dOptions) -> Result<()> {
         let Conv2dOptions { stride, dilation, groups, .. } = options;
@@ -66,4 +89,9 @@ impl Geometry {
         }
         Ok(())
     }
+}
+
+/// The extent that a kernel with gaps covers.
+pub(super) fn window(kernel: usize, dilation: usize) -> Option<usize> {
+    (kernel - 1).checked_mul(dilation)?.checked_add(1)
 }

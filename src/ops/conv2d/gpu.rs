@@ -12,10 +12,10 @@ use crate::{DType, Error, Result, Tensor};
 /// Extents of a convolution as kernels take them: `Convolution` of kernels/common/convolution.cuh.
 pub(super) type Extents = [u32; 16];
 
-/// output, source, packed weight, bias or null, extents, whether it is the input gradient
+/// output, source, packed weight, bias or null, extents of one model, whether it is the input gradient
 const GATHER: Kernel<(Address, Address, Address, Address, Extents, u32)> =
     Kernel::new("conv2d", "conv2d_gather", &["f32", "bf16", "bf16_narrow", "f16", "f16_narrow"]);
-/// partial sums, input, output gradient, extents, positions of a part
+/// partial sums, input, output gradient, extents of one model, positions of a part
 const WEIGHT: Kernel<(Address, Address, Address, Extents, u32)> = Kernel::new("conv2d_weight", "conv2d_weight", FLOATS);
 /// Four extents, or strides.
 type Axes = [u32; 4];
@@ -68,26 +68,6 @@ pub(super) enum Pass {
     InputGradient,
 }
 
-pub(super) fn output(
-    gpu: &'static Gpu,
-    g: &Convolution,
-    input: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-) -> Result<Tensor> {
-    gather(gpu, g, Pass::Forward, [input, weight], bias)
-}
-
-pub(super) fn input_gradient(
-    gpu: &'static Gpu,
-    g: &Convolution,
-    grad: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-) -> Result<Tensor> {
-    gather(gpu, g, Pass::InputGradient, [grad, weight], bias)
-}
-
 /// The kernels count positions, windows and weights in 31 bits; elements of maps in 64.
 pub(super) fn extents(g: &Convolution) -> Result<Extents> {
     const MOST: usize = 1 << 30;
@@ -137,18 +117,21 @@ pub(super) fn extents(g: &Convolution) -> Result<Extents> {
     Ok(extents.map(|extent| extent as u32))
 }
 
-fn gather(
+/// The output or the input gradient. With `models`, all tensors have them as their first axis, `g` is the convolution of
+/// one, and nothing but `g` decides how it is computed: neither the number of models nor a library.
+pub(super) fn gather(
     gpu: &'static Gpu,
     g: &Convolution,
     pass: Pass,
     [source, weight]: [&Tensor; 2],
     bias: Option<&Tensor>,
+    models: Option<usize>,
 ) -> Result<Tensor> {
-    if g.is_depthwise() {
+    if g.is_depthwise() && models.is_none() {
         return depthwise_gpu::gather(gpu, g, pass, [source, weight], bias);
     }
     // With a bias, the room of `matmul` has products with the transpose of the right operand alone.
-    if g.is_pointwise() && (bias.is_none() || pass == Pass::Forward) {
+    if g.is_pointwise() && (bias.is_none() || pass == Pass::Forward) && models.is_none() {
         return pointwise_gather(gpu, g, pass, [source, weight], bias);
     }
     let (dtype, groups) = (source.dtype(), g.options.groups);
@@ -157,7 +140,7 @@ fn gather(
         Pass::Forward => (g.output_shape(), outputs, inputs),
         Pass::InputGradient => (g.input_shape(), inputs, outputs),
     };
-    let output = Tensor::empty_on(gpu, shape, dtype)?;
+    let output = Tensor::empty_on(gpu, with_models(shape, models), dtype)?;
     let extents = extents(g)?;
     let axis = |axis: usize| match pass {
         Pass::Forward => (1, g.output[axis]),
@@ -176,18 +159,20 @@ fn gather(
     let enough = 2 * gpu.properties().multiprocessors as usize;
     let (tile, instance) = match dtype {
         DType::F32 => (SIMT_TILE, dtype.name().to_owned()),
-        _ if columns > NARROW_TILE.columns && blocks(WIDE_TILE) >= enough => (WIDE_TILE, dtype.name().to_owned()),
+        _ if columns > NARROW_TILE.columns && (models.is_some() || blocks(WIDE_TILE) >= enough) => {
+            (WIDE_TILE, dtype.name().to_owned())
+        }
         _ => (NARROW_TILE, format!("{dtype}_narrow")),
     };
     let depth = channels.next_multiple_of(tile.run);
     let packed = match pass {
         Pass::Forward => {
-            let strides = [0, inputs * taps, 1, taps];
-            pack(gpu, weight, [1, g.out_channels, taps, depth], strides, channels)?
+            let strides = [outputs * inputs * taps, inputs * taps, 1, taps];
+            pack(gpu, weight, [groups * models.unwrap_or(1), outputs, taps, depth], strides, channels)?
         }
         Pass::InputGradient => {
             let strides = [outputs * inputs * taps, taps, 1, inputs * taps];
-            pack(gpu, weight, [groups, inputs, taps, depth], strides, channels)?
+            pack(gpu, weight, [groups * models.unwrap_or(1), inputs, taps, depth], strides, channels)?
         }
     };
     let source = pad(gpu, source, groups, channels, tile.run)?;
@@ -200,8 +185,20 @@ fn gather(
         extents,
         u32::from(pass == Pass::InputGradient),
     );
-    GATHER.launch(gpu, &instance, grid(blocks(tile), tile.threads)?.with_shared(tile.shared), arguments)?;
+    let geometry = across(grid(blocks(tile), tile.threads)?, models).with_shared(tile.shared);
+    GATHER.launch(gpu, &instance, geometry, arguments)?;
     Ok(output)
+}
+
+/// The shape of one model's tensor behind the axis of the models.
+fn with_models(shape: Shape, models: Option<usize>) -> Shape {
+    models.map_or(shape.clone(), |models| [&[models], &shape[..]].concat().into())
+}
+
+/// A grid for one model, for all of them: they are numbered along y.
+fn across(geometry: Geometry, models: Option<usize>) -> Geometry {
+    let [blocks, ..] = geometry.grid;
+    Geometry { grid: [blocks, models.unwrap_or(1) as u32, 1], ..geometry }
 }
 
 /// A product of matrices in `transposed` order, to `output`; the bias belongs to its columns.
@@ -305,11 +302,21 @@ pub(super) fn parts(positions: usize, most: usize, step: usize) -> (usize, usize
     (positions.div_ceil(part).max(1), part)
 }
 
-pub(super) fn weight_gradient(gpu: &'static Gpu, g: &Convolution, input: &Tensor, grad: &Tensor) -> Result<Tensor> {
-    if g.is_depthwise() {
+/// Positions of a part where there is a model axis: a constant, so that a model's sums are cut the same way whatever the
+/// others are, and padding adds parts of zeros behind its own.
+const MODEL_PART: usize = 4096;
+
+/// The gradient of the weight, of every model where there are `models`.
+pub(super) fn weight_gradient(
+    gpu: &'static Gpu,
+    g: &Convolution,
+    [input, grad]: [&Tensor; 2],
+    models: Option<usize>,
+) -> Result<Tensor> {
+    if g.is_depthwise() && models.is_none() {
         return depthwise_gpu::weight_gradient(gpu, g, input, grad);
     }
-    if g.is_pointwise() {
+    if g.is_pointwise() && models.is_none() {
         let gradient = Tensor::empty_on(gpu, g.weight_shape(), input.dtype())?;
         let extents = [g.out_channels, g.in_channels, g.batch * g.input[0] * g.input[1]];
         product(gpu, &gradient, [grad, input], Transposed { left: true, right: false }, extents, None)?;
@@ -321,28 +328,34 @@ pub(super) fn weight_gradient(gpu: &'static Gpu, g: &Convolution, input: &Tensor
     let tile = weight_tile(dtype);
     let (features, channels) = (outputs.next_multiple_of(tile.run), inputs.next_multiple_of(tile.run));
     let tiles = groups * features.div_ceil(tile.rows) * (taps * channels).div_ceil(tile.columns);
-    // Two waves of the four blocks that a multiprocessor holds.
-    let most = (8 * gpu.properties().multiprocessors as usize).div_ceil(tiles);
-    let (parts, part) = parts(g.batch * g.output[0] * g.output[1], most, tile.depth);
+    let positions = g.batch * g.output[0] * g.output[1];
+    let (parts, part) = match models {
+        Some(_) => (positions.div_ceil(MODEL_PART).max(1), MODEL_PART),
+        // Two waves of the four blocks that a multiprocessor holds.
+        None => parts(positions, (8 * gpu.properties().multiprocessors as usize).div_ceil(tiles), tile.depth),
+    };
 
     let (input, grad) = (pad(gpu, input, groups, inputs, tile.run)?, pad(gpu, grad, groups, outputs, tile.run)?);
-    let sums = Tensor::empty_on(gpu, [parts, groups, features, taps * channels], DType::F32)?;
+    let slices = groups * models.unwrap_or(1);
+    let sums = Tensor::empty_on(gpu, [parts, slices, features, taps * channels], DType::F32)?;
     let arguments = (sums.address()?, input.address()?, grad.address()?, extents, part as u32);
-    WEIGHT.launch(gpu, dtype.name(), grid(tiles.saturating_mul(parts), tile.threads)?, arguments)?;
+    let geometry = across(grid(tiles.saturating_mul(parts), tile.threads)?, models);
+    WEIGHT.launch(gpu, dtype.name(), geometry, arguments)?;
     let strides = [features * taps * channels, taps * channels, 1, channels];
-    sum_parts(gpu, g, dtype, &sums, ([groups, outputs, inputs, taps], strides))
+    let shape = with_models(g.weight_shape(), models);
+    sum_parts(gpu, shape, dtype, &sums, ([slices, outputs, inputs, taps], strides))
 }
 
-/// Adds `sums` (part, …) in the order of the parts, to the weight's gradient (group, out, in, tap) of given extents. The
-/// strides of a part are those of (group, out, tap, in).
+/// Adds `sums` (part, …) in the order of the parts, to the weight's gradient (model and group, out, in, tap) of given
+/// extents and of `shape`. The strides of a part are those of (model and group, out, tap, in).
 pub(super) fn sum_parts(
     gpu: &'static Gpu,
-    g: &Convolution,
+    shape: Shape,
     dtype: DType,
     sums: &Tensor,
     (extents, [group, out, unit, tap]): ([usize; 4], [usize; 4]),
 ) -> Result<Tensor> {
-    let gradient = Tensor::empty_on(gpu, g.weight_shape(), dtype)?;
+    let gradient = Tensor::empty_on(gpu, shape, dtype)?;
     let parts = sums.shape()[0];
     let [extents, strides] = [extents, [group, out, unit, tap]].map(|values| values.map(|value| value as u32));
     let geometry = Geometry::for_items(gradient.elements(), 256);

@@ -9,17 +9,20 @@ pub(crate) mod cost;
 mod cpu;
 mod depthwise;
 pub(crate) mod depthwise_gpu;
+mod each;
 mod geometry;
 pub(crate) mod gpu;
 mod packed;
 mod scatter;
 mod winograd;
 
-use geometry::Geometry;
+use geometry::{Geometry, window};
 
 use crate::autograd::{Backward, Function, record};
 use crate::tensor::{Place, place};
 use crate::{Error, Result, Tensor, dispatch_float};
+
+pub use each::{conv2d_each, linear_each};
 
 /// How a kernel moves over a map. Pairs are (vertical, horizontal).
 ///
@@ -51,11 +54,6 @@ impl Default for Conv2dOptions {
     }
 }
 
-/// The extent that a kernel with gaps covers.
-fn window(kernel: usize, dilation: usize) -> Option<usize> {
-    (kernel - 1).checked_mul(dilation)?.checked_add(1)
-}
-
 /// Convolves `input` (batch, height, width, channels) with `weight` (out, channels / groups, kernel height, kernel
 /// width) and adds `bias` (out). The result is (batch, height', width', out) with
 /// height' = ⌊(height + 2 padding − dilation (kernel height − 1) − 1) / stride⌋ + 1.
@@ -67,27 +65,10 @@ fn window(kernel: usize, dilation: usize) -> Option<usize> {
 /// padded input.
 pub fn conv2d(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2dOptions) -> Result<Tensor> {
     const OP: &str = "conv2d";
-    let [batch, height, width, in_channels] = input.dims(OP, "input (batch, height, width, channels)")?;
+    let maps = input.dims(OP, "input (batch, height, width, channels)")?;
     let weights = weight.dims(OP, "weight (out, in / groups, kernel height, kernel width)")?;
-    Geometry::check(OP, weights, options)?;
-    let [out_channels, group_inputs, kernel @ ..] = weights;
-    if group_inputs.checked_mul(options.groups) != Some(in_channels) {
-        let message = format!("input {}, weight {}, {} groups", input.shape(), weight.shape(), options.groups);
-        return Err(Error::shape(OP, message));
-    }
-    check_parameters(OP, input, weight, bias, out_channels)?;
-    let input_extents = [height, width];
-    let extent = |axis: usize| {
-        let padded = options.padding[axis].checked_mul(2).and_then(|both| both.checked_add(input_extents[axis]));
-        let free = padded.zip(window(kernel[axis], options.dilation[axis])).and_then(|(p, w)| p.checked_sub(w));
-        free.map(|free| free / options.stride[axis] + 1).ok_or_else(|| {
-            let message = format!("kernel {kernel:?} is larger than input {} with {options:?}", input.shape());
-            Error::shape(OP, message)
-        })
-    };
-    let output = [extent(0)?, extent(1)?];
-    let geometry = Geometry { batch, input: input_extents, output, in_channels, out_channels, kernel, options };
-    geometry.output_shape().checked_elements(OP, size_of::<f64>())?;
+    let geometry = Geometry::forward(OP, maps, weights, options)?;
+    check_parameters(OP, input, weight, bias, &[geometry.out_channels])?;
     Map::Output.apply(input, weight, bias, geometry)
 }
 
@@ -118,7 +99,7 @@ pub fn conv_transpose2d(
     }
     let too_large = || Error::shape(OP, format!("weight {} with {options:?} overflows", weight.shape()));
     let features = group_outputs.checked_mul(options.groups).ok_or_else(too_large)?;
-    check_parameters(OP, input, weight, bias, features)?;
+    check_parameters(OP, input, weight, bias, &[features])?;
     let output_extents = [height, width];
     let extent = |axis: usize| {
         let (stride, dilation) = (options.stride[axis], options.dilation[axis]);
@@ -153,12 +134,17 @@ fn check_parameters(
     input: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
-    features: usize,
+    expected: &[usize],
 ) -> Result<()> {
     input.expect_float(op)?;
     [Some(weight), bias].into_iter().flatten().try_for_each(|parameter| parameter.expect_dtype(op, input.dtype()))?;
-    match bias.filter(|bias| **bias.shape() != [features]) {
-        Some(bias) => Err(Error::shape(op, format!("bias {} for {features} output channels", bias.shape()))),
+    match bias.filter(|bias| **bias.shape() != *expected) {
+        Some(bias) => {
+            let channels = expected.last().copied().unwrap_or(0);
+            let message =
+                format!("bias {} for {channels} output channels, expected {}", bias.shape(), Shape::from(expected));
+            Err(Error::shape(op, message))
+        }
         None => Ok(()),
     }
 }
@@ -180,9 +166,9 @@ impl Map {
         let inputs: Vec<&Tensor> = [Some(first), Some(second), bias].into_iter().flatten().collect();
         let output = match place(op, &inputs)? {
             Place::Gpu(gpu) => match self {
-                Map::Output => gpu::output(gpu, &geometry, first, second, bias)?,
-                Map::Input => gpu::input_gradient(gpu, &geometry, first, second, bias)?,
-                Map::Weight => gpu::weight_gradient(gpu, &geometry, first, second)?,
+                Map::Output => gpu::gather(gpu, &geometry, gpu::Pass::Forward, [first, second], bias, None)?,
+                Map::Input => gpu::gather(gpu, &geometry, gpu::Pass::InputGradient, [first, second], bias, None)?,
+                Map::Weight => gpu::weight_gradient(gpu, &geometry, [first, second], None)?,
             },
             Place::Host => dispatch_float!(op, dtype, T => {
                 let (a, b) = (first.floats::<T>(op)?, second.floats::<T>(op)?);
@@ -196,6 +182,21 @@ impl Map {
             })?,
         };
         Ok(record(output, &inputs, |_| ConvRule { map: self, first: first.clone(), second: second.clone(), geometry }))
+    }
+
+    /// The gradients of both arguments, as maps of two arguments. The gradient stands in the place of the map's result;
+    /// the map of the place that is asked for takes it there.
+    fn derivatives<'a>(
+        self,
+        grad: &'a Tensor,
+        first: &'a Tensor,
+        second: &'a Tensor,
+    ) -> [(Map, &'a Tensor, &'a Tensor); 2] {
+        match self {
+            Map::Output => [(Map::Input, grad, second), (Map::Weight, first, grad)],
+            Map::Input => [(Map::Output, grad, second), (Map::Weight, grad, first)],
+            Map::Weight => [(Map::Input, second, grad), (Map::Output, first, grad)],
+        }
     }
 
     fn name(self) -> &'static str {
@@ -220,13 +221,8 @@ impl Function for ConvRule {
     }
 
     fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
-        let (grad, first, second) = (backward.grad(), &self.first, &self.second);
-        // The gradient stands in the place of the map's result; the map of the place that is asked for takes it there.
-        let (of_first, of_second) = match self.map {
-            Map::Output => ((Map::Input, grad, second), (Map::Weight, first, grad)),
-            Map::Input => ((Map::Output, grad, second), (Map::Weight, grad, first)),
-            Map::Weight => ((Map::Input, second, grad), (Map::Output, first, grad)),
-        };
+        let grad = backward.grad();
+        let [of_first, of_second] = self.map.derivatives(grad, &self.first, &self.second);
         let gradient = |index: usize, (map, a, b): (Map, &Tensor, &Tensor)| {
             if backward.needs(index) { map.apply(a, b, None, self.geometry).map(Some) } else { Ok(None) }
         };

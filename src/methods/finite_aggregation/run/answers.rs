@@ -1,0 +1,192 @@
+//! What the trained classifiers answered, from one folder or several shards.
+
+use std::path::Path;
+
+use rayon::prelude::*;
+
+use super::super::certify::BaggingOptions;
+use super::super::{Method, Report, Scores, Spread, VoteFile, Votes, certify_table};
+use super::files;
+use super::identity_differences;
+use super::manifest::{Identity, MANIFEST, Manifest, Record};
+use super::settings::{Ensemble, Shard};
+use crate::file::write_atomically;
+use crate::{Error, Result};
+
+/// The answers of all classifiers of a run: column `i` is classifier `i`.
+pub struct Answers {
+    /// What the run is.
+    pub run: Identity,
+    /// The classifiers, in order.
+    pub classifiers: Vec<Record>,
+    /// Votes of all classifiers on the held-out samples, their scores where they were kept, offsets and labels.
+    pub table: VoteFile,
+}
+
+impl Answers {
+    /// Reads the answers of a run from its folder, or from those of its shards in any order. Every file is compared with
+    /// its digest.
+    ///
+    /// # Errors
+    /// `Config` where the folders are of different runs, or classifiers are missing, not trained or there twice; `Format`
+    /// where a file is damaged or of another run; `Io` where one cannot be read.
+    pub fn read<P: AsRef<Path>>(folders: &[P]) -> Result<Self> {
+        let shards = Shards::read(folders)?;
+        let run = shards.run.clone();
+        let (samples, classes) = (run.data.test_labels.len(), run.data.classes.len());
+        let read = |(folder, record): &(&Path, Record)| match &record.trained {
+            Some(trained) => files::read(folder, record.classifier, trained, [samples, classes]),
+            None => Err(untrained(folder, record)),
+        };
+        let answers = shards.classifiers.par_iter().map(read).collect::<Result<Vec<_>>>()?;
+        let (votes, scores): (Vec<_>, Vec<_>) = answers.into_iter().map(|one| (one.votes, one.scores)).unzip();
+        let scores = scores.into_iter().collect::<Option<Vec<_>>>();
+        let offsets = match &run.settings.ensemble {
+            Ensemble::FiniteAggregation { spread, .. } => Some(spread.offsets().to_vec()),
+            Ensemble::Bagging { .. } => None,
+        };
+        let table = VoteFile {
+            votes: Some(Votes::from_columns(classes, &votes)?),
+            scores: scores.map(|scores| Scores::from_columns(classes, &scores)).transpose()?,
+            offsets,
+            labels: Some(run.data.test_labels.clone()),
+        };
+        Ok(Answers { run, classifiers: shards.classifiers.into_iter().map(|(_, record)| record).collect(), table })
+    }
+
+    /// The method that an ensemble of this kind was made for. `alpha` is the probability with which bagging may fail.
+    pub fn method(&self, alpha: f64) -> Method {
+        match &self.run.settings.ensemble {
+            Ensemble::FiniteAggregation { spread, .. } if spread.d() == 1 => Method::Dpa,
+            Ensemble::FiniteAggregation { .. } => Method::FiniteAggregation,
+            Ensemble::Bagging { samples, .. } => Method::Bagging(BaggingOptions {
+                subset_size: *samples,
+                train_size: self.run.data.train_samples,
+                alpha,
+            }),
+        }
+    }
+
+    /// Certifies the answers.
+    ///
+    /// # Errors
+    /// `Config` where the certificate of `method` does not hold for classifiers that were trained in this way, or needs
+    /// scores that were not kept; and as [`certify_table`].
+    pub fn certify(&self, method: &Method) -> Result<Report> {
+        let refuse = |message: String| Err(Error::Config(message));
+        if *method == Method::RunOff && self.table.scores.is_none() {
+            return refuse("run-off election needs scores, and this run kept votes alone".into());
+        }
+        match &self.run.settings.ensemble {
+            Ensemble::FiniteAggregation { spread, .. } => match method {
+                Method::Bagging(_) | Method::InfiniteBound { .. } => refuse(format!(
+                    "{} is for classifiers with independent random training sets; this run has those of Finite Aggregation",
+                    method.name()
+                )),
+                _ => certify_table(&self.table, spread, method),
+            },
+            Ensemble::Bagging { classifiers, .. } => match method {
+                Method::Bagging(_) => certify_table(&self.table, &Spread::new(*classifiers, 1)?, method),
+                _ => refuse(format!("this run is of bagging, whose classifiers {} does not certify", method.name())),
+            },
+        }
+    }
+}
+
+/// Makes one run of its shards in `folder`, with the bytes that a single run would have left.
+///
+/// # Errors
+/// As [`Answers::read`]; `Config` where `folder` holds a run already; `Io` where the system refuses.
+pub fn merge<P: AsRef<Path>>(folders: &[P], folder: &Path) -> Result<Manifest> {
+    if folder.join(MANIFEST).exists() {
+        return Err(Error::Config(format!("{} holds a run already", folder.display())));
+    }
+    let shards = Shards::read(folders)?;
+    for inner in files::FOLDERS.into_iter().take(1 + usize::from(shards.run.settings.keep_weights)) {
+        let inner = folder.join(inner);
+        std::fs::create_dir_all(&inner).map_err(|error| Error::io(inner, error))?;
+    }
+    for (from, record) in &shards.classifiers {
+        for (name, bytes) in files::all_bytes(from, record)? {
+            write_atomically(folder.join(name), &bytes)?;
+        }
+    }
+    let records = shards.classifiers.into_iter().map(|(_, record)| record).collect();
+    let mut manifest = Manifest::new(shards.run, Shard::WHOLE, records);
+    manifest.write(folder)?;
+    Ok(manifest)
+}
+
+/// All classifiers of a run, each trained, in order, with the folder that it is in.
+struct Shards<'a> {
+    run: Identity,
+    classifiers: Vec<(&'a Path, Record)>,
+}
+
+impl<'a> Shards<'a> {
+    fn read<P: AsRef<Path>>(folders: &'a [P]) -> Result<Self> {
+        let mut run: Option<(&Path, Identity)> = None;
+        let mut classifiers: Vec<(&Path, Record)> = Vec::new();
+        for folder in folders.iter().map(AsRef::as_ref) {
+            let manifest = Manifest::read(folder)?;
+            match &run {
+                None => run = Some((folder, manifest.run)),
+                Some((first, identity)) => same_run((first, identity), (folder, &manifest.run))?,
+            }
+            classifiers.extend(manifest.classifiers.into_iter().map(|record| (folder, record)));
+        }
+        let Some((_, run)) = run else {
+            return Err(Error::Config("got no run, expected at least one folder".into()));
+        };
+        classifiers.sort_by_key(|(_, record)| record.classifier);
+        check_cover(&classifiers, run.settings.ensemble.classifiers())?;
+        Ok(Shards { run, classifiers })
+    }
+}
+
+fn same_run((first, a): (&Path, &Identity), (second, b): (&Path, &Identity)) -> Result<()> {
+    let differences = identity_differences(a, b, second)?;
+    if differences.is_empty() {
+        return Ok(());
+    }
+    let list: String = differences.iter().map(|line| format!("\n  {line}")).collect();
+    let message = format!("{} and {} are not shards of one run:{list}", first.display(), second.display());
+    Err(Error::Config(message))
+}
+
+/// Checks that each of `expected` classifiers is there once, and trained. `classifiers` are sorted.
+fn check_cover(classifiers: &[(&Path, Record)], expected: usize) -> Result<()> {
+    if let Some([(one, record), (other, _)]) =
+        classifiers.array_windows().find(|[a, b]| a.1.classifier == b.1.classifier)
+    {
+        let message =
+            format!("classifier {} is both in {} and in {}", record.classifier, one.display(), other.display());
+        return Err(Error::Config(message));
+    }
+    let is_there = |classifier: &usize| classifiers.binary_search_by_key(classifier, |(_, r)| r.classifier).is_ok();
+    let missing: Vec<usize> = (0..expected).filter(|classifier| !is_there(classifier)).collect();
+    if let (Some(first), Some(last)) = (missing.first(), missing.last()) {
+        let message = format!(
+            "{} of {expected} classifiers are missing, from {first} to {last}: give the folders of all shards",
+            missing.len()
+        );
+        return Err(Error::Config(message));
+    }
+    if classifiers.len() != expected {
+        let (folder, record) = &classifiers[classifiers.len() - 1];
+        let message = format!("lists classifier {} of {expected}", record.classifier);
+        return Err(Error::format(folder.join(MANIFEST), message));
+    }
+    match classifiers.iter().find(|(_, record)| record.trained.is_none()) {
+        Some((folder, record)) => Err(untrained(folder, record)),
+        None => Ok(()),
+    }
+}
+
+fn untrained(folder: &Path, record: &Record) -> Error {
+    let folder = folder.display();
+    Error::Config(format!(
+        "classifier {} of {folder} is not trained yet; go on with --resume {folder}",
+        record.classifier
+    ))
+}

@@ -1,0 +1,117 @@
+//! The files of a run: one with the votes of each classifier and, where they are kept, one with its weights.
+
+use std::path::{Path, PathBuf};
+
+use super::manifest::{Record, TrainedRecord};
+use crate::file::write_atomically;
+use crate::methods::finite_aggregation::learner::{Trained, vote};
+use crate::nn::state_dict::{self, Metadata, StateDict};
+use crate::sha256::hex_digest;
+use crate::{Error, Result, Tensor};
+
+/// The folders inside a run's folder.
+pub(super) const FOLDERS: [&str; 2] = ["votes", "weights"];
+
+/// Where the votes of `classifier` are.
+pub fn votes_path(folder: &Path, classifier: usize) -> PathBuf {
+    folder.join(FOLDERS[0]).join(format!("{classifier:06}.safetensors"))
+}
+
+/// Where the weights of `classifier` are, if they are kept.
+pub fn weights_path(folder: &Path, classifier: usize) -> PathBuf {
+    folder.join(FOLDERS[1]).join(format!("{classifier:06}.safetensors"))
+}
+
+/// The answers of a classifier, as its file has them.
+#[derive(Debug, PartialEq)]
+pub(super) struct Answers {
+    /// One class for each held-out sample.
+    pub votes: Vec<u16>,
+    /// (samples, classes), where they were kept.
+    pub scores: Option<Vec<f32>>,
+}
+
+/// Writes what training left, each file whole or not at all, and returns what the manifest says of it.
+pub(super) fn write(
+    folder: &Path,
+    classifier: usize,
+    trained: Trained,
+    [samples, classes]: [usize; 2],
+    keep_scores: bool,
+) -> Result<TrainedRecord> {
+    if trained.scores.len() != samples * classes {
+        let message = format!(
+            "classifier {classifier}: got {} scores for {samples} held-out images and {classes} classes",
+            trained.scores.len()
+        );
+        return Err(Error::shape("BaseLearner::train", message));
+    }
+    let votes: Vec<i64> = trained.scores.chunks(classes).map(|scores| vote(scores) as i64).collect();
+    let mut tensors = StateDict::new();
+    let is_small = classes <= 256;
+    let votes = match is_small {
+        true => Tensor::new(&votes.iter().map(|&vote| vote as u8).collect::<Vec<_>>(), [samples])?,
+        false => Tensor::new(&votes, [samples])?,
+    };
+    tensors.insert("votes".into(), votes);
+    if keep_scores {
+        tensors.insert("scores".into(), Tensor::new(&trained.scores, [samples, classes])?);
+    }
+    let weights = trained.weights.map(|weights| write_tensors(&weights_path(folder, classifier), &weights));
+    Ok(TrainedRecord {
+        weights: weights.transpose()?,
+        votes: write_tensors(&votes_path(folder, classifier), &tensors)?,
+        mean: trained.mean,
+        deviation: trained.deviation,
+        loss: Some(trained.loss).filter(|loss| loss.is_finite()),
+    })
+}
+
+fn write_tensors(path: &Path, tensors: &StateDict) -> Result<String> {
+    let bytes = state_dict::to_bytes(path, tensors, Metadata::new())?;
+    write_atomically(path, &bytes)?;
+    Ok(hex_digest(&bytes))
+}
+
+/// The bytes of the file at `path`, which must have `digest`.
+fn sound_bytes(path: &Path, digest: &str) -> Result<Vec<u8>> {
+    let bytes = std::fs::read(path).map_err(|error| Error::io(path, error))?;
+    let got = hex_digest(&bytes);
+    if got != digest {
+        let message = format!(
+            "damaged, or of another run: its SHA-256 is {}…, the manifest has {}…",
+            &got[..12],
+            digest.get(..12).unwrap_or(digest)
+        );
+        return Err(Error::format(path, message));
+    }
+    Ok(bytes)
+}
+
+/// The bytes of all files of a trained classifier, checked, with their places in a run's folder.
+pub(super) fn all_bytes(folder: &Path, record: &Record) -> Result<Vec<(PathBuf, Vec<u8>)>> {
+    let Some(trained) = &record.trained else { return Ok(Vec::new()) };
+    let votes = (votes_path(Path::new(""), record.classifier), &trained.votes);
+    let weights = trained.weights.as_ref().map(|digest| (weights_path(Path::new(""), record.classifier), digest));
+    let files = std::iter::once(votes).chain(weights);
+    files.map(|(path, digest)| Ok((path.clone(), sound_bytes(&folder.join(&path), digest)?))).collect()
+}
+
+/// Reads the answers of a trained classifier.
+pub(super) fn read(
+    folder: &Path,
+    classifier: usize,
+    trained: &TrainedRecord,
+    [samples, classes]: [usize; 2],
+) -> Result<Answers> {
+    let path = votes_path(folder, classifier);
+    let (mut tensors, _) = state_dict::parse(&sound_bytes(&path, &trained.votes)?, &path)?;
+    let mut take = |name: &str, shape: &[usize]| match tensors.remove(name) {
+        Some(tensor) if **tensor.shape() == *shape => Ok(Some(tensor)),
+        Some(tensor) => Err(Error::format(&path, format!("{name} have shape {}, expected {shape:?}", tensor.shape()))),
+        None => Ok(None),
+    };
+    let votes = take("votes", &[samples])?.ok_or_else(|| Error::format(&path, "has no votes"))?;
+    let scores = take("scores", &[samples, classes])?.map(|scores| scores.to_vec::<f32>()).transpose()?;
+    Ok(Answers { votes: votes.to_f64_vec()?.into_iter().map(|vote| vote as u16).collect(), scores })
+}

@@ -1,0 +1,173 @@
+//! The samples of a run: images of one size in memory, their digests, and the subset of each classifier.
+
+use rayon::prelude::*;
+
+use super::super::{Partition, Spread};
+use super::settings::{Ensemble, Settings};
+use crate::data::augment::{Interpolation, resize};
+use crate::data::{Dataset, Image, InMemory};
+use crate::random::Philox;
+use crate::sha256::{Sha256, hex};
+use crate::{Error, Result};
+
+/// What all classifiers are trained and tested on.
+pub(super) struct Samples {
+    pub train: InMemory,
+    pub test: InMemory,
+    /// SHA-256 of each training sample.
+    digests: Vec<[u8; 32]>,
+    subsets: Subsets,
+}
+
+enum Subsets {
+    Parts(Partition),
+    /// All samples, sorted by content, and what draws from them.
+    Draws {
+        sorted: Vec<usize>,
+        samples: usize,
+        stream: Philox,
+    },
+}
+
+impl Samples {
+    /// Reads both sets.
+    ///
+    /// # Errors
+    /// `Config` where the sets do not go together or an option asks for what is not there; `Argument` where there are
+    /// fewer samples than buckets; what reading a sample says.
+    pub fn new(settings: &Settings, train: &dyn Dataset, test: &dyn Dataset) -> Result<Self> {
+        if train.class_names() != test.class_names() || train.channels() != test.channels() {
+            return Err(Error::Config(format!(
+                "{}: training and held-out images have other classes or channels",
+                settings.data
+            )));
+        }
+        let (train, test) = (read(train, settings.limit_train)?, read(test, settings.limit_test)?);
+        let buckets = match &settings.ensemble {
+            // Before images are resized, as the published setup for GTSRB hashes them.
+            Ensemble::FiniteAggregation { spread, hash } => {
+                let bucket = |(image, _): &(Image, usize)| (hash.of(image.pixels()) % spread.n() as u64) as usize;
+                train.samples.par_iter().map(bucket).collect()
+            }
+            Ensemble::Bagging { .. } => vec![0; train.samples.len()],
+        };
+        let side = side(settings, &train.samples, &test.samples)?;
+        let (train, test) = (train.in_memory(side)?, test.in_memory(side)?);
+        let subsets = match &settings.ensemble {
+            Ensemble::FiniteAggregation { spread, .. } => {
+                Subsets::Parts(Partition::with_buckets(&train, &buckets, spread)?)
+            }
+            Ensemble::Bagging { samples, .. } => {
+                let sorted = Partition::with_buckets(&train, &buckets, &Spread::new(1, 1)?)?.bucket(0).to_vec();
+                let stream = Philox::new(settings.seed).stream("bagging");
+                Subsets::Draws { sorted, samples: *samples, stream }
+            }
+        };
+        let digests = (0..train.len()).into_par_iter().map(|index| digest(&train, index)).collect();
+        Ok(Samples { train, test, digests, subsets })
+    }
+
+    /// The samples of `classifier`, sorted by content.
+    pub fn of(&self, classifier: usize) -> Vec<usize> {
+        match &self.subsets {
+            Subsets::Parts(partition) => partition.samples_of(classifier),
+            Subsets::Draws { sorted, samples, stream } => {
+                let mut draws = stream.fork(classifier as u64).draws();
+                let mut places: Vec<usize> = (0..*samples).map(|_| draws.below(sorted.len())).collect();
+                places.sort_unstable();
+                places.into_iter().map(|place| sorted[place]).collect()
+            }
+        }
+    }
+
+    /// SHA-256 of a subset: of what its samples hold, in their order.
+    pub fn digest_of(&self, subset: &[usize]) -> String {
+        let mut hash = Sha256::new();
+        subset.iter().for_each(|&sample| hash.update(&self.digests[sample]));
+        hex(&hash.finish())
+    }
+
+    /// SHA-256 of the training set, whatever the order of its samples.
+    pub fn train_digest(&self) -> String {
+        let mut sorted = self.digests.clone();
+        sorted.sort_unstable();
+        let mut hash = Sha256::new();
+        hash.update(sorted.as_flattened());
+        hex(&hash.finish())
+    }
+
+    /// SHA-256 of the held-out set, whose order is that of the votes.
+    pub fn test_digest(&self) -> String {
+        let digests: Vec<_> = (0..self.test.len()).into_par_iter().map(|index| digest(&self.test, index)).collect();
+        let mut hash = Sha256::new();
+        hash.update(digests.as_flattened());
+        hex(&hash.finish())
+    }
+}
+
+/// SHA-256 of a sample: its shape, label and bytes.
+fn digest(set: &InMemory, index: usize) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    for number in set.shape().into_iter().chain([set.labels()[index]]) {
+        hash.update(&(number as u64).to_le_bytes());
+    }
+    let size = set.image_bytes();
+    hash.update(&set.pixels()[index * size..][..size]);
+    hash.finish()
+}
+
+/// A set as it was read.
+struct Read {
+    name: String,
+    class_names: Vec<String>,
+    channels: usize,
+    samples: Vec<(Image, usize)>,
+}
+
+/// Reads `set`, or so many samples of it.
+fn read(set: &dyn Dataset, limit: Option<usize>) -> Result<Read> {
+    let mut chosen: Vec<usize> = (0..set.len()).collect();
+    if let Some(limit) = limit {
+        if limit == 0 || limit > set.len() {
+            let message = format!("got a limit of {limit} samples, {} has {}", set.name(), set.len());
+            return Err(Error::Config(message));
+        }
+        chosen = Philox::new(0).stream("limit").permutation(set.len());
+        chosen.truncate(limit);
+        chosen.sort_unstable();
+    }
+    let channels = set.channels();
+    let sample = |&index: &usize| {
+        let (image, label) = set.sample(index)?;
+        Ok((if channels == 1 { image.into_grey() } else { image.into_rgb() }, label))
+    };
+    let samples = chosen.par_iter().map(sample).collect::<Result<Vec<_>>>()?;
+    Ok(Read { name: set.name().to_owned(), class_names: set.class_names().to_vec(), channels, samples })
+}
+
+/// Height and width of all images: that of the settings, or their own where they share one.
+fn side(settings: &Settings, train: &[(Image, usize)], test: &[(Image, usize)]) -> Result<[usize; 2]> {
+    let size_of = |(image, _): &(Image, usize)| [image.height(), image.width()];
+    let (Some(first), false) = (train.first().map(size_of), test.is_empty()) else {
+        return Err(Error::Config(format!("{}: no training image, or none held out", settings.data)));
+    };
+    Ok(match settings.image_size {
+        Some(side) => [side; 2],
+        None if train.iter().chain(test).all(|sample| size_of(sample) == first) => first,
+        None => [Settings::SIDE; 2],
+    })
+}
+
+impl Read {
+    /// The set with images of `height` × `width`.
+    fn in_memory(self, [height, width]: [usize; 2]) -> Result<InMemory> {
+        let resized = |(image, label): (Image, usize)| {
+            let fits = [image.height(), image.width()] == [height, width];
+            Ok((if fits { image } else { resize(&image, height, width, Interpolation::Bilinear)? }, label))
+        };
+        let samples = self.samples.into_par_iter().map(resized).collect::<Result<Vec<_>>>()?;
+        let pixels = samples.iter().flat_map(|(image, _)| image.pixels()).copied().collect();
+        let labels = samples.iter().map(|(_, label)| *label).collect();
+        InMemory::new(self.name, self.class_names, [height, width, self.channels], pixels, labels)
+    }
+}

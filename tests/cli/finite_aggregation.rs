@@ -1,0 +1,214 @@
+//! `gridgrad train finite-aggregation`, `dpa` and `bagging`, `merge-shards` and `certify`: from images to certificates.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::{bytes, content, refused, refused_in_one_line, succeeds, text};
+
+/// A run of nearest neighbours on some of the digits that come with the program.
+const SMALL: [&str; 6] = ["--learner", "nearest", "--limit-train", "400", "--limit-test", "40"];
+
+fn train(folder: &Path, method: &str, more: &[&str]) -> String {
+    succeeds(folder, &[&["train", method], &SMALL[..], more].concat())
+}
+
+/// Files of a run, those of its classifiers included.
+fn files(run: &Path) -> Vec<(String, Vec<u8>)> {
+    let manifest = ("manifest.json".to_owned(), bytes(run, "manifest.json"));
+    content(&run.join("votes")).into_iter().chain([manifest]).collect()
+}
+
+#[test]
+fn finite_aggregation_with_d_of_1_is_deep_partition_aggregation_bit_for_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let printed = train(folder.path(), "finite-aggregation", &["--k", "10", "--d", "1", "--out", "fa"]);
+    assert!(printed.contains("Deep Partition Aggregation: k = 10, d = 1, 10 classifiers"), "{printed}");
+    assert!(printed.contains("400 training images of 8×8") && printed.contains("40 held out"), "{printed}");
+    assert!(printed.contains("Trained 10 classifiers"), "{printed}");
+    train(folder.path(), "dpa", &["--k", "10", "--out", "dpa"]);
+    let [fa, dpa] = ["fa", "dpa"].map(|name| files(&folder.path().join(name)));
+    assert_eq!(fa.len(), 11);
+    assert!(fa == dpa);
+}
+
+#[test]
+fn threads_groups_and_shards_change_no_byte() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = ["--k", "5", "--d", "2"];
+    train(folder.path(), "finite-aggregation", &[&options[..], &["--out", "whole", "--threads", "1"]].concat());
+    for shard in ["1", "2", "3"] {
+        let printed = train(
+            folder.path(),
+            "finite-aggregation",
+            &[&options[..], &["--threads", "3", "--shard", &format!("{shard}/3"), "--out", shard]].concat(),
+        );
+        assert!(printed.contains(&format!("That was shard {shard}/3")), "{printed}");
+    }
+    let printed = succeeds(folder.path(), &["merge-shards", "2", "3", "1", "--out", "merged"]);
+    assert!(printed.contains("Merged 3 shards with 10 classifiers"), "{printed}");
+    let [whole, merged] = ["whole", "merged"].map(|name| files(&folder.path().join(name)));
+    assert!(whole == merged);
+    refused_in_one_line(
+        folder.path(),
+        &["merge-shards", "1", "3", "--out", "part"],
+        &["classifiers are missing, from 3 to 5"],
+    );
+    refused_in_one_line(
+        folder.path(),
+        &["merge-shards", "1", "2", "2", "3", "--out", "part"],
+        &["is both in 2 and in 2"],
+    );
+    refused_in_one_line(
+        folder.path(),
+        &["merge-shards", "1", "2", "3", "--out", "merged"],
+        &["merged holds a run already"],
+    );
+}
+
+#[test]
+fn resuming_ignores_what_a_killed_process_left_half_and_refuses_what_is_damaged() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = ["--k", "20", "--d", "2"];
+    let shard = ["--shard", "1/2", "--out", "killed"];
+    train(folder.path(), "finite-aggregation", &[&options[..], &shard].concat());
+    let half = bytes(&folder.path().join("killed"), "votes/000003.safetensors");
+    std::fs::write(folder.path().join("killed/votes/000019.safetensors.tmp"), &half[..half.len() / 2]).unwrap();
+    let printed = succeeds(folder.path(), &["train", "finite-aggregation", "--resume", "killed"]);
+    assert!(printed.contains("Trained 0 classifiers"), "{printed}");
+    std::fs::write(folder.path().join("killed/votes/000003.safetensors"), &half[..half.len() / 2]).unwrap();
+    let resume = ["train", "finite-aggregation", "--resume", "killed"];
+    refused_in_one_line(folder.path(), &resume, &["killed/votes/000003.safetensors", "damaged"]);
+    refused_in_one_line(
+        folder.path(),
+        &["train", "dpa", "--resume", "absent"],
+        &["absent/manifest.json", "No such file"],
+    );
+    refused(folder.path(), &["train", "dpa", "--resume", "killed", "--k", "3"], &["cannot be used with"]);
+    refused_in_one_line(
+        folder.path(),
+        &["train", "dpa", "--out", "killed"],
+        &["holds a run already", "--resume killed"],
+    );
+}
+
+#[cfg(unix)]
+#[test]
+fn a_process_that_is_killed_leaves_a_run_that_can_go_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = ["--k", "40", "--d", "8", "--limit-test", "20"];
+    let arguments = |out: &'static str| {
+        [&["train", "finite-aggregation", "--learner", "nearest"], &options[..], &["--out", out]].concat()
+    };
+    succeeds(folder.path(), &arguments("whole"));
+    let mut child = crate::gridgrad();
+    let mut child =
+        child.current_dir(folder.path()).args(arguments("killed")).stdout(std::process::Stdio::null()).spawn();
+    let start = std::time::Instant::now();
+    while !folder.path().join("killed/votes/000040.safetensors").exists() {
+        assert!(start.elapsed() < std::time::Duration::from_secs(60));
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    // SIGKILL: nothing of the program runs any more.
+    child.as_mut().unwrap().kill().unwrap();
+    child.as_mut().unwrap().wait().unwrap();
+    let printed = succeeds(folder.path(), &["train", "finite-aggregation", "--resume", "killed"]);
+    assert!(printed.contains("Trained 2") || printed.contains("Trained 1"), "{printed}");
+    let [whole, killed] = ["whole", "killed"].map(|name| files(&folder.path().join(name)));
+    let temporary = |file: &&(String, Vec<u8>)| file.0.ends_with(".safetensors") || file.0 == "manifest.json";
+    assert!(whole.iter().eq(killed.iter().filter(temporary)));
+}
+
+#[test]
+fn what_makes_no_sense_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let cases: [(&[&str], &[&str]); 8] = [
+        (&["finite-aggregation", "--k", "0"], &["k = 0 and d = 4", "at least 1"]),
+        (&["finite-aggregation", "--k", "3", "--d", "0"], &["k = 3 and d = 0"]),
+        (&["dpa", "--k", "1443"], &["1443", "1442 samples"]),
+        (&["finite-aggregation", "--k", "99999999999", "--d", "9999999999"], &["k = 99999999999"]),
+        (&["bagging", "--models", "0"], &["bagging of 0 classifiers"]),
+        (&["dpa", "--data", "absent"], &["\"absent\" is neither a folder nor one of"]),
+        (&["dpa", "--data", "mnist"], &["GRIDGRAD_DATA"]),
+        (&["dpa", "--limit-train", "9999"], &["limit of 9999", "1442"]),
+    ];
+    for (arguments, parts) in cases {
+        refused_in_one_line(folder.path(), &[&["train"], arguments].concat(), parts);
+    }
+    refused(folder.path(), &["train", "dpa", "--shard", "3/2"], &["3/2"]);
+    refused(folder.path(), &["train", "dpa", "--hash", "md5"], &["md5"]);
+    refused(folder.path(), &["train", "dpa", "--learner", "oracle"], &["oracle"]);
+    let epochs = ["train", "dpa", "--learner", "nearest", "--epochs", "3"];
+    refused_in_one_line(folder.path(), &epochs, &["--epochs is for --learner nin"]);
+    assert!(content(folder.path()).is_empty());
+}
+
+#[test]
+fn a_run_is_certified_with_the_other_beside_it() {
+    let folder = tempfile::tempdir().unwrap();
+    train(folder.path(), "dpa", &["--k", "10", "--out", "dpa"]);
+    train(folder.path(), "finite-aggregation", &["--k", "10", "--d", "3", "--out", "fa"]);
+    let printed = succeeds(folder.path(), &["certify", "fa", "--beside", "dpa"]);
+    for part in ["fa, k = 10, d = 3: 40 samples, 30 classifiers", "clean accuracy", "fa/certified-fa.svg"] {
+        assert!(printed.contains(part), "{part}: {printed}");
+    }
+    let report: Value = serde_json::from_slice(&bytes(&folder.path().join("fa"), "certified-fa.json")).unwrap();
+    assert_eq!(report["samples"].as_array().unwrap().len(), 40);
+    assert_eq!(report["certified_fraction"][0], report["clean_accuracy"]);
+    let csv = text(&bytes(&folder.path().join("fa"), "certified-fa.csv"));
+    assert!(csv.starts_with("size,certified_fraction,stable_fraction\n0,"), "{csv}");
+    let picture = text(&bytes(&folder.path().join("fa"), "certified-fa.svg"));
+    assert!(picture.contains("fa, k = 10, d = 3") && picture.contains("dpa, k = 10, d = 1"), "{picture}");
+    for (run, method) in [("fa", "fa-roe"), ("dpa", "roe"), ("dpa", "fa"), ("fa", "coarse")] {
+        succeeds(folder.path(), &["certify", run, "--method", method]);
+    }
+    refused_in_one_line(folder.path(), &["certify", "fa", "--method", "dpa"], &["dpa is the case d = 1"]);
+    refused_in_one_line(folder.path(), &["certify", "fa", "--method", "bagging"], &["gridgrad train bagging"]);
+    refused_in_one_line(folder.path(), &["certify", "fa", "--method", "infinite-bound"], &["independent random"]);
+    refused(folder.path(), &["certify", "fa", "dpa"], &["fa and dpa are not shards of one run"]);
+    refused(folder.path(), &["certify", "fa", "--k", "3"], &["cannot be used with"]);
+    refused(folder.path(), &["certify"], &["RUN"]);
+}
+
+#[test]
+fn bagging_is_certified_by_its_own_method_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = ["--models", "60", "--samples", "30", "--votes-only", "--out", "run"];
+    let printed = train(folder.path(), "bagging", &options);
+    assert!(printed.contains("Bagging: 60 classifiers of 30 draws each"), "{printed}");
+    let printed = succeeds(folder.path(), &["certify", "run"]);
+    assert!(printed.contains("bagging, 60 classifiers") && printed.contains("with probability 0.999"), "{printed}");
+    for method in ["fa", "dpa", "infinite-estimate"] {
+        refused_in_one_line(
+            folder.path(),
+            &["certify", "run", "--method", method],
+            &["of bagging", "does not certify"],
+        );
+    }
+    train(folder.path(), "dpa", &["--k", "4", "--votes-only", "--out", "votes"]);
+    refused_in_one_line(folder.path(), &["certify", "votes", "--method", "roe"], &["needs scores"]);
+}
+
+/// Pictures of different sizes become one size, and are hashed before.
+#[test]
+fn folders_of_pictures_of_different_sizes() {
+    let folder = tempfile::tempdir().unwrap();
+    for (split, count) in [("train", 6u8), ("val", 2)] {
+        for (class, shade) in [("dark", 20), ("light", 220)] {
+            let place = folder.path().join("set").join(split).join(class);
+            std::fs::create_dir_all(&place).unwrap();
+            for number in 0..count {
+                let side = 5 + u32::from(number);
+                let picture = image::RgbImage::from_pixel(side, 7, image::Rgb([shade + number, shade, shade]));
+                picture.save(place.join(format!("{number}.png"))).unwrap();
+            }
+        }
+    }
+    let options = ["--data", "set", "--k", "2", "--d", "2", "--learner", "nearest", "--out", "run"];
+    refused_in_one_line(folder.path(), &["train", "dpa", "--data", "set", "--learner", "nearest"], &["add --k"]);
+    let printed = succeeds(folder.path(), &[&["train", "finite-aggregation"], &options[..]].concat());
+    assert!(printed.contains("12 training images of 48×48") && printed.contains("4 held out, 2 classes"), "{printed}");
+    let manifest: Value = serde_json::from_slice(&bytes(&folder.path().join("run"), "manifest.json")).unwrap();
+    assert_eq!(manifest["run"]["data"]["shape"], serde_json::json!([48, 48, 3]));
+    assert!(text(&bytes(&folder.path().join("run"), "manifest.json")).contains("\"classes\": [\"dark\", \"light\"]"));
+}
