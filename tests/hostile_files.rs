@@ -137,7 +137,7 @@ fn near_json() -> impl Strategy<Value = Value> {
     ]
 }
 
-const KEYS: [&str; 26] = [
+const KEYS: [&str; 27] = [
     "model",
     "kind",
     "in_chans",

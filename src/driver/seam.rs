@@ -306,6 +306,7 @@ pub trait Driver: Send + Sync {
     ///
     /// # Errors
     /// Those of `body`; `DeviceUnavailable` where the device has no stream that libraries know.
+    #[cfg_attr(not(feature = "cudnn"), expect(dead_code, reason = "cuDNN is that library"))]
     fn lend_stream(&self, _body: &mut dyn FnMut(*mut c_void) -> Result<()>) -> Result<()> {
         let reason = "no library of NVIDIA's works on it".into();
         Err(crate::Error::DeviceUnavailable { device: self.device(), reason })

@@ -160,9 +160,9 @@ impl NetworkInNetwork {
 
     /// Multiply-adds of convolutions and the classifier of one model for an image of these extents (height, width).
     pub fn products(&self, image: [usize; 2]) -> u64 {
-        let (mut sum, mut extents) = (self.fc.weight.shape().elements(), image);
+        let (mut sum, mut extents) = (self.fc[0].shape().elements(), image);
         for block in &self.blocks {
-            let weights: usize = block.iter().map(|layer| layer.conv.weight.shape().elements()).sum();
+            let weights: usize = block.iter().map(|layer| layer.conv.shape().elements()).sum();
             sum += extents[0] * extents[1] * weights;
             extents = extents.map(|extent| extent.div_ceil(POOL.stride[0]));
         }

@@ -19,7 +19,7 @@ mod winograd;
 use geometry::{Geometry, window};
 
 use crate::autograd::{Backward, Function, record};
-use crate::tensor::{Place, place};
+use crate::tensor::{Place, Shape, place};
 use crate::{Error, Result, Tensor, dispatch_float};
 
 pub use each::{conv2d_each, linear_each};
