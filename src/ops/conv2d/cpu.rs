@@ -161,7 +161,7 @@ pub(super) fn output<T: Float>(g: &Geometry, input: &[T], weight: &[T], bias: Op
     if g.is_depthwise() {
         return depthwise::output(g, input, weight, bias);
     }
-    if winograd::applies_forward::<T>(g) {
+    if winograd::applies_both_ways::<T>(g) {
         return winograd::output(g, input, weight, bias);
     }
     let mut output = Buffer::recycled(rows * features);
@@ -374,7 +374,7 @@ pub(super) fn weight_gradient<T: Float>(g: &Geometry, input: &[T], grad: &[T]) -
     if g.is_depthwise() {
         return depthwise::weight_gradient(g, input, grad);
     }
-    if winograd::applies::<T>(g) {
+    if winograd::applies_both_ways::<T>(g) {
         return winograd::weight_gradient(g, input, grad);
     }
     let rows = g.batch * g.output[0] * g.output[1];

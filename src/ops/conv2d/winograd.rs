@@ -37,7 +37,7 @@ const DEPTH: usize = 64;
 /// Vectors of N × N positions or products.
 type Square<V, const N: usize> = [[V; N]; N];
 
-/// Whether this way is open, and faster than the direct one: kernels of 3 × 3 and 5 × 5, stride 1, channels in whole
+/// Whether this way is open, and better than the direct one, for the input gradient: kernels of 3 × 3 and 5 × 5, stride 1, channels in whole
 /// vectors. `f64` is for references, which are direct.
 pub(super) fn applies<T: Float>(g: &Geometry) -> bool {
     let options = g.options;
@@ -47,10 +47,10 @@ pub(super) fn applies<T: Float>(g: &Geometry) -> bool {
     T::DTYPE == DType::F32 && plain && whole && fits && (g.kernel == [3; 2] || g.kernel == [5; 2])
 }
 
-/// Whether that holds for the output, too. Where an image is one tile, many images have to share a transformed weight of
-/// 5 times the weight's size. Training has them, inference may not; and their number must not decide, or the result of
-/// an image would depend on it.
-pub(super) fn applies_forward<T: Float>(g: &Geometry) -> bool {
+/// Whether that holds for output and weight gradient, too. Where an image is one tile, a weight transformed for the output,
+/// 5 times the weight's size, has to be shared by many images. Training has them, inference may not; and their number must
+/// not decide, or the result of an image would depend on it. The weight gradient's errors exceed the direct one's there.
+pub(super) fn applies_both_ways<T: Float>(g: &Geometry) -> bool {
     applies::<T>(g) && g.output.iter().any(|&extent| extent > TILE - 2)
 }
 
@@ -512,10 +512,10 @@ fn input_line<S: Simd>(simd: S, x: [S::f32s; TILE]) -> [S::f32s; POINTS] {
 fn spread_line<S: Simd, const N: usize>(simd: S, y: [S::f32s; N]) -> [S::f32s; POINTS] {
     let (add, sub) = (|a, b| simd.add_f32s(a, b), |a, b| simd.sub_f32s(a, b));
     let (mut sums, mut remainders) = ([y[0], y[1]], [y[0], y[1]]);
-    for i in 2..N {
+    for (i, &value) in y.iter().enumerate().skip(2) {
         let parity = i % 2;
-        sums[parity] = add(sums[parity], y[i]);
-        remainders[parity] = if i % 4 < 2 { add(remainders[parity], y[i]) } else { sub(remainders[parity], y[i]) };
+        sums[parity] = add(sums[parity], value);
+        remainders[parity] = if i % 4 < 2 { add(remainders[parity], value) } else { sub(remainders[parity], value) };
     }
     let ([even, odd], [real, imaginary]) = (sums, remainders);
     [y[0], add(even, odd), sub(even, odd), real, imaginary, add(real, imaginary), y[N - 1]]
