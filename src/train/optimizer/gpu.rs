@@ -131,7 +131,9 @@ impl Optimizer {
         let Some(device) = device else { return Ok(()) };
         let (mut rows, mut tensors) = (Rows::default(), Vec::new());
         for entry in entries {
-            if let Some(gradient) = gradients.get(&entry.parameter.tensor()) {
+            // A statement of its own: were the parameter's tensor still held, its value would be copied to be changed.
+            let gradient = gradients.get(&entry.parameter.tensor());
+            if let Some(gradient) = gradient {
                 rows.push(entry)?;
                 tensors.push(gradient);
             }
