@@ -33,6 +33,7 @@ INFERENCE = [(name, batch, side) for name, _, side in STEPS for batch in (1, 8)]
 STEP_MODES = ("eager", "channels-last", "fused", "compiled")
 INFERENCE_MODES = ("eager", "channels-last", "compiled")
 OP_MODES = ("eager", "channels-last", "compiled")
+CONVOLUTIONAL = ("resnet18", "nin")
 # The C library then keeps what is freed for the next step and does not give it back to the system.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": "67108864"}
 
@@ -91,6 +92,13 @@ def spread(reports: list[dict], key: str) -> float:
     return (max(values) - min(values)) / statistics.median(values)
 
 
+def flags(mode: str, network: str) -> list[str]:
+    """What pytorch/step.py calls a mode."""
+    if mode == "fused":
+        return ["--fused", *["--channels-last"] * (network in CONVOLUTIONAL)]
+    return {"eager": [], "channels-last": ["--channels-last"], "compiled": ["--compile"]}[mode]
+
+
 def best_mode(reports: dict[str, list[dict]], key: str) -> str:
     return min((name for name in reports if name != "gridgrad"), key=lambda name: median_of(reports[name], key))
 
@@ -110,7 +118,7 @@ def networks(args: argparse.Namespace, kind: str, cases: list, modes: tuple) -> 
         runs = {"gridgrad": lambda: report([args.gridgrad, "bench", kind, "--json", *options])}
         for mode in modes:
             extra = [] if kind == "step" else ["--inference"]
-            command = [python, BENCHES / "pytorch" / "step.py", *options, "--mode", mode, *extra]
+            command = [python, BENCHES / "pytorch" / "step.py", *options, *flags(mode, name), *extra]
             environment = KEEP_MEMORY if mode == "fused" else None
             runs[f"PyTorch, {mode}"] = lambda command=command, environment=environment: report(command, environment)
         reports = take_turns(runs, args.rounds, f"{name}, batch {batch}")

@@ -29,7 +29,7 @@
 //! | [`methods`] | the papers' methods: certified defence against poisoned training sets |
 //! | [`train`] | the training loop, optimizers, schedules, checkpoints, metrics |
 //! | [`data`] | readers of image sets, augmentation, the loader of batches |
-//! | [`models`] | published networks: CrossFormer and CrossFormer++ |
+//! | [`models`] | published networks: CrossFormer and CrossFormer++, ResNets, Network-in-Network |
 //! | [`report`] | pictures of a run, as SVG |
 //! | [`nn`] | layers, named parameters, initialisers, state dicts |
 //! | [`ops`] | the differentiable functions, one room each |

@@ -1,4 +1,4 @@
-"""Times training steps of the eager PyTorch CrossFormer; the counterpart of `gridgrad bench step`.
+"""Times training steps or, with --inference, answers of a network in PyTorch; the counterpart of `gridgrad bench`.
 
 Prints one line of JSON with the keys of `gridgrad bench step --json` that have a meaning here, and `start_bytes`: the memory that
 PyTorch holds before there is a network. Runs in the environment that install.py makes.
@@ -23,6 +23,7 @@ import torch
 from torch.nn import functional
 
 import crossformer
+import networks
 
 
 def memory(key: str) -> int:
@@ -31,9 +32,18 @@ def memory(key: str) -> int:
     return 1024 * int(status[key].split()[0])
 
 
+def make_network(name: str, image: int) -> tuple[torch.nn.Module, int, int]:
+    """A network of this name, the channels of its images, and its classes."""
+    if name == "resnet18":
+        return networks.ResNet18(), 3, 10
+    if name == "nin":
+        return networks.NetworkInNetwork(), 1, 10
+    return crossformer.CrossFormer(img_size=image, **crossformer.config(name)), 3, 1000
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="small", choices=crossformer.SIZES)
+    parser.add_argument("--model", default="small", choices=[*crossformer.SIZES, "resnet18", "nin"])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--image", type=int, default=224)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -42,6 +52,8 @@ def main() -> None:
     parser.add_argument("--fused", action="store_true", help="AdamW in one kernel per parameter, not the default")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--bf16", action="store_true", help="the network computes in bf16, by autocast")
+    parser.add_argument("--channels-last", action="store_true", help="maps and weights of convolutions in that layout")
+    parser.add_argument("--inference", action="store_true", help="answers alone, without gradients")
     parser.add_argument("--compile", action="store_true", help="torch.compile around the network")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -50,11 +62,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     start_bytes = memory("VmRSS")
-    model = crossformer.CrossFormer(img_size=args.image, **crossformer.config(args.model)).train().to(device)
+    model, channels, classes = make_network(args.model, args.image)
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    model = model.train(not args.inference).to(device, memory_format=layout)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=args.fused or None)
     network = torch.compile(model) if args.compile else model
-    images = torch.randn(args.batch, 3, args.image, args.image, device=device)
-    labels = torch.randint(1000, (args.batch,), device=device)
+    images = torch.randn(args.batch, channels, args.image, args.image, device=device).contiguous(memory_format=layout)
+    labels = torch.randint(classes, (args.batch,), device=device)
 
     def now() -> float:
         if on_gpu:
@@ -63,6 +77,11 @@ def main() -> None:
 
     def step() -> list[float]:
         times = [now()]
+        if args.inference:
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                network(images)
+            wall = 1e3 * (now() - times[0])
+            return [wall, wall, 0.0, 0.0]
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             logits = network(images)

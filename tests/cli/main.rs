@@ -1,5 +1,6 @@
 //! The command line, driven as a person or a script would.
 
+mod bench;
 mod certify;
 #[cfg(all(feature = "cuda", target_os = "linux"))]
 mod devices;
