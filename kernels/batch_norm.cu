@@ -239,11 +239,11 @@ __device__ __forceinline__ void input_gradient(T* __restrict__ gradient, const T
 
 #define KERNEL_OF(name) extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_##name
 // `body<V>(…)` for as many channels of a thread as divide their number.
-#define FOR_CHANNELS(body, ...)    \
-    if (channels % WIDE == 0) {    \
-        body<WIDE>(__VA_ARGS__);   \
-    } else {                       \
-        body<1>(__VA_ARGS__);      \
+#define FOR_CHANNELS(body, ...)  \
+    if (channels % WIDE == 0) {  \
+        body<WIDE>(__VA_ARGS__); \
+    } else {                     \
+        body<1>(__VA_ARGS__);    \
     }
 #define INSTANCES(suffix, T)                                                                                       \
     KERNEL_OF(partial_statistics_##suffix)                                                                         \
@@ -280,15 +280,15 @@ __device__ __forceinline__ void input_gradient(T* __restrict__ gradient, const T
         FOR_CHANNELS(input_gradient, gradient, input, output_gradient, mean, scale, w, b, relu != 0, along, total, \
                      model, rows, channels, rows_per_part)                                                         \
     }                                                                                                              \
-    /* Running statistics: old + momentum (new - old), so that what has converged stays. */                      \
-    KERNEL_OF(update_##suffix)                                                                                   \
-    (T * mean, T * variance, const T* old_mean, const T* old_variance, const float* batch_mean,                  \
-     const float* batch_variance, float momentum, u32 channels) {                                                \
-        const u32 channel = blockIdx.x * THREADS + threadIdx.x;                                                  \
-        if (channel >= channels) return;                                                                         \
-        const float center = to_float(old_mean[channel]), spread = to_float(old_variance[channel]);              \
-        mean[channel] = from_float<T>(fmaf(momentum, batch_mean[channel] - center, center));                     \
-        variance[channel] = from_float<T>(fmaf(momentum, batch_variance[channel] - spread, spread));             \
+    /* Running statistics: old + momentum (new - old), so that what has converged stays. */                        \
+    KERNEL_OF(update_##suffix)                                                                                     \
+    (T * mean, T * variance, const T* old_mean, const T* old_variance, const float* batch_mean,                    \
+     const float* batch_variance, float momentum, u32 channels) {                                                  \
+        const u32 channel = blockIdx.x * THREADS + threadIdx.x;                                                    \
+        if (channel >= channels) return;                                                                           \
+        const float center = to_float(old_mean[channel]), spread = to_float(old_variance[channel]);                \
+        mean[channel] = from_float<T>(fmaf(momentum, batch_mean[channel] - center, center));                       \
+        variance[channel] = from_float<T>(fmaf(momentum, batch_variance[channel] - spread, spread));               \
     }
 FOR_EACH_FLOAT(INSTANCES)
 

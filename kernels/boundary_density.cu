@@ -135,14 +135,14 @@ __device__ __forceinline__ void backward(T* gradient, const T* grad, const T* bo
 
 }  // namespace
 
-#define INSTANCE(suffix, T)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(THREADS) boundary_density_forward_##suffix(                   \
-        T* output, const T* boxes, const i64* counts, u64 total, CountMap map) {                               \
-        forward(output, boxes, counts, total, map);                                                            \
-    }                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(THREADS) boundary_density_backward_##suffix(                  \
-        T* gradient, const T* grad, const T* boxes, const i64* counts, u64 total, CountMap map) {              \
-        backward(gradient, grad, boxes, counts, total, map);                                                   \
+#define INSTANCE(suffix, T)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                          \
+        boundary_density_forward_##suffix(T* output, const T* boxes, const i64* counts, u64 total, CountMap map) { \
+        forward(output, boxes, counts, total, map);                                                                \
+    }                                                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS) boundary_density_backward_##suffix(                      \
+        T* gradient, const T* grad, const T* boxes, const i64* counts, u64 total, CountMap map) {                  \
+        backward(gradient, grad, boxes, counts, total, map);                                                       \
     }
 FOR_EACH_FLOAT(INSTANCE)
 

@@ -42,12 +42,12 @@ __device__ __forceinline__ void crop(T* output, const unsigned char* images, con
     }
 }
 
-#define INSTANCE(suffix, T)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(256)                                                            \
-        crops_##suffix(T* output, const unsigned char* images, const i64* plan, const float* mean,               \
-                       const float* deviation, Array<u32, 6> extents) {                                          \
-        const Crops crops = {extents[0], extents[1], extents[2], extents[3], extents[4], extents[5]};            \
-        crop(output, images, plan, mean, deviation, crops);                                                      \
+#define INSTANCE(suffix, T)                                                                           \
+    extern "C" __global__ void __launch_bounds__(256)                                                 \
+        crops_##suffix(T* output, const unsigned char* images, const i64* plan, const float* mean,    \
+                       const float* deviation, Array<u32, 6> extents) {                               \
+        const Crops crops = {extents[0], extents[1], extents[2], extents[3], extents[4], extents[5]}; \
+        crop(output, images, plan, mean, deviation, crops);                                           \
     }
 INSTANCE(f32, float)
 

@@ -65,15 +65,15 @@ __device__ __forceinline__ void forward(T* output, const T* input, const Regress
 
 }  // namespace
 
-#define INSTANCE(suffix, T)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(THREADS) denfi_conv_forward_##suffix(                           \
-        T* output, const T* input, const void* raw, const T* weight, BoundaryMap map) {                          \
-        SHARED_ARRAY(Stage, stage, [1]);                                                                         \
-        if (map.channels % WIDEST<T> == 0) {                                                                     \
-            forward<WIDEST<T>>(output, input, RegressionMap<T>{raw, map.wide}, weight, map, *stage);                     \
-        } else {                                                                                                 \
-            forward<1>(output, input, RegressionMap<T>{raw, map.wide}, weight, map, *stage);                             \
-        }                                                                                                        \
+#define INSTANCE(suffix, T)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                           \
+        denfi_conv_forward_##suffix(T* output, const T* input, const void* raw, const T* weight, BoundaryMap map) { \
+        SHARED_ARRAY(Stage, stage, [1]);                                                                            \
+        if (map.channels % WIDEST<T> == 0) {                                                                        \
+            forward<WIDEST<T>>(output, input, RegressionMap<T>{raw, map.wide}, weight, map, *stage);                \
+        } else {                                                                                                    \
+            forward<1>(output, input, RegressionMap<T>{raw, map.wide}, weight, map, *stage);                        \
+        }                                                                                                           \
     }
 FOR_EACH_FLOAT(INSTANCE)
 

@@ -56,8 +56,8 @@ __device__ __forceinline__ void input_gradient(T* gradient, const T* grad, const
         if (cell >= map.cells()) break;
         const u32 within = item % groups * N, pixel = u32(cell % map.cells_of_image());
         const u64 line = u64(map.width) + 1;
-        const u64 own = (cell / map.cells_of_image() * (map.height + 1) + pixel / map.width + 1) * line +
-                        pixel % map.width + 1;
+        const u64 own =
+            (cell / map.cells_of_image() * (map.height + 1) + pixel / map.width + 1) * line + pixel % map.width + 1;
         float sums[N] = {};
 #pragma unroll 1
         for (u32 neighbour = 0; neighbour < 4; ++neighbour) {
@@ -191,61 +191,61 @@ __device__ __forceinline__ void boundary_gradient(void* gradient, const T* input
 }  // namespace
 
 // Upper left neighbours as numbers, the last one for taps outside of the map, and the fractional parts.
-#define KEYS(suffix, T)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                            \
-        denfi_conv_keys_##suffix(u32* keys, Parts* parts, const void* raw, BoundaryMap map) {                        \
-        const RegressionMap<T> source{raw, map.wide};                                                                \
-        const u64 lines = u64(map.height) + 1, columns = u64(map.width) + 1;                                         \
-        for (u64 at = grid_thread(); at < map.cells() * TAPS; at += grid_threads()) {                                \
-            const u64 cell = at / TAPS, image = cell / map.cells_of_image();                                         \
-            const Point point = point_of_tap(decode(source, cell, map), cell, u32(at % TAPS), map);                  \
-            const u64 key = (image * lines + u64(point.row + 1)) * columns + u64(point.column + 1);                  \
-            keys[at] = u32(point.row == OUTSIDE ? map.batch * lines * columns : key);                                \
-            parts[at] = {point.row_part, point.column_part};                                                         \
-        }                                                                                                            \
+#define KEYS(suffix, T)                                                                             \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                           \
+        denfi_conv_keys_##suffix(u32* keys, Parts* parts, const void* raw, BoundaryMap map) {       \
+        const RegressionMap<T> source{raw, map.wide};                                               \
+        const u64 lines = u64(map.height) + 1, columns = u64(map.width) + 1;                        \
+        for (u64 at = grid_thread(); at < map.cells() * TAPS; at += grid_threads()) {               \
+            const u64 cell = at / TAPS, image = cell / map.cells_of_image();                        \
+            const Point point = point_of_tap(decode(source, cell, map), cell, u32(at % TAPS), map); \
+            const u64 key = (image * lines + u64(point.row + 1)) * columns + u64(point.column + 1); \
+            keys[at] = u32(point.row == OUTSIDE ? map.batch * lines * columns : key);               \
+            parts[at] = {point.row_part, point.column_part};                                        \
+        }                                                                                           \
     }
-#define INPUT(suffix, T)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                            \
-        denfi_conv_input_gradient_##suffix(T* gradient, const T* grad, const T* weight, const Parts* parts,          \
-                                           const u32* readers, const u32* starts, BoundaryMap map) {                 \
-        SHARED_ARRAY(float, weights, [TAPS][CHANNELS]);                                                              \
-        if (map.channels % WIDEST<T> == 0) {                                                                         \
-            input_gradient<WIDEST<T>>(gradient, grad, weight, parts, readers, starts, map, weights);                          \
-        } else {                                                                                                     \
-            input_gradient<1>(gradient, grad, weight, parts, readers, starts, map, weights);                                  \
-        }                                                                                                            \
+#define INPUT(suffix, T)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                   \
+        denfi_conv_input_gradient_##suffix(T* gradient, const T* grad, const T* weight, const Parts* parts, \
+                                           const u32* readers, const u32* starts, BoundaryMap map) {        \
+        SHARED_ARRAY(float, weights, [TAPS][CHANNELS]);                                                     \
+        if (map.channels % WIDEST<T> == 0) {                                                                \
+            input_gradient<WIDEST<T>>(gradient, grad, weight, parts, readers, starts, map, weights);        \
+        } else {                                                                                            \
+            input_gradient<1>(gradient, grad, weight, parts, readers, starts, map, weights);                \
+        }                                                                                                   \
     }
-#define WEIGHT(suffix, T)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS) denfi_conv_weight_partials_##suffix(                       \
-        float* partials, const T* input, const void* raw, const T* grad, u64 cells_per_block, BoundaryMap map) {     \
-        SHARED_ARRAY(Stage, stage, [1]);                                                                             \
-        const RegressionMap<T> source{raw, map.wide};                                                                \
-        if (map.channels % WEIGHT_GROUP == 0) {                                                                      \
-            weight_partials<WEIGHT_GROUP>(partials, input, source, grad, cells_per_block, map, *stage);                      \
-        } else {                                                                                                     \
-            weight_partials<1>(partials, input, source, grad, cells_per_block, map, *stage);                                 \
-        }                                                                                                            \
-    }                                                                                                                \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                            \
-        denfi_conv_weight_sum_##suffix(T* gradient, const float* partials, u32 blocks, u32 channels) {               \
-        const u64 elements = u64(channels) * TAPS;                                                                   \
-        for (u64 i = grid_thread(); i < elements; i += grid_threads()) {                                             \
-            float sum = 0;                                                                                           \
-            for (u32 block = 0; block < blocks; ++block) sum += partials[block * elements + i];                      \
-            gradient[i % channels * TAPS + i / channels] = from_float<T>(sum);                                       \
-        }                                                                                                            \
+#define WEIGHT(suffix, T)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS) denfi_conv_weight_partials_##suffix(                   \
+        float* partials, const T* input, const void* raw, const T* grad, u64 cells_per_block, BoundaryMap map) { \
+        SHARED_ARRAY(Stage, stage, [1]);                                                                         \
+        const RegressionMap<T> source{raw, map.wide};                                                            \
+        if (map.channels % WEIGHT_GROUP == 0) {                                                                  \
+            weight_partials<WEIGHT_GROUP>(partials, input, source, grad, cells_per_block, map, *stage);          \
+        } else {                                                                                                 \
+            weight_partials<1>(partials, input, source, grad, cells_per_block, map, *stage);                     \
+        }                                                                                                        \
+    }                                                                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                        \
+        denfi_conv_weight_sum_##suffix(T* gradient, const float* partials, u32 blocks, u32 channels) {           \
+        const u64 elements = u64(channels) * TAPS;                                                               \
+        for (u64 i = grid_thread(); i < elements; i += grid_threads()) {                                         \
+            float sum = 0;                                                                                       \
+            for (u32 block = 0; block < blocks; ++block) sum += partials[block * elements + i];                  \
+            gradient[i % channels * TAPS + i / channels] = from_float<T>(sum);                                   \
+        }                                                                                                        \
     }
-#define BOUNDARY(suffix, T)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(THREADS) denfi_conv_boundary_gradient_##suffix(                     \
-        void* gradient, const T* input, const void* raw, const T* weight, const T* grad, BoundaryMap map) {          \
-        const RegressionMap<T> source{raw, map.wide};                                                                \
-        for (u64 cell = grid_thread() / 32; cell < map.cells(); cell += grid_threads() / 32) {                       \
-            if (map.channels % WIDEST<T> == 0) {                                                                     \
-                boundary_gradient<WIDEST<T>>(gradient, input, source, weight, grad, cell, map);                      \
-            } else {                                                                                                 \
-                boundary_gradient<1>(gradient, input, source, weight, grad, cell, map);                              \
-            }                                                                                                        \
-        }                                                                                                            \
+#define BOUNDARY(suffix, T)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS) denfi_conv_boundary_gradient_##suffix(            \
+        void* gradient, const T* input, const void* raw, const T* weight, const T* grad, BoundaryMap map) { \
+        const RegressionMap<T> source{raw, map.wide};                                                       \
+        for (u64 cell = grid_thread() / 32; cell < map.cells(); cell += grid_threads() / 32) {              \
+            if (map.channels % WIDEST<T> == 0) {                                                            \
+                boundary_gradient<WIDEST<T>>(gradient, input, source, weight, grad, cell, map);             \
+            } else {                                                                                        \
+                boundary_gradient<1>(gradient, input, source, weight, grad, cell, map);                     \
+            }                                                                                               \
+        }                                                                                                   \
     }
 FOR_EACH_FLOAT(KEYS)
 FOR_EACH_FLOAT(INPUT)

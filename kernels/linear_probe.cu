@@ -197,32 +197,32 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 #define BLOCK(number) offsets[int(number)], offsets[int(number) + 1] - offsets[int(number)]
 #define PRODUCTS(form, Form, RUN, suffix, T)                                                                         \
-    extern "C" __global__ void __launch_bounds__(Tiles<T>::Form::THREADS) linear_probe_logits_##form##_##suffix(     \
-        float* output, const T* features, const T* weight, const T* bias, Extents all,                               \
-        const __grid_constant__ Offsets offsets) {                                                                   \
+    extern "C" __global__ void __launch_bounds__(Tiles<T>::Form::THREADS)                                            \
+        linear_probe_logits_##form##_##suffix(float* output, const T* features, const T* weight, const T* bias,      \
+                                              Extents all, const __grid_constant__ Offsets offsets) {                \
         logits<Tiles<T>::Form, RUN>(output, features, weight, bias, all, BLOCK(blockIdx.z));                         \
     }                                                                                                                \
-    extern "C" __global__ void __launch_bounds__(Tiles<T>::Form::THREADS) linear_probe_weight_##form##_##suffix(     \
-        float* partials, const T* differences, const T* features, Extents all, u32 depth,                            \
-        const __grid_constant__ Offsets offsets) {                                                                   \
+    extern "C" __global__ void __launch_bounds__(Tiles<T>::Form::THREADS)                                            \
+        linear_probe_weight_##form##_##suffix(float* partials, const T* differences, const T* features, Extents all, \
+                                              u32 depth, const __grid_constant__ Offsets offsets) {                  \
         weight_partials<Tiles<T>::Form, RUN>(partials, differences, features, all, depth, BLOCK(blockIdx.z));        \
     }
-#define INSTANCE(suffix, T)                                                                                          \
-    PRODUCTS(wide, Wide, u32(WIDEST<T>), suffix, T)                                                                  \
-    PRODUCTS(narrow, Narrow, 1, suffix, T)                                                                           \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                            \
-        linear_probe_finish_##suffix(T* loss, i64* correct, const Total* totals, const T* weight, Extents all,       \
-                                     u32 pieces, float penalty, const __grid_constant__ Offsets offsets) {           \
-        finish(loss, correct, totals, weight, all, pieces, penalty, BLOCK(blockIdx.x));                              \
-    }                                                                                                                \
-    extern "C" __global__ void __launch_bounds__(THREADS) linear_probe_differences_##suffix(                         \
-        T* output, const float* logits, const i64* labels, const T* grad, Extents all) {                             \
-        differences(output, logits, labels, grad, all);                                                              \
-    }                                                                                                                \
-    extern "C" __global__ void __launch_bounds__(THREADS) linear_probe_weight_sum_##suffix(                          \
-        T* gradient, const float* partials, const T* weight, const T* grad, Extents all, u32 parts, float penalty,   \
-        const __grid_constant__ Offsets offsets) {                                                                   \
-        weight_sum(gradient, partials, weight, grad, all, parts, penalty, blockIdx.y, BLOCK(blockIdx.y));            \
+#define INSTANCE(suffix, T)                                                                                        \
+    PRODUCTS(wide, Wide, u32(WIDEST<T>), suffix, T)                                                                \
+    PRODUCTS(narrow, Narrow, 1, suffix, T)                                                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                          \
+        linear_probe_finish_##suffix(T* loss, i64* correct, const Total* totals, const T* weight, Extents all,     \
+                                     u32 pieces, float penalty, const __grid_constant__ Offsets offsets) {         \
+        finish(loss, correct, totals, weight, all, pieces, penalty, BLOCK(blockIdx.x));                            \
+    }                                                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS) linear_probe_differences_##suffix(                       \
+        T* output, const float* logits, const i64* labels, const T* grad, Extents all) {                           \
+        differences(output, logits, labels, grad, all);                                                            \
+    }                                                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS) linear_probe_weight_sum_##suffix(                        \
+        T* gradient, const float* partials, const T* weight, const T* grad, Extents all, u32 parts, float penalty, \
+        const __grid_constant__ Offsets offsets) {                                                                 \
+        weight_sum(gradient, partials, weight, grad, all, parts, penalty, blockIdx.y, BLOCK(blockIdx.y));          \
     }
 FOR_EACH_FLOAT(INSTANCE)
 

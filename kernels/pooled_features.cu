@@ -167,57 +167,55 @@ __device__ __forceinline__ void backward(T* gradient, const float* features, con
 }  // namespace
 
 // A map for each blockIdx.y; `first` is the number of its first feature.
-#define GROUPED(suffix, T)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(THREADS) pooled_features_forward_##suffix(                         \
-        float* features, u32 batch, u32 cells, u32 pitch, const __grid_constant__ Addresses maps,                   \
-        const __grid_constant__ Numbers heights, const __grid_constant__ Numbers widths,                            \
-        const __grid_constant__ Numbers channels, const __grid_constant__ Numbers first) {                          \
-        SHARED_ARRAY(float, scratch, [WIDEST<T> * THREADS]);                                                        \
-        const int number = int(blockIdx.y);                                                                         \
-        const Map shape{heights[number], widths[number], channels[number]};                                         \
-        const T* map = reinterpret_cast<const T*>(maps[number]);                                                    \
-        float* own = features + first[number];                                                                      \
-        if (shape.channels % WIDEST<T> == 0) {                                                                      \
-            forward<WIDEST<T>, false, T>(own, nullptr, map, nullptr, shape, batch, cells, pitch, scratch);          \
-        } else {                                                                                                    \
-            forward<1, false, T>(own, nullptr, map, nullptr, shape, batch, cells, pitch, scratch);                  \
-        }                                                                                                           \
-    }                                                                                                               \
-    extern "C" __global__ void __launch_bounds__(THREADS) pooled_features_backward_##suffix(                        \
-        const float* features, u32 batch, u32 cells, u32 pitch, const __grid_constant__ Addresses gradients,        \
-        const __grid_constant__ Numbers heights, const __grid_constant__ Numbers widths,                            \
-        const __grid_constant__ Numbers channels, const __grid_constant__ Numbers first) {                          \
-        const int number = int(blockIdx.y);                                                                         \
-        const Map shape{heights[number], widths[number], channels[number]};                                         \
-        T* gradient = reinterpret_cast<T*>(gradients[number]);                                                      \
-        const float* own = features + first[number];                                                                \
-        if (shape.channels % WIDEST<T> == 0) {                                                                      \
-            backward<WIDEST<T>, false, T>(gradient, own, nullptr, nullptr, shape, batch, cells, pitch);             \
-        } else {                                                                                                    \
-            backward<1, false, T>(gradient, own, nullptr, nullptr, shape, batch, cells, pitch);                     \
-        }                                                                                                           \
+#define GROUPED(suffix, T)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS) pooled_features_forward_##suffix(                  \
+        float* features, u32 batch, u32 cells, u32 pitch, const __grid_constant__ Addresses maps,            \
+        const __grid_constant__ Numbers heights, const __grid_constant__ Numbers widths,                     \
+        const __grid_constant__ Numbers channels, const __grid_constant__ Numbers first) {                   \
+        SHARED_ARRAY(float, scratch, [WIDEST<T> * THREADS]);                                                 \
+        const int number = int(blockIdx.y);                                                                  \
+        const Map shape{heights[number], widths[number], channels[number]};                                  \
+        const T* map = reinterpret_cast<const T*>(maps[number]);                                             \
+        float* own = features + first[number];                                                               \
+        if (shape.channels % WIDEST<T> == 0) {                                                               \
+            forward<WIDEST<T>, false, T>(own, nullptr, map, nullptr, shape, batch, cells, pitch, scratch);   \
+        } else {                                                                                             \
+            forward<1, false, T>(own, nullptr, map, nullptr, shape, batch, cells, pitch, scratch);           \
+        }                                                                                                    \
+    }                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS) pooled_features_backward_##suffix(                 \
+        const float* features, u32 batch, u32 cells, u32 pitch, const __grid_constant__ Addresses gradients, \
+        const __grid_constant__ Numbers heights, const __grid_constant__ Numbers widths,                     \
+        const __grid_constant__ Numbers channels, const __grid_constant__ Numbers first) {                   \
+        const int number = int(blockIdx.y);                                                                  \
+        const Map shape{heights[number], widths[number], channels[number]};                                  \
+        T* gradient = reinterpret_cast<T*>(gradients[number]);                                               \
+        const float* own = features + first[number];                                                         \
+        if (shape.channels % WIDEST<T> == 0) {                                                               \
+            backward<WIDEST<T>, false, T>(gradient, own, nullptr, nullptr, shape, batch, cells, pitch);      \
+        } else {                                                                                             \
+            backward<1, false, T>(gradient, own, nullptr, nullptr, shape, batch, cells, pitch);              \
+        }                                                                                                    \
     }
-#define FUSED_FORM(suffix, T)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                           \
-        add_relu_gap_forward_##suffix(T* output, float* features, const T* input, const T* residual, u32 batch,     \
-                                      u32 cells, Map shape) {                                                       \
-        SHARED_ARRAY(float, scratch, [WIDEST<T> * THREADS]);                                                        \
-        const u32 pitch = cells * cells * shape.channels;                                                           \
-        if (shape.channels % WIDEST<T> == 0) {                                                                      \
-            forward<WIDEST<T>, true>(features, output, input, residual, shape, batch, cells, pitch, scratch);       \
-        } else {                                                                                                    \
-            forward<1, true>(features, output, input, residual, shape, batch, cells, pitch, scratch);               \
-        }                                                                                                           \
-    }                                                                                                               \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                           \
-        add_relu_gap_backward_##suffix(T* gradient, const float* features, const T* grad, const T* y, u32 batch,    \
-                                       u32 cells, Map shape) {                                                      \
-        const u32 pitch = cells * cells * shape.channels;                                                           \
-        if (shape.channels % WIDEST<T> == 0) {                                                                      \
-            backward<WIDEST<T>, true>(gradient, features, grad, y, shape, batch, cells, pitch);                     \
-        } else {                                                                                                    \
-            backward<1, true>(gradient, features, grad, y, shape, batch, cells, pitch);                             \
-        }                                                                                                           \
+#define FUSED_FORM(suffix, T)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS) add_relu_gap_forward_##suffix(                      \
+        T* output, float* features, const T* input, const T* residual, u32 batch, u32 cells, Map shape) {     \
+        SHARED_ARRAY(float, scratch, [WIDEST<T> * THREADS]);                                                  \
+        const u32 pitch = cells * cells * shape.channels;                                                     \
+        if (shape.channels % WIDEST<T> == 0) {                                                                \
+            forward<WIDEST<T>, true>(features, output, input, residual, shape, batch, cells, pitch, scratch); \
+        } else {                                                                                              \
+            forward<1, true>(features, output, input, residual, shape, batch, cells, pitch, scratch);         \
+        }                                                                                                     \
+    }                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS) add_relu_gap_backward_##suffix(                     \
+        T* gradient, const float* features, const T* grad, const T* y, u32 batch, u32 cells, Map shape) {     \
+        const u32 pitch = cells * cells * shape.channels;                                                     \
+        if (shape.channels % WIDEST<T> == 0) {                                                                \
+            backward<WIDEST<T>, true>(gradient, features, grad, y, shape, batch, cells, pitch);               \
+        } else {                                                                                              \
+            backward<1, true>(gradient, features, grad, y, shape, batch, cells, pitch);                       \
+        }                                                                                                     \
     }
 FOR_EACH_FLOAT(GROUPED)
 FOR_EACH_FLOAT(FUSED_FORM)
