@@ -271,10 +271,9 @@ mod tests {
     #[test]
     fn published_sizes_have_the_published_parameters_and_products() {
         // torchvision's parameter counts; multiply-adds of convolutions and the classifier at 224 × 224.
-        for (name, parameters, products) in [
-            ("resnet18", 11_689_512, 1_814_073_344),
-            ("resnet50", 25_557_032, 4_089_184_256),
-        ] {
+        for (name, parameters, products) in
+            [("resnet18", 11_689_512, 1_814_073_344), ("resnet50", 25_557_032, 4_089_184_256)]
+        {
             let model = published(name);
             let weights: usize = model.parameters().weights().map(|parameter| parameter.shape().elements()).sum();
             assert_eq!((weights, model.products([224; 2])), (parameters, products), "{name}");
@@ -290,7 +289,8 @@ mod tests {
         let model = published("resnet50");
         let names: Vec<String> = model.parameters().iter().map(|parameter| parameter.name().to_owned()).collect();
         assert_eq!(names.len(), 161 + 2 * 53, "weights and running statistics");
-        for name in ["conv1.weight", "bn1.running_var", "layer1.0.downsample.1.bias", "layer4.2.conv3.weight", "fc.bias"]
+        for name in
+            ["conv1.weight", "bn1.running_var", "layer1.0.downsample.1.bias", "layer4.2.conv3.weight", "fc.bias"]
         {
             assert!(names.iter().any(|other| other == name), "{name}");
         }
@@ -307,7 +307,8 @@ mod tests {
         };
         let model = ResNet::new(config, 3, DType::F64).unwrap();
         let images = Tensor::randn([2, 19, 17, 3], DType::F64, Philox::new(1)).unwrap();
-        let loss = || model.logits(&images, &Context::train(Philox::new(0))).unwrap().square().unwrap().sum_all().unwrap();
+        let loss =
+            || model.logits(&images, &Context::train(Philox::new(0))).unwrap().square().unwrap().sum_all().unwrap();
         let gradients = loss().backward().unwrap();
         for parameter in model.parameters().weights() {
             let gradient = gradients.get(&parameter.tensor()).unwrap_or_else(|| panic!("{}", parameter.name()));

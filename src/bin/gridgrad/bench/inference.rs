@@ -93,7 +93,11 @@ impl std::fmt::Display for Report {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let [height, width] = self.image;
         let Report { model, batch, threads, .. } = self;
-        writeln!(f, "{model}, {batch} images of {height}×{width}; threads: {threads}, batches: {}", self.steps_ms.len())?;
+        writeln!(
+            f,
+            "{model}, {batch} images of {height}×{width}; threads: {threads}, batches: {}",
+            self.steps_ms.len()
+        )?;
         writeln!(f, "batch      {:>9.1} ms median, {:.1} GFLOP/s", self.wall_ms, self.gflops)?;
         writeln!(f, "images     {:>9.1} a second", self.images_per_second)
     }

@@ -38,24 +38,94 @@ pub struct OpsArgs {
 #[derive(Clone, Serialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
 enum Op {
-    Linear { rows: usize, inputs: usize, outputs: usize, gelu: bool },
-    Lsda { batch: usize, side: usize, heads: usize, head_width: usize, group: usize, interval: usize },
+    Linear {
+        rows: usize,
+        inputs: usize,
+        outputs: usize,
+        gelu: bool,
+    },
+    Lsda {
+        batch: usize,
+        side: usize,
+        heads: usize,
+        head_width: usize,
+        group: usize,
+        interval: usize,
+    },
     /// `kernels` are (side, output channels).
-    CrossScaleEmbedding { batch: usize, side: usize, channels: usize, kernels: Vec<[usize; 2]>, stride: usize },
-    PositionBias { width: usize, heads: usize, group: usize },
-    LayerNorm { rows: usize, channels: usize },
-    Softmax { rows: usize, columns: usize },
-    Gelu { elements: usize },
-    Relu { elements: usize },
-    Add { elements: usize },
-    Dropout { elements: usize },
-    DropPath { batch: usize, elements: usize },
-    Conv2d { batch: usize, side: usize, channels: [usize; 2], kernel: usize, stride: usize },
-    BatchNorm { batch: usize, side: usize, channels: usize },
-    MaxPool { batch: usize, side: usize, channels: usize, kernel: usize, stride: usize, padding: usize },
-    AvgPool { batch: usize, side: usize, channels: usize, kernel: usize, stride: usize, padding: usize },
-    GlobalAvgPool { batch: usize, side: usize, channels: usize },
-    CrossEntropy { rows: usize, classes: usize },
+    CrossScaleEmbedding {
+        batch: usize,
+        side: usize,
+        channels: usize,
+        kernels: Vec<[usize; 2]>,
+        stride: usize,
+    },
+    PositionBias {
+        width: usize,
+        heads: usize,
+        group: usize,
+    },
+    LayerNorm {
+        rows: usize,
+        channels: usize,
+    },
+    Softmax {
+        rows: usize,
+        columns: usize,
+    },
+    Gelu {
+        elements: usize,
+    },
+    Relu {
+        elements: usize,
+    },
+    Add {
+        elements: usize,
+    },
+    Dropout {
+        elements: usize,
+    },
+    DropPath {
+        batch: usize,
+        elements: usize,
+    },
+    Conv2d {
+        batch: usize,
+        side: usize,
+        channels: [usize; 2],
+        kernel: usize,
+        stride: usize,
+    },
+    BatchNorm {
+        batch: usize,
+        side: usize,
+        channels: usize,
+    },
+    MaxPool {
+        batch: usize,
+        side: usize,
+        channels: usize,
+        kernel: usize,
+        stride: usize,
+        padding: usize,
+    },
+    AvgPool {
+        batch: usize,
+        side: usize,
+        channels: usize,
+        kernel: usize,
+        stride: usize,
+        padding: usize,
+    },
+    GlobalAvgPool {
+        batch: usize,
+        side: usize,
+        channels: usize,
+    },
+    CrossEntropy {
+        rows: usize,
+        classes: usize,
+    },
 }
 
 #[derive(Serialize)]
@@ -92,7 +162,8 @@ pub fn run(args: &OpsArgs) -> Result<()> {
     for (number, op) in ops.iter().enumerate() {
         let listed = op.listed(number);
         let line = line_of_json(&listed)?;
-        let wanted = args.only.as_ref().is_none_or(|text| line.contains(text)) && args.number.is_none_or(|n| n == number);
+        let wanted =
+            args.only.as_ref().is_none_or(|text| line.contains(text)) && args.number.is_none_or(|n| n == number);
         if !wanted {
             continue;
         }
@@ -238,10 +309,9 @@ impl Op {
     fn work(&self) -> (u64, u64) {
         let positions = self.output_side().pow(2);
         let (flops, floats) = match self {
-            Op::Linear { rows, inputs, outputs, gelu } => (
-                rows * outputs * (2 * inputs + usize::from(*gelu)),
-                rows * (inputs + outputs) + inputs * outputs,
-            ),
+            Op::Linear { rows, inputs, outputs, gelu } => {
+                (rows * outputs * (2 * inputs + usize::from(*gelu)), rows * (inputs + outputs) + inputs * outputs)
+            }
             Op::Lsda { batch, side, heads, head_width, group, .. } => {
                 let (tokens, keys) = (batch * side * side, group * group);
                 (4 * tokens * keys * heads * head_width, 4 * tokens * heads * head_width)
@@ -283,7 +353,9 @@ impl Op {
     /// Random inputs: the map first, then parameters.
     fn inputs(&self) -> Result<Vec<Tensor>> {
         let shapes: Vec<Vec<usize>> = match self {
-            Op::Linear { rows, inputs, outputs, .. } => vec![vec![*rows, *inputs], vec![*outputs, *inputs], vec![*outputs]],
+            Op::Linear { rows, inputs, outputs, .. } => {
+                vec![vec![*rows, *inputs], vec![*outputs, *inputs], vec![*outputs]]
+            }
             Op::Lsda { batch, side, heads, head_width, group, .. } => {
                 vec![vec![*batch, *side, *side, 3 * heads * head_width], vec![(2 * group - 1).pow(2), *heads]]
             }
@@ -294,7 +366,8 @@ impl Op {
             }
             &Op::PositionBias { width, heads, .. } => {
                 let layer = |out| [vec![width], vec![width], vec![out, width], vec![out]];
-                [vec![vec![width, 2], vec![width]], layer(width).into(), layer(width).into(), layer(heads).into()].concat()
+                [vec![vec![width, 2], vec![width]], layer(width).into(), layer(width).into(), layer(heads).into()]
+                    .concat()
             }
             Op::LayerNorm { rows, channels } => vec![vec![*rows, *channels], vec![*channels], vec![*channels]],
             Op::Softmax { rows, columns } => vec![vec![*rows, *columns]],
@@ -345,7 +418,8 @@ impl Op {
             Op::Dropout { .. } => ops::dropout(input, 0.1, Philox::new(3)),
             Op::DropPath { .. } => ops::drop_path(input, 0.1, Philox::new(3)),
             Op::Conv2d { kernel, stride, .. } => {
-                let options = Conv2dOptions { stride: [stride; 2], padding: [kernel / 2; 2], ..Conv2dOptions::default() };
+                let options =
+                    Conv2dOptions { stride: [stride; 2], padding: [kernel / 2; 2], ..Conv2dOptions::default() };
                 ops::conv2d(input, &inputs[1], None, options)
             }
             Op::BatchNorm { .. } => {
@@ -378,7 +452,13 @@ impl std::fmt::Display for Measured<'_> {
         let Listed { number, op, flops, bytes, .. } = &self.listed;
         let rate = |work: u64| work as f64 / self.forward_ms / 1e6;
         let name = serde_json::to_string(op).map_err(|_| std::fmt::Error)?;
-        write!(f, "{number:>3}  forward {:>9.3} ms {:>7.1} GFLOP/s {:>6.1} GB/s", self.forward_ms, rate(*flops), rate(*bytes))?;
+        write!(
+            f,
+            "{number:>3}  forward {:>9.3} ms {:>7.1} GFLOP/s {:>6.1} GB/s",
+            self.forward_ms,
+            rate(*flops),
+            rate(*bytes)
+        )?;
         writeln!(f, "  and backward {:>9.3} ms  {name}", self.both_ms)
     }
 }
