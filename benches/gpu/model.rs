@@ -84,12 +84,18 @@ pub fn launches(case: &Case, direction: Direction, dtype: DType) -> Result<Vec<L
             let weights: usize = sides.iter().zip(out).map(|(side, out)| side * side * out).sum();
             extents.extend([("pixels", area(*map)), ("channels", channels), ("positions", positions)]);
             extents.extend([("out", out.iter().sum::<usize>() as f64), ("weights", weights as f64 * channels)]);
-            extents.push(("parts", (positions / 512.0).clamp(1.0, 32.0)));
+            extents.extend([("stored", dtype.size() as f64), ("maps", 1.0)]);
+            // Tiles of the weights' gradient: 128 terms by 32 columns, or 64 where runs are long.
+            let columns = if *image || dtype == DType::F32 { 32 } else { 64 };
+            let terms = |side: usize| (side * side * *channels as usize).div_ceil(128);
+            let tiles: usize = sides.iter().zip(out).map(|(&side, out)| terms(side) * out.div_ceil(columns)).sum();
+            let blocks = tiles + out.iter().sum::<usize>().div_ceil(32);
+            extents.push(("parts", (positions / 512.0).min(1024.0 / blocks as f64).ceil().max(1.0)));
             match (forward, image) {
                 (true, _) => &["cross_scale_embedding_pack", "cross_scale_embedding_forward"],
                 (false, true) => &["cross_scale_embedding_weight_gradient", "cross_scale_embedding_add_parts"],
                 (false, false) => &[
-                    "cross_scale_embedding_pack",
+                    "cross_scale_embedding_turn_weights",
                     "cross_scale_embedding_input_gradient",
                     "cross_scale_embedding_weight_gradient",
                     "cross_scale_embedding_add_parts",
@@ -109,8 +115,9 @@ pub fn launches(case: &Case, direction: Direction, dtype: DType) -> Result<Vec<L
             let rows = ((2 * group[0] - 1) * (2 * group[1] - 1)) as f64;
             let parameters = 3.0 * p + 6.0 * p + 2.0 * (p * p + p) + heads * p + heads;
             extents.extend([("rows", rows), ("p", p), ("heads", heads), ("parameters", parameters)]);
+            extents.push(("networks", 1.0));
             extents.push(("blocks", (rows / 8.0).ceil().min(64.0)));
-            if forward { &["position_bias_forward"] } else { &["position_bias_backward", "position_bias_add_partials"] }
+            if forward { &["position_bias_forward"] } else { &["position_bias_backward"] }
         }
         Op::LayerNorm { rows, width } => {
             extents.extend([("rows", *rows as f64 * batch), ("width", *width as f64), ("parts", SPLIT)]);

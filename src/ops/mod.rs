@@ -108,20 +108,25 @@ pub(crate) mod gpu {
     /// What they move and compute, room by room.
     pub(crate) fn costs() -> impl Iterator<Item = &'static Costs> {
         use super::*;
-        let rooms: [&Costs; 17] = [
+        let rooms: [&Costs; 22] = [
             &batch_norm::cost::COSTS,
+            &class_moments::cost::COSTS,
             &conv2d::cost::COSTS,
+            &crops::cost::COSTS,
             &cross_scale_embedding::cost::COSTS,
+            &denfi::cost::COSTS,
             &dropout::cost::COSTS,
             &elementwise::cost::COSTS,
             &gather::cost::COSTS,
             &layer_norm::cost::COSTS,
             &layout::cost::COSTS,
             &linear::cost::COSTS,
+            &linear_probe::cost::COSTS,
             &loss::cost::COSTS,
             &lsda::cost::COSTS,
             &matmul::cost::COSTS,
             &pool::cost::COSTS,
+            &pooled_features::cost::COSTS,
             &position_bias::cost::COSTS,
             &reduce::cost::COSTS,
             &resample::cost::COSTS,

@@ -5,8 +5,8 @@ use crate::kernels::{Cost, Costs};
 /// One entry for each kernel.
 pub(crate) static COSTS: Costs = Costs {
     names: &[
-        ("rows", "values of a channel"),
-        ("channels", "channels"),
+        ("rows", "values of a channel of one model"),
+        ("channels", "channels of all models"),
         ("parts", "parts of the rows whose sums are partial"),
     ],
     kernels: &[

@@ -2,6 +2,7 @@
 //! probe without any training (Wang et al. 2019, "DBP: Discrimination based block-level pruning for deep model
 //! acceleration"). No gradient flows here: the network is frozen.
 
+pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
 mod scores;

@@ -1,5 +1,6 @@
 //! Batches gathered by index from a set of images that stays where it is.
 
+pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
 

@@ -6,6 +6,7 @@
 //! from +x towards +y. In the frame of a box u is along its heading and v to the left of it. Seen from a cell, the box
 //! reaches t to the front, b to the rear, l to the left and r to the right, all in metres.
 
+pub(crate) mod cost;
 mod cpu;
 mod density;
 pub(crate) mod gpu;

@@ -1,6 +1,7 @@
 //! Linear classifiers of the features of a network's blocks, all trained at once (Alain and Bengio 2016,
 //! "Understanding intermediate layers using linear classifier probes").
 
+pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
 

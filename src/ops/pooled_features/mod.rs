@@ -1,6 +1,7 @@
 //! Features of a network's blocks: means of their maps over a few cells, for probes and scores of how well they tell
 //! classes apart (Wang et al. 2019, "DBP: Discrimination based block-level pruning for deep model acceleration").
 
+pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
 
