@@ -24,7 +24,9 @@ mod float;
 pub mod gemm;
 pub mod lanes;
 pub mod parallel;
+mod peak;
 pub mod simd;
 pub mod small_gemm;
 
 pub use float::Float;
+pub use peak::peak_flops;

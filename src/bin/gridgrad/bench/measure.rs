@@ -3,7 +3,7 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use gridgrad::cpu::{parallel, simd};
+use gridgrad::cpu::{parallel, peak_flops, simd};
 use serde::Serialize;
 
 pub fn milliseconds(time: Duration) -> f64 {
@@ -47,48 +47,16 @@ pub struct Peak {
 impl Peak {
     pub fn of_this_machine() -> Self {
         const ROUNDS: usize = 5;
-        let threads = rayon::current_num_threads();
-        let best = |measure: &dyn Fn() -> f64| (0..ROUNDS).map(|_| measure()).fold(0.0, f64::max);
         let source = vec![1.0f32; 1 << 25];
         let mut target = source.clone();
         let copy_gb_per_s = (0..ROUNDS).map(|_| copy(&source, &mut target)).fold(0.0, f64::max);
         Peak {
-            threads,
+            threads: rayon::current_num_threads(),
             instruction_set: simd::instruction_set(),
-            gflops: best(&|| multiply_adds(threads)),
+            gflops: (0..ROUNDS).map(|_| peak_flops() / 1e9).fold(0.0, f64::max),
             copy_gb_per_s,
         }
     }
-}
-
-/// GFLOP/s of all threads.
-fn multiply_adds(threads: usize) -> f64 {
-    const STEPS: u64 = 4_000_000;
-    let (start, mut sums) = (Instant::now(), vec![0.0f32; threads]);
-    parallel::pieces_mut(&mut sums, 1, |_, sum| sum[0] = chains(STEPS, black_box(0.5), black_box(0.25)));
-    black_box(sums);
-    (2 * CHAINS as u64 * LANES as u64 * STEPS * threads as u64) as f64 / start.elapsed().as_secs_f64() / 1e9
-}
-
-/// Enough independent vectors to hide the latency of one behind the others, few enough for the registers.
-const CHAINS: usize = 12;
-const LANES: usize = if cfg!(debug_assertions) { 8 } else { 16 };
-
-fn chains(steps: u64, factor: f32, term: f32) -> f32 {
-    simd::dispatch(
-        #[inline(always)]
-        || {
-            let mut values = [[1.0f32; LANES]; CHAINS];
-            for _ in 0..steps {
-                for value in &mut values {
-                    for lane in value {
-                        *lane = lane.mul_add(factor, term);
-                    }
-                }
-            }
-            values.as_flattened().iter().sum()
-        },
-    )
 }
 
 /// GB/s, reading and writing counted.
