@@ -87,7 +87,7 @@ pub fn launches(case: &Case, direction: Direction, dtype: DType) -> Result<Vec<L
             extents.extend([("stored", dtype.size() as f64), ("maps", 1.0)]);
             // Tiles of the weights' gradient: 128 terms by 32 columns, or 64 where runs are long.
             let columns = if *image || dtype == DType::F32 { 32 } else { 64 };
-            let terms = |side: usize| (side * side * *channels as usize).div_ceil(128);
+            let terms = |side: usize| ((side * side) as f64 * channels / 128.0).ceil() as usize;
             let tiles: usize = sides.iter().zip(out).map(|(&side, out)| terms(side) * out.div_ceil(columns)).sum();
             let blocks = tiles + out.iter().sum::<usize>().div_ceil(32);
             extents.push(("parts", (positions / 512.0).min(1024.0 / blocks as f64).ceil().max(1.0)));

@@ -13,7 +13,7 @@ pub(crate) static COSTS: Costs = Costs {
     kernels: &[
         Cost::new(
             "class_moments_sums",
-            "4 rows features + 8 rows + 4 features + 4 classes features + 4 classes",
+            "4 rows features + 8 rows + 4 features + 4 classes features + 8 classes",
             "2 rows features",
         ),
         Cost::new("class_moments_squares_diagonal", "4 rows features + 8 rows + 8 features", "3 rows features"),

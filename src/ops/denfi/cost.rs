@@ -15,7 +15,7 @@ pub(crate) static COSTS: Costs = Costs {
     ],
     kernels: &[
         Cost::new("denfi_conv_forward", "(cells (2 channels + outputs) + 9 channels) s", "90 cells channels"),
-        Cost::new("denfi_conv_keys", "cells outputs s + 108 cells", "200 cells"),
+        Cost::new("denfi_conv_keys", "cells outputs s + 108 cells", "9 * 39 cells"),
         Cost::new(
             "denfi_conv_input_gradient",
             "(2 cells channels + 9 channels) s + 108 cells + 4 places",

@@ -131,7 +131,7 @@ impl Trainer {
         let parameters = network.model.parameters();
         parameters.to_device(device)?;
         Ok(Trainer {
-            optimizer: Optimizer::new(parameters, network.optimizer.clone())?,
+            optimizer: Optimizer::new(parameters, network.optimizer)?,
             images: network.images(batch, compute, device)?,
             labels: Tensor::new(&labels, [batch])?.to_device(device)?,
             device,
