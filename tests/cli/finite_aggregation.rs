@@ -7,7 +7,7 @@ use serde_json::Value;
 use crate::{bytes, content, refused, refused_in_one_line, succeeds, text};
 
 /// A run of nearest neighbours on some of the digits that come with the program.
-const SMALL: [&str; 6] = ["--learner", "nearest", "--limit-train", "400", "--limit-test", "40"];
+const SMALL: [&str; 6] = ["--learner", "nearest", "--train-fraction", "0.28", "--limit-test", "40"];
 
 fn train(folder: &Path, method: &str, more: &[&str]) -> String {
     succeeds(folder, &[&["train", method], &SMALL[..], more].concat())
@@ -122,7 +122,7 @@ fn a_process_that_is_killed_leaves_a_run_that_can_go_on() {
 #[test]
 fn what_makes_no_sense_is_refused() {
     let folder = tempfile::tempdir().unwrap();
-    let cases: [(&[&str], &[&str]); 8] = [
+    let cases: [(&[&str], &[&str]); 11] = [
         (&["finite-aggregation", "--k", "0"], &["k = 0 and d = 4", "at least 1"]),
         (&["finite-aggregation", "--k", "3", "--d", "0"], &["k = 3 and d = 0"]),
         (&["dpa", "--k", "1443"], &["1443", "1442 samples"]),
@@ -130,7 +130,10 @@ fn what_makes_no_sense_is_refused() {
         (&["bagging", "--models", "0"], &["bagging of 0 classifiers"]),
         (&["dpa", "--data", "absent"], &["\"absent\" is neither a folder nor one of"]),
         (&["dpa", "--data", "mnist"], &["GRIDGRAD_DATA"]),
-        (&["dpa", "--limit-train", "9999"], &["limit of 9999", "1442"]),
+        (&["dpa", "--train-fraction", "-1"], &["train fraction of -1"]),
+        (&["bagging", "--models", "18446744073709551615"], &["bagging of 18446744073709551615 classifiers"]),
+        (&["bagging", "--samples", "18446744073709551615"], &["with 18446744073709551615 samples"]),
+        (&["dpa", "--epochs", "18446744073709551615"], &["18446744073709551615 epochs"]),
     ];
     for (arguments, parts) in cases {
         refused_in_one_line(folder.path(), &[&["train"], arguments].concat(), parts);

@@ -26,7 +26,7 @@ fn settings(k: usize, d: usize) -> Settings {
     Settings {
         data: "digits".into(),
         image_size: None,
-        limit_train: None,
+        train_fraction: None,
         limit_test: None,
         ensemble: Ensemble::FiniteAggregation { spread: Spread::new(k, d).unwrap(), hash: ContentHash::Fnv1a },
         seed: 0,

@@ -111,7 +111,7 @@ impl Trainer {
     /// How many models are computed at the same time: on the processor a few for each thread, so that none is idle long.
     pub fn models_at_once(&self) -> usize {
         match self.device {
-            Device::Cpu => self.group * rayon::current_num_threads() * 4,
+            Device::Cpu => self.group.saturating_mul(rayon::current_num_threads()).saturating_mul(4),
             _ => self.group,
         }
     }

@@ -14,7 +14,7 @@ use crate::{Error, Result};
 
 /// The name of the file in a run's folder.
 pub const MANIFEST: &str = "manifest.json";
-const FORMAT: &str = "gridgrad run of base classifiers, version 1";
+const FORMAT: &str = "gridgrad run of base classifiers, version 2";
 
 /// All that a certificate rests on beside the classifiers' files, whose digests it has.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -143,6 +143,7 @@ impl Manifest {
                 "damaged, or changed by hand: its content has another digest than it says",
             ));
         }
+        manifest.run.settings.check()?;
         Ok(manifest)
     }
 

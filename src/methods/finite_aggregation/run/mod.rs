@@ -16,7 +16,7 @@
 //! let settings = Settings {
 //!     data: "builtin".into(),
 //!     image_size: None,
-//!     limit_train: Some(100),
+//!     train_fraction: Some(0.1),
 //!     limit_test: Some(10),
 //!     ensemble: Ensemble::FiniteAggregation { spread: Spread::new(5, 2)?, hash: ContentHash::Fnv1a },
 //!     seed: 0,
@@ -81,7 +81,7 @@ impl<'a> Run<'a> {
         if folder.join(MANIFEST).exists() {
             return Err(Error::Config(format!("{} holds a run already", folder.display())));
         }
-        settings.ensemble.check()?;
+        settings.check()?;
         let range = shard.range(settings.ensemble.classifiers())?;
         let samples = Samples::new(&settings, sources.train, sources.test)?;
         let record = |classifier| {
