@@ -291,8 +291,8 @@ fn train(mut run: Run<'_>, folder: &Path, device: Device) -> Result<()> {
     let before = trained(run.manifest());
     let progress = bar(all as u64, "{bar:30} {pos}/{len} classifiers, {eta} left");
     progress.set_position(before as u64);
-    let finished = run.train(&stop, |group: &[Record]| {
-        progress.inc(group.len() as u64);
+    let finished = run.train(&stop, |_: &Record| {
+        progress.inc(1);
         Ok(())
     });
     progress.finish_and_clear();

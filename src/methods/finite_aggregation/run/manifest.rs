@@ -37,6 +37,9 @@ pub struct Manifest {
 pub struct Identity {
     /// The version of the crate.
     pub gridgrad: String,
+    /// What that build was compiled from: a hash over sources, kernels and the versions of dependencies. Builds that
+    /// differ may round differently, and are not mixed.
+    pub build: String,
     /// What the bits of a classifier depend on outside of its recipe: device and instruction set.
     pub backend: String,
     /// The settings of the run.
