@@ -1,6 +1,9 @@
 //! The build script's part that compiles kernels, with a stand-in for nvcc.
 
 #[allow(dead_code, reason = "cargo runs the rest")]
+#[path = "../build/fingerprint.rs"]
+mod fingerprint;
+#[allow(dead_code, reason = "cargo runs the rest")]
 #[path = "../build/nvcc.rs"]
 mod nvcc;
 
@@ -14,6 +17,32 @@ fn releases_are_read_from_the_version() {
     assert_eq!(nvcc::release("release 9.2, V9.2.148"), Some((9, 2)));
     assert_eq!(nvcc::release("g++ (Debian 12.2.0) 12.2.0"), None);
     assert_eq!(nvcc::release("release soon"), None);
+}
+
+#[test]
+fn a_fingerprint_is_of_names_and_contents() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    };
+    let of = || fingerprint::of(folder.path(), &[PathBuf::from("src")]);
+    write("src/a/b.rs", "one\n");
+    write("src/c.rs", "two\n");
+    write("other.rs", "outside");
+    let first = of();
+    assert_eq!(first, of());
+    write("other.rs", "changed");
+    write("src/c.rs", "two\r\n");
+    write("src/.c.rs.swp", "hidden");
+    assert_eq!(first, of());
+    write("src/a/b.rs", "One\n");
+    assert_ne!(first, of());
+    write("src/a/b.rs", "one\n");
+    assert_eq!(first, of());
+    std::fs::rename(folder.path().join("src/c.rs"), folder.path().join("src/d.rs")).unwrap();
+    assert_ne!(first, of());
 }
 
 #[test]

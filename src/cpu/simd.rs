@@ -42,6 +42,15 @@ pub(crate) fn with_vectors<W: pulp::WithSimd>(work: W) -> W::Output {
     pulp::Simd::vectorize(pulp::Scalar128b, work)
 }
 
+/// The name of the instruction set that [`with_vectors`] uses here: the widest of this machine, in every build.
+pub(crate) fn widest_instruction_set() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    if pulp::x86::V4::try_new().is_some() {
+        return "AVX-512";
+    }
+    instruction_set()
+}
+
 /// Whether [`dispatch`] has 32 registers of 512 bits.
 #[inline(always)]
 pub fn has_wide_registers() -> bool {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use gridgrad::data::{Dataset, InMemory};
-use gridgrad::methods::finite_aggregation::learner::{BaseLearner, Member, NearestNeighbour, Trained};
+use gridgrad::methods::finite_aggregation::learner::{BaseLearner, Member, NearestNeighbour, Trained, Training};
 use gridgrad::methods::finite_aggregation::run::{Answers, Ensemble, Run, Settings, Shard, Sources};
 use gridgrad::methods::finite_aggregation::{ContentHash, Spread, Votes};
 use gridgrad::{Error, Result};
@@ -26,7 +26,7 @@ fn settings(k: usize, d: usize) -> Settings {
     Settings {
         data: "digits".into(),
         image_size: None,
-        limit_train: None,
+        train_fraction: None,
         limit_test: None,
         ensemble: Ensemble::FiniteAggregation { spread: Spread::new(k, d).unwrap(), hash: ContentHash::Fnv1a },
         seed: 0,
@@ -88,10 +88,21 @@ impl BaseLearner for Limited<'_> {
         self.group
     }
 
-    fn train(&self, members: &[Member<'_>], train: &InMemory, test: &InMemory) -> Result<Vec<Trained>> {
+    fn open<'a>(&'a self, train: &'a InMemory, test: &'a InMemory) -> Result<Box<dyn Training + 'a>> {
+        Ok(Box::new(LimitedTraining { inner: self.inner.open(train, test)?, groups: &self.groups }))
+    }
+}
+
+struct LimitedTraining<'a> {
+    inner: Box<dyn Training + 'a>,
+    groups: &'a std::sync::atomic::AtomicUsize,
+}
+
+impl Training for LimitedTraining<'_> {
+    fn train_each(&self, members: &[Member<'_>], done: &mut dyn FnMut(usize, Trained) -> Result<()>) -> Result<()> {
         let left = self.groups.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |groups| groups.checked_sub(1));
         left.map_err(|_| Error::Training("killed".into()))?;
-        self.inner.train(members, train, test)
+        self.inner.train_each(members, done)
     }
 }
 

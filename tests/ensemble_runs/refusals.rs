@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use gridgrad::Error;
 use gridgrad::data::InMemory;
-use gridgrad::methods::finite_aggregation::learner::{BaseLearner, Member, NearestNeighbour, Trained};
+use gridgrad::methods::finite_aggregation::learner::{BaseLearner, Member, NearestNeighbour, Trained, Training};
 use gridgrad::methods::finite_aggregation::run::{
     Answers, Ensemble, MANIFEST, Manifest, Run, Settings, Shard, merge, votes_path,
 };
@@ -37,10 +37,20 @@ fn settings_that_make_no_sense() {
     };
     create(&small, bagging(0, 5), &["bagging of 0 classifiers"]);
     create(&small, bagging(5, 0), &["with 0 samples"]);
-    let limited = |train, test| Settings { limit_train: train, limit_test: test, ..settings(5, 2) };
-    create(&small, limited(Some(0), None), &["limit of 0", "300"]);
-    create(&small, limited(None, Some(21)), &["limit of 21", "20"]);
-    create(&small, limited(Some(9), None), &["10 buckets", "9 samples"]);
+    for (classifiers, samples) in
+        [(usize::MAX, 5), (1_000_000_000_000, 1), (5, usize::MAX), (usize::MAX, usize::MAX), (1 << 24, 1 << 24)]
+    {
+        create(&small, bagging(classifiers, samples), &[&format!("bagging of {classifiers} "), "at most 16777216"]);
+    }
+    let limited = |test| Settings { limit_test: test, ..settings(5, 2) };
+    create(&small, limited(Some(0)), &["limit of 0", "20"]);
+    let fraction = |fraction| Settings { train_fraction: Some(fraction), ..settings(5, 2) };
+    for out_of_range in [0.0, -0.5, 1.5, f64::NAN, f64::INFINITY] {
+        create(&small, fraction(out_of_range), &["train fraction", "above 0 and at most 1"]);
+    }
+    create(&small, fraction(1e-9), &["no training image"]);
+    create(&small, limited(Some(21)), &["limit of 21", "20"]);
+    create(&small, fraction(0.01), &["10 buckets", " samples"]);
     create(&small, Settings { image_size: Some(0), ..settings(5, 2) }, &["resize", "0×0"]);
     let other = InMemory::new("other", vec!["a".into()], [8, 8, 1], vec![0; 64], vec![0]).unwrap();
     create(&Small { test: other, ..Small::new() }, settings(5, 2), &["other classes"]);
@@ -85,7 +95,7 @@ fn damaged_missing_and_foreign_files() {
         both_refuse(&small, &run, &["000004.safetensors", "damaged, or of another run"]);
     }
     std::fs::remove_file(&path).unwrap();
-    both_refuse(&small, &run, &["000004.safetensors", "No such file"]);
+    refusal(Answers::read(&[&run]), &["000004.safetensors", "No such file"]);
     std::fs::write(&path, &sound).unwrap();
     assert!(Answers::read(&[&run]).is_ok());
 
@@ -93,11 +103,11 @@ fn damaged_missing_and_foreign_files() {
     let text = String::from_utf8(manifest.clone()).unwrap();
     let (other_offset, other_seed) =
         (text.replacen("\"d\": 2", "\"d\": 3", 1), text.replacen("\"seed\": 0", "\"seed\": 7", 1));
-    let later = text.replacen("version 1", "version 2", 1);
+    let later = text.replacen("version 2", "version 3", 1);
     let cases: [(&[u8], &str); 7] = [
         (other_seed.as_bytes(), "changed by hand"),
         (other_offset.as_bytes(), "manifest"),
-        (later.as_bytes(), "version 2"),
+        (later.as_bytes(), "version 3"),
         (&manifest[..manifest.len() / 2], "damaged"),
         (b"{}", "damaged or not a manifest"),
         (b"\xff\xfe", "not UTF-8"),
@@ -135,8 +145,17 @@ fn resuming_with_other_data_another_recipe_or_another_backend() {
         fn group_size(&self) -> usize {
             1
         }
-        fn train(&self, _: &[Member<'_>], _: &InMemory, _: &InMemory) -> gridgrad::Result<Vec<Trained>> {
-            Ok(Vec::new())
+        fn open<'a>(&'a self, _: &'a InMemory, _: &'a InMemory) -> gridgrad::Result<Box<dyn Training + 'a>> {
+            Ok(Box::new(Renamed))
+        }
+    }
+    impl Training for Renamed {
+        fn train_each(
+            &self,
+            _: &[Member<'_>],
+            _: &mut dyn FnMut(usize, Trained) -> gridgrad::Result<()>,
+        ) -> gridgrad::Result<()> {
+            Ok(())
         }
     }
     let (small, folder) = (Small::new(), tempfile::tempdir().unwrap());
@@ -177,7 +196,7 @@ fn shards_that_do_not_belong_together() {
         (&[&first, &other], &["not shards of one run", "spread.k: 5, now 10"]),
         (&[&first], &["5 of 10 classifiers are missing, from 5 to 9"]),
         (&[&first, &second, &third], &["classifier 3 is both in", "first", "third"]),
-        (&[&first, &unfinished], &["classifier 7", "unfinished is not trained yet", "--resume"]),
+        (&[&first, &unfinished], &["unfinished is not trained yet", "--resume"]),
         (&[], &["no run"]),
     ];
     for (shards, parts) in cases {

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use gridgrad::data::InMemory;
+use gridgrad::data::{Dataset, Image, InMemory};
 use gridgrad::methods::finite_aggregation::learner::NearestNeighbour;
 use gridgrad::methods::finite_aggregation::run::{Answers, Ensemble, Record, Settings, Sources};
 use gridgrad::methods::finite_aggregation::{ContentHash, Spread};
@@ -72,6 +72,106 @@ fn a_sample_changes_the_classifiers_of_its_bucket_and_no_other() {
         check(&format!("edited-{index}"), in_order(&more, &edited), &[place, new]);
     }
     assert!(votes_changed > 0, "no sample ever changed a vote: the test would not see it if one did");
+}
+
+/// A set with some more images, of whatever size.
+struct With {
+    set: InMemory,
+    more: Vec<(Image, usize)>,
+}
+
+impl Dataset for With {
+    fn name(&self) -> &str {
+        self.set.name()
+    }
+    fn len(&self) -> usize {
+        self.set.len() + self.more.len()
+    }
+    fn class_names(&self) -> &[String] {
+        self.set.class_names()
+    }
+    fn channels(&self) -> usize {
+        self.set.channels()
+    }
+    fn sample(&self, index: usize) -> gridgrad::Result<(Image, usize)> {
+        // What was added comes first, so that every other place in the file moves.
+        match self.more.get(index) {
+            Some(added) => Ok(added.clone()),
+            None => self.set.sample(index - self.more.len()),
+        }
+    }
+}
+
+/// An image of `side` × `side` in one grey.
+fn plain(side: usize, grey: u8) -> Image {
+    Image::new(side, side, 1, vec![grey; side * side]).unwrap()
+}
+
+#[test]
+fn an_image_of_another_size_changes_the_classifiers_of_its_bucket_and_no_other() {
+    let (small, folder) = (Small::new(), tempfile::tempdir().unwrap());
+    let before = Answers::read(&[small.run(&folder.path().join("before"), settings(5, 3))]).unwrap();
+    for (side, grey) in [(9, 7), (5, 0), (64, 16)] {
+        let image = plain(side, grey);
+        let place = ContentHash::Fnv1a.of(image.pixels()) as usize % 15;
+        let train = With { set: small.train.clone(), more: vec![(image, 3)] };
+        let sources = Sources { train: &train, test: &small.test, learner: &NearestNeighbour };
+        let run = crate::train(&folder.path().join(side.to_string()), settings(5, 3), &sources);
+        let after = Answers::read(&[run]).unwrap();
+        assert_eq!(after.run.data.shape, [8, 8, 1]);
+        assert_eq!(differing_subsets(&before, &after), fed_by(place));
+    }
+}
+
+/// Held-out images that differ in size decide likewise, whatever the training images have.
+#[test]
+fn held_out_images_decide_the_size() {
+    let (small, folder) = (Small::new(), tempfile::tempdir().unwrap());
+    let test = With { set: small.test.clone(), more: vec![(plain(9, 3), 0)] };
+    let sources = Sources { train: &small.train, test: &test, learner: &NearestNeighbour };
+    let run = crate::train(folder.path(), settings(5, 3), &sources);
+    assert_eq!(Answers::read(&[run]).unwrap().run.data.shape, [Settings::SIDE, Settings::SIDE, 1]);
+}
+
+#[test]
+fn on_a_fraction_of_the_images_one_that_is_added_drives_out_no_other() {
+    let (small, folder) = (Small::new(), tempfile::tempdir().unwrap());
+    let half = || Settings { train_fraction: Some(0.5), ..settings(5, 3) };
+    let run = |name: String, train: &dyn Dataset| {
+        let sources = Sources { train, test: &small.test, learner: &NearestNeighbour };
+        Answers::read(&[crate::train(&folder.path().join(name), half(), &sources)]).unwrap()
+    };
+    let before = run("before".into(), &small.train);
+    let kept = before.run.data.train_samples;
+    assert!((120..180).contains(&kept), "{kept}");
+    let mut taken = 0;
+    for grey in 0..8 {
+        let image = plain(8, grey);
+        let place = ContentHash::Fnv1a.of(image.pixels()) as usize % 15;
+        let after = run(grey.to_string(), &With { set: small.train.clone(), more: vec![(image, 3)] });
+        let differ = differing_subsets(&before, &after);
+        match after.run.data.train_samples - kept {
+            0 => assert!(differ.is_empty(), "{differ:?}"),
+            added => assert_eq!((added, differ), (1, fed_by(place))),
+        }
+        taken += after.run.data.train_samples - kept;
+    }
+    assert!((1..8).contains(&taken), "{taken}: both cases are to be seen");
+    let reversed = in_order(&small.train, &Vec::from_iter((0..300).rev()));
+    assert_eq!(run("reversed".into(), &reversed).classifiers, before.classifiers);
+}
+
+/// The classifiers whose subset is another.
+fn differing_subsets(before: &Answers, after: &Answers) -> Vec<usize> {
+    let pairs = before.classifiers.iter().zip(&after.classifiers);
+    pairs.enumerate().filter(|(_, (a, b))| a.subset != b.subset).map(|(classifier, _)| classifier).collect()
+}
+
+/// The classifiers that a bucket feeds where k = 5 and d = 3, sorted.
+fn fed_by(bucket: usize) -> Vec<usize> {
+    let mut fed: Vec<usize> = Spread::new(5, 3).unwrap().classifiers_of(bucket).collect();
+    fed.sort_unstable();
+    fed
 }
 
 #[test]
@@ -152,7 +252,7 @@ fn nearest_neighbours_on_some_of_mnist() {
     let folder = tempfile::tempdir().unwrap();
     let sources = Sources { train: &*train_set, test: &*test_set, learner: &NearestNeighbour };
     let reports = [1, 4].map(|d| {
-        let limited = Settings { limit_train: Some(1500), limit_test: Some(100), ..settings(25, d) };
+        let limited = Settings { train_fraction: Some(0.025), limit_test: Some(100), ..settings(25, d) };
         let run = crate::train(&folder.path().join(d.to_string()), limited, &sources);
         let answers = Answers::read(&[run]).unwrap();
         answers.certify(&answers.method(0.001)).unwrap()

@@ -111,12 +111,12 @@ struct Common {
     /// Classifier i has the seed SEED + i, which decides first weights, order and augmentation
     #[arg(long, default_value_t = 0, conflicts_with = "resume")]
     seed: u64,
-    /// Side in pixels to which images are resized; where absent, 48 for sets whose images differ in size
+    /// Side in pixels to which images are resized; where absent, the one that the held-out images share, or else 48
     #[arg(long, value_name = "PIXELS", conflicts_with = "resume")]
     image_size: Option<usize>,
-    /// Trains on N images, a draw that never changes
-    #[arg(long, value_name = "N", conflicts_with = "resume")]
-    limit_train: Option<usize>,
+    /// Trains on about this fraction of the images, such as 0.1: each image's bytes decide whether it takes part
+    #[arg(long, value_name = "F", allow_negative_numbers = true, conflicts_with = "resume")]
+    train_fraction: Option<f64>,
     /// Tests on N held-out images, a draw that never changes
     #[arg(long, value_name = "N", conflicts_with = "resume")]
     limit_test: Option<usize>,
@@ -214,7 +214,7 @@ impl Common {
         Settings {
             data: self.data.clone(),
             image_size: self.image_size,
-            limit_train: self.limit_train,
+            train_fraction: self.train_fraction,
             limit_test: self.limit_test,
             ensemble,
             seed: self.seed,
@@ -238,7 +238,10 @@ impl Common {
                 None => Ok(Box::new(NearestNeighbour)),
             };
         }
-        let trainer = Trainer::new(self.recipe()).on(device).keep_weights(self.keep_weights);
+        let recipe = self.recipe();
+        // Before anything is written.
+        recipe.check()?;
+        let trainer = Trainer::new(recipe).on(device).keep_weights(self.keep_weights);
         Ok(Box::new(NetworkInNetwork::new(match self.group {
             Some(group) => trainer.group(group),
             None => trainer,
@@ -288,8 +291,8 @@ fn train(mut run: Run<'_>, folder: &Path, device: Device) -> Result<()> {
     let before = trained(run.manifest());
     let progress = bar(all as u64, "{bar:30} {pos}/{len} classifiers, {eta} left");
     progress.set_position(before as u64);
-    let finished = run.train(&stop, |group: &[Record]| {
-        progress.inc(group.len() as u64);
+    let finished = run.train(&stop, |_: &Record| {
+        progress.inc(1);
         Ok(())
     });
     progress.finish_and_clear();

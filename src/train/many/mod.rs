@@ -24,9 +24,8 @@ mod group;
 mod plan;
 mod recipe;
 
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
 
 pub use recipe::Recipe;
 
@@ -111,7 +110,7 @@ impl Trainer {
     /// How many models are computed at the same time: on the processor a few for each thread, so that none is idle long.
     pub fn models_at_once(&self) -> usize {
         match self.device {
-            Device::Cpu => self.group * rayon::current_num_threads() * 4,
+            Device::Cpu => self.group.saturating_mul(rayon::current_num_threads()).saturating_mul(4),
             _ => self.group,
         }
     }
@@ -122,35 +121,25 @@ impl Trainer {
     /// Where the recipe is out of range, an index is not one of `train`, images of the two sets differ in shape or
     /// classes or are too small, or the device has no room.
     pub fn train(&self, tasks: &[Task<'_>], train: &InMemory, test: &InMemory) -> Result<Vec<Outcome>> {
-        self.check(tasks, train, test)?;
-        let resident = Resident::new(train, test, self.device)?;
-        let groups = self.groups(tasks);
-        let run = |group: &Vec<usize>| {
-            let members: Vec<Task<'_>> = group.iter().map(|&index| tasks[index]).collect();
-            group::train(&members, &resident, &self.recipe, self.keep_weights)
-        };
-        let trained = match self.device {
-            Device::Cpu => side_by_side(&groups, run)?,
-            _ => groups.iter().map(run).collect::<Result<_>>()?,
-        };
         let mut outcomes: Vec<Outcome> = tasks.iter().map(|_| constant(test)).collect();
-        for (group, trained) in groups.iter().zip(trained) {
-            group.iter().zip(trained).for_each(|(&index, outcome)| outcomes[index] = outcome);
-        }
+        self.open(train, test)?.train(tasks, |task, outcome| {
+            outcomes[task] = outcome;
+            Ok(())
+        })?;
         Ok(outcomes)
     }
 
-    fn check(&self, tasks: &[Task<'_>], train: &InMemory, test: &InMemory) -> Result<()> {
+    /// Puts both sets on the device, once for any number of calls of [`Session::train`].
+    ///
+    /// # Errors
+    /// Where the recipe is out of range, images of the two sets differ in shape or classes, or the device has no room.
+    pub fn open<'a>(&'a self, train: &'a InMemory, test: &'a InMemory) -> Result<Session<'a>> {
         self.recipe.check()?;
         if train.shape() != test.shape() || train.classes() != test.classes() {
             let of = |set: &InMemory| format!("images of {:?} in {} classes", set.shape(), set.classes());
             return Err(Error::argument(OP, format!("trained on {}, tested on {}", of(train), of(test))));
         }
-        let beyond = |task: &Task<'_>| task.samples.iter().find(|&&index| index >= train.labels().len()).copied();
-        match tasks.iter().find_map(beyond) {
-            Some(index) => Err(Error::argument(OP, format!("sample {index} of {}", train.labels().len()))),
-            None => Ok(()),
-        }
+        Ok(Session { trainer: self, train, test, resident: Resident::new(train, test, self.device)? })
     }
 
     /// Tasks with samples, in groups of the same number of steps, whose sizes are near each other.
@@ -164,6 +153,44 @@ impl Trainer {
     }
 }
 
+/// A trainer with both sets on its device.
+pub struct Session<'a> {
+    trainer: &'a Trainer,
+    train: &'a InMemory,
+    test: &'a InMemory,
+    resident: Resident<'a>,
+}
+
+impl Session<'_> {
+    /// Trains a model for each task. Calls `done` with the number of a task as soon as its model is trained, in any order.
+    ///
+    /// # Errors
+    /// Where an index is not one of the training set, images are too small, the device has no room, or `done` fails.
+    /// Models that are trained by then were given to `done`.
+    pub fn train(&self, tasks: &[Task<'_>], mut done: impl FnMut(usize, Outcome) -> Result<()>) -> Result<()> {
+        let Trainer { recipe, device, keep_weights, .. } = self.trainer;
+        let len = self.train.labels().len();
+        if let Some(index) = tasks.iter().flat_map(|task| task.samples).find(|&&index| index >= len) {
+            return Err(Error::argument(OP, format!("sample {index} of {len}")));
+        }
+        for (index, _) in tasks.iter().enumerate().filter(|(_, task)| task.samples.is_empty()) {
+            done(index, constant(self.test))?;
+        }
+        let groups = self.trainer.groups(tasks);
+        let run = |group: &Vec<usize>| {
+            let members: Vec<Task<'_>> = group.iter().map(|&index| tasks[index]).collect();
+            group::train(&members, &self.resident, recipe, *keep_weights)
+        };
+        let mut finish = |group: usize, outcomes: Vec<Outcome>| {
+            groups[group].iter().zip(outcomes).try_for_each(|(&index, outcome)| done(index, outcome))
+        };
+        match device {
+            Device::Cpu => side_by_side(&groups, run, finish),
+            _ => groups.iter().enumerate().try_for_each(|(number, group)| finish(number, run(group)?)),
+        }
+    }
+}
+
 /// The outcome of a model without samples: the class of the smallest index.
 fn constant(test: &InMemory) -> Outcome {
     let classes = test.classes();
@@ -171,49 +198,50 @@ fn constant(test: &InMemory) -> Outcome {
     Outcome { scores, weights: None, mean: Vec::new(), deviation: Vec::new(), loss: 0.0 }
 }
 
-/// Runs `work` for all items on threads of their own, which share the current pool's number between them.
-fn side_by_side<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> Result<R> + Sync) -> Result<Vec<R>> {
+/// Runs `work` for all items on threads of their own, which share the current pool's number between them, and calls
+/// `done` with each result on this thread as it comes. After a failure nobody takes up more, and what is in work ends.
+fn side_by_side<T: Sync, R: Send>(
+    items: &[T],
+    work: impl Fn(&T) -> Result<R> + Sync,
+    mut done: impl FnMut(usize, R) -> Result<()>,
+) -> Result<()> {
     let threads = rayon::current_num_threads();
     let workers = threads.min(items.len()).max(1);
-    let next = AtomicUsize::new(0);
-    let results: Vec<Mutex<Option<Result<R>>>> = items.iter().map(|_| Mutex::new(None)).collect();
-    let lock = |slot: usize| results[slot].lock().unwrap_or_else(PoisonError::into_inner);
-    let worker = || {
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            let Some(item) = items.get(index) else { return };
-            let result = work(item);
-            let failed = result.is_err();
-            *lock(index) = Some(result);
-            if failed {
-                // Nobody takes up more.
-                next.store(items.len(), Ordering::Relaxed);
-            }
-        }
-    };
     let pool = |number: usize| {
         let threads = threads / workers + usize::from(number < threads % workers);
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
         pool.map_err(|error| Error::Training(format!("threads to train with: {error}")))
     };
     let pools = (0..workers).map(pool).collect::<Result<Vec<_>>>()?;
+    let next = AtomicUsize::new(0);
+    let stop = || next.store(items.len(), Ordering::Relaxed);
+    let worker = |results: mpsc::Sender<(usize, Result<R>)>| {
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(item) = items.get(index) else { return };
+            // The other end stays until all workers have ended.
+            let _ = results.send((index, work(item).inspect_err(|_| stop())));
+        }
+    };
+    let (sender, results) = mpsc::channel();
     std::thread::scope(|scope| {
         for pool in &pools {
-            scope.spawn(|| pool.install(worker));
+            let (sender, worker) = (sender.clone(), &worker);
+            scope.spawn(move || pool.install(|| worker(sender)));
         }
-    });
-    let mut outcomes = Vec::with_capacity(items.len());
-    for slot in results {
-        match slot.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            Some(Ok(outcome)) => outcomes.push(outcome),
-            Some(Err(error)) => return Err(error),
-            // Behind an item that failed.
-            None => {}
+        drop(sender);
+        let (mut outcome, mut refused) = (Ok(()), false);
+        for (index, result) in results {
+            let result = match result {
+                Ok(_) if refused => Ok(()),
+                Ok(result) => done(index, result).inspect_err(|_| refused = true),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = result {
+                stop();
+                outcome = outcome.and(Err(error));
+            }
         }
-    }
-    if outcomes.len() == items.len() {
-        Ok(outcomes)
-    } else {
-        Err(Error::Training("a model was not trained, and no reason was given".into()))
-    }
+        outcome
+    })
 }

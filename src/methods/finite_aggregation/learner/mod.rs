@@ -59,13 +59,40 @@ pub trait BaseLearner {
     /// How many members [`train`](BaseLearner::train) is best given at once.
     fn group_size(&self) -> usize;
 
-    /// Trains `members` on their subsets of `train` and scores `test`. One result for each member, in their order, with
-    /// the bits that the member would have alone.
+    /// Puts both sets where it computes, once for all groups of a run.
     ///
     /// # Errors
-    /// `Argument` where an index is not one of `train`, or `test` has images of another size; what the device has to
-    /// say. A loss that is not finite is an outcome, and disturbs no other member.
-    fn train(&self, members: &[Member<'_>], train: &InMemory, test: &InMemory) -> Result<Vec<Trained>>;
+    /// `Argument` where `test` has images of another size or other classes; what the device has to say.
+    fn open<'a>(&'a self, train: &'a InMemory, test: &'a InMemory) -> Result<Box<dyn Training + 'a>>;
+
+    /// Trains `members` on their subsets of `train` and scores `test`. One result for each member, in their order.
+    ///
+    /// # Errors
+    /// As [`open`](BaseLearner::open) and [`Training::train_each`]; `Shape` where a member has no result.
+    fn train(&self, members: &[Member<'_>], train: &InMemory, test: &InMemory) -> Result<Vec<Trained>> {
+        let mut results: Vec<Option<Trained>> = members.iter().map(|_| None).collect();
+        self.open(train, test)?.train_each(members, &mut |member, trained| {
+            results[member] = Some(trained);
+            Ok(())
+        })?;
+        let (expected, trained) = (members.len(), results.into_iter().flatten().collect::<Vec<_>>());
+        if trained.len() != expected {
+            let message = format!("got {} results for {expected} classifiers", trained.len());
+            return Err(Error::shape("BaseLearner::train", message));
+        }
+        Ok(trained)
+    }
+}
+
+/// A learner with both sets at hand.
+pub trait Training {
+    /// Trains `members` on their subsets and scores the held-out images. Calls `done` with the place of each member in
+    /// the list as soon as that one is trained, in any order, with the bits that it would have alone.
+    ///
+    /// # Errors
+    /// `Argument` where an index is not one of the training set; what the device or `done` have to say. Members that are
+    /// trained by then were given to `done`. A loss that is not finite is an outcome, and disturbs no other member.
+    fn train_each(&self, members: &[Member<'_>], done: &mut dyn FnMut(usize, Trained) -> Result<()>) -> Result<()>;
 }
 
 /// The learner with a recipe, on `device`. Of networks, `group` are computed by one op, where it is not left to the
@@ -100,7 +127,7 @@ pub fn from_recipe(
 pub fn backend_of(device: Device) -> String {
     let build = if cfg!(debug_assertions) { ", debug build" } else { "" };
     match device {
-        Device::Cpu => format!("cpu, {}{build}", simd::instruction_set()),
+        Device::Cpu => format!("cpu, {}{build}", simd::widest_instruction_set()),
         Device::Cuda(ordinal) => {
             let gpus = driver::probe().unwrap_or_default();
             let name = gpus.into_iter().find(|gpu| gpu.ordinal == ordinal).map_or("GPU".into(), |gpu| gpu.name);

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{BaseLearner, Member, Trained};
+use super::{BaseLearner, Member, Trained, Training};
 use crate::cpu::{parallel, simd};
 use crate::data::InMemory;
 use crate::{Error, Result};
@@ -28,13 +28,25 @@ impl BaseLearner for NearestNeighbour {
         16
     }
 
-    fn train(&self, members: &[Member<'_>], train: &InMemory, test: &InMemory) -> Result<Vec<Trained>> {
+    fn open<'a>(&'a self, train: &'a InMemory, test: &'a InMemory) -> Result<Box<dyn Training + 'a>> {
         if train.shape() != test.shape() || train.classes() != test.classes() {
             let of = |set: &InMemory| format!("images of {:?} in {} classes", set.shape(), set.classes());
             let message = format!("trained on {}, tested on {}", of(train), of(test));
             return Err(Error::argument("NearestNeighbour::train", message));
         }
-        members.iter().map(|member| classify(member, train, test)).collect()
+        Ok(Box::new(Sets { train, test }))
+    }
+}
+
+struct Sets<'a> {
+    train: &'a InMemory,
+    test: &'a InMemory,
+}
+
+impl Training for Sets<'_> {
+    fn train_each(&self, members: &[Member<'_>], done: &mut dyn FnMut(usize, Trained) -> Result<()>) -> Result<()> {
+        let mut members = members.iter().enumerate();
+        members.try_for_each(|(place, member)| done(place, classify(member, self.train, self.test)?))
     }
 }
 

@@ -2,10 +2,10 @@
 
 use serde_json::{Value, json};
 
-use super::{BaseLearner, Member, Trained};
+use super::{BaseLearner, Member, Trained, Training};
 use crate::Result;
 use crate::data::InMemory;
-use crate::train::many::{Recipe, Task, Trainer};
+use crate::train::many::{Outcome, Recipe, Session, Task, Trainer};
 
 /// Trains [`NetworkInNetwork`](crate::models::NetworkInNetwork)s by a [`Trainer`]; without samples the answer is class
 /// 0. Where training diverges the loss and the scores are no numbers, which [`vote`](super::vote) counts as class 0.
@@ -45,18 +45,22 @@ impl BaseLearner for NetworkInNetwork {
         self.trainer.models_at_once()
     }
 
-    fn train(&self, members: &[Member<'_>], train: &InMemory, test: &InMemory) -> Result<Vec<Trained>> {
+    fn open<'a>(&'a self, train: &'a InMemory, test: &'a InMemory) -> Result<Box<dyn Training + 'a>> {
+        Ok(Box::new(self.trainer.open(train, test)?))
+    }
+}
+
+impl Training for Session<'_> {
+    fn train_each(&self, members: &[Member<'_>], done: &mut dyn FnMut(usize, Trained) -> Result<()>) -> Result<()> {
         let tasks: Vec<Task<'_>> =
             members.iter().map(|member| Task { seed: member.seed, samples: member.samples }).collect();
-        let trained = self.trainer.train(&tasks, train, test)?.into_iter();
-        Ok(trained
-            .map(|outcome| Trained {
-                scores: outcome.scores,
-                weights: outcome.weights,
-                mean: outcome.mean,
-                deviation: outcome.deviation,
-                loss: outcome.loss,
-            })
-            .collect())
+        self.train(&tasks, |member, outcome| done(member, outcome.into()))
+    }
+}
+
+impl From<Outcome> for Trained {
+    fn from(outcome: Outcome) -> Self {
+        let Outcome { scores, weights, mean, deviation, loss } = outcome;
+        Trained { scores, weights, mean, deviation, loss }
     }
 }

@@ -1,6 +1,6 @@
 //! What the trained classifiers answered, from one folder or several shards.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
@@ -19,8 +19,11 @@ pub struct Answers {
     pub run: Identity,
     /// The classifiers, in order.
     pub classifiers: Vec<Record>,
-    /// Votes of all classifiers on the held-out samples, their scores where they were kept, offsets and labels.
+    /// Votes of all classifiers on the held-out samples, offsets and labels. Scores, which take as much room for each
+    /// class, are read where a method needs them.
     pub table: VoteFile,
+    /// The folder of each classifier.
+    folders: Vec<PathBuf>,
 }
 
 impl Answers {
@@ -33,25 +36,36 @@ impl Answers {
     pub fn read<P: AsRef<Path>>(folders: &[P]) -> Result<Self> {
         let shards = Shards::read(folders)?;
         let run = shards.run.clone();
-        let (samples, classes) = (run.data.test_labels.len(), run.data.classes.len());
-        let read = |(folder, record): &(&Path, Record)| match &record.trained {
-            Some(trained) => files::read(folder, record.classifier, trained, [samples, classes]),
-            None => Err(untrained(folder, record)),
-        };
-        let answers = shards.classifiers.par_iter().map(read).collect::<Result<Vec<_>>>()?;
-        let (votes, scores): (Vec<_>, Vec<_>) = answers.into_iter().map(|one| (one.votes, one.scores)).unzip();
-        let scores = scores.into_iter().collect::<Option<Vec<_>>>();
+        let samples = run.data.test_labels.len();
+        let read = |(folder, record): &(&Path, Record)| files::read_votes(folder, record, samples);
+        let votes = shards.classifiers.par_iter().map(read).collect::<Result<Vec<_>>>()?;
         let offsets = match &run.settings.ensemble {
             Ensemble::FiniteAggregation { spread, .. } => Some(spread.offsets().to_vec()),
             Ensemble::Bagging { .. } => None,
         };
         let table = VoteFile {
-            votes: Some(Votes::from_columns(classes, &votes)?),
-            scores: scores.map(|scores| Scores::from_columns(classes, &scores)).transpose()?,
+            votes: Some(Votes::from_columns(run.data.classes.len(), &votes)?),
+            scores: None,
             offsets,
             labels: Some(run.data.test_labels.clone()),
         };
-        Ok(Answers { run, classifiers: shards.classifiers.into_iter().map(|(_, record)| record).collect(), table })
+        let (folders, classifiers) =
+            shards.classifiers.into_iter().map(|(folder, record)| (folder.to_owned(), record)).unzip();
+        Ok(Answers { run, classifiers, table, folders })
+    }
+
+    /// Reads the scores of all classifiers, comparing every file with its digest again.
+    ///
+    /// # Errors
+    /// `Config` where the run kept votes alone; as [`read`](Answers::read).
+    pub fn scores(&self) -> Result<Scores> {
+        if !self.run.settings.keep_scores {
+            return Err(Error::Config("run-off election needs scores, and this run kept votes alone".into()));
+        }
+        let shape = [self.run.data.test_labels.len(), self.run.data.classes.len()];
+        let files = self.folders.par_iter().zip(&self.classifiers);
+        let columns = files.map(|(folder, record)| files::read_scores(folder, record, shape));
+        Scores::from_columns(shape[1], &columns.collect::<Result<Vec<_>>>()?)
     }
 
     /// The method that an ensemble of this kind was made for. `alpha` is the probability with which bagging may fail.
@@ -74,15 +88,16 @@ impl Answers {
     /// scores that were not kept; and as [`certify_table`].
     pub fn certify(&self, method: &Method) -> Result<Report> {
         let refuse = |message: String| Err(Error::Config(message));
-        if *method == Method::RunOff && self.table.scores.is_none() {
-            return refuse("run-off election needs scores, and this run kept votes alone".into());
-        }
         match &self.run.settings.ensemble {
             Ensemble::FiniteAggregation { spread, .. } => match method {
                 Method::Bagging(_) | Method::InfiniteBound { .. } => refuse(format!(
                     "{} is for classifiers with independent random training sets; this run has those of Finite Aggregation",
                     method.name()
                 )),
+                Method::RunOff => {
+                    let table = VoteFile { scores: Some(self.scores()?), ..self.table.clone() };
+                    certify_table(&table, spread, method)
+                }
                 _ => certify_table(&self.table, spread, method),
             },
             Ensemble::Bagging { classifiers, .. } => match method {
@@ -102,10 +117,7 @@ pub fn merge<P: AsRef<Path>>(folders: &[P], folder: &Path) -> Result<Manifest> {
         return Err(Error::Config(format!("{} holds a run already", folder.display())));
     }
     let shards = Shards::read(folders)?;
-    for inner in files::FOLDERS.into_iter().take(1 + usize::from(shards.run.settings.keep_weights)) {
-        let inner = folder.join(inner);
-        std::fs::create_dir_all(&inner).map_err(|error| Error::io(inner, error))?;
-    }
+    files::make_folders(folder, shards.run.settings.keep_weights)?;
     for (from, record) in &shards.classifiers {
         for (name, bytes) in files::all_bytes(from, record)? {
             write_atomically(folder.join(name), &bytes)?;

@@ -12,6 +12,14 @@ use crate::{Error, Result, Tensor};
 /// The folders inside a run's folder.
 pub(super) const FOLDERS: [&str; 2] = ["votes", "weights"];
 
+/// Makes those folders, that of weights only where they are kept.
+pub(super) fn make_folders(folder: &Path, keep_weights: bool) -> Result<()> {
+    FOLDERS.into_iter().take(1 + usize::from(keep_weights)).try_for_each(|inner| {
+        let inner = folder.join(inner);
+        std::fs::create_dir_all(&inner).map_err(|error| Error::io(inner, error))
+    })
+}
+
 /// Where the votes of `classifier` are.
 pub fn votes_path(folder: &Path, classifier: usize) -> PathBuf {
     folder.join(FOLDERS[0]).join(format!("{classifier:06}.safetensors"))
@@ -20,15 +28,6 @@ pub fn votes_path(folder: &Path, classifier: usize) -> PathBuf {
 /// Where the weights of `classifier` are, if they are kept.
 pub fn weights_path(folder: &Path, classifier: usize) -> PathBuf {
     folder.join(FOLDERS[1]).join(format!("{classifier:06}.safetensors"))
-}
-
-/// The answers of a classifier, as its file has them.
-#[derive(Debug, PartialEq)]
-pub(super) struct Answers {
-    /// One class for each held-out sample.
-    pub votes: Vec<u16>,
-    /// (samples, classes), where they were kept.
-    pub scores: Option<Vec<f32>>,
 }
 
 /// Writes what training left, each file whole or not at all, and returns what the manifest says of it.
@@ -97,21 +96,27 @@ pub(super) fn all_bytes(folder: &Path, record: &Record) -> Result<Vec<(PathBuf, 
     files.map(|(path, digest)| Ok((path.clone(), sound_bytes(&folder.join(&path), digest)?))).collect()
 }
 
-/// Reads the answers of a trained classifier.
-pub(super) fn read(
-    folder: &Path,
-    classifier: usize,
-    trained: &TrainedRecord,
-    [samples, classes]: [usize; 2],
-) -> Result<Answers> {
-    let path = votes_path(folder, classifier);
-    let (mut tensors, _) = state_dict::parse(&sound_bytes(&path, &trained.votes)?, &path)?;
-    let mut take = |name: &str, shape: &[usize]| match tensors.remove(name) {
-        Some(tensor) if **tensor.shape() == *shape => Ok(Some(tensor)),
-        Some(tensor) => Err(Error::format(&path, format!("{name} have shape {}, expected {shape:?}", tensor.shape()))),
-        None => Ok(None),
+/// Reads the votes of a trained classifier, one class for each held-out sample.
+pub(super) fn read_votes(folder: &Path, record: &Record, samples: usize) -> Result<Vec<u16>> {
+    let votes = read_tensor(folder, record, "votes", &[samples])?;
+    Ok(votes.to_f64_vec()?.into_iter().map(|vote| vote as u16).collect())
+}
+
+/// Reads the scores of a trained classifier, (samples, classes).
+pub(super) fn read_scores(folder: &Path, record: &Record, shape: [usize; 2]) -> Result<Vec<f32>> {
+    read_tensor(folder, record, "scores", &shape)?.to_vec::<f32>()
+}
+
+/// Reads what is called `name` in the file of a trained classifier.
+fn read_tensor(folder: &Path, record: &Record, name: &str, shape: &[usize]) -> Result<Tensor> {
+    let path = votes_path(folder, record.classifier);
+    let Some(trained) = &record.trained else {
+        return Err(Error::format(path, "is of a classifier that is not trained yet"));
     };
-    let votes = take("votes", &[samples])?.ok_or_else(|| Error::format(&path, "has no votes"))?;
-    let scores = take("scores", &[samples, classes])?.map(|scores| scores.to_vec::<f32>()).transpose()?;
-    Ok(Answers { votes: votes.to_f64_vec()?.into_iter().map(|vote| vote as u16).collect(), scores })
+    let (mut tensors, _) = state_dict::parse(&sound_bytes(&path, &trained.votes)?, &path)?;
+    match tensors.remove(name) {
+        Some(tensor) if **tensor.shape() == *shape => Ok(tensor),
+        Some(tensor) => Err(Error::format(&path, format!("{name} have shape {}, expected {shape:?}", tensor.shape()))),
+        None => Err(Error::format(&path, format!("has no {name}"))),
+    }
 }

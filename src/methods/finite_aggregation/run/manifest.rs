@@ -14,7 +14,7 @@ use crate::{Error, Result};
 
 /// The name of the file in a run's folder.
 pub const MANIFEST: &str = "manifest.json";
-const FORMAT: &str = "gridgrad run of base classifiers, version 1";
+const FORMAT: &str = "gridgrad run of base classifiers, version 2";
 
 /// All that a certificate rests on beside the classifiers' files, whose digests it has.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -37,6 +37,9 @@ pub struct Manifest {
 pub struct Identity {
     /// The version of the crate.
     pub gridgrad: String,
+    /// What that build was compiled from: a hash over sources, kernels and the versions of dependencies. Builds that
+    /// differ may round differently, and are not mixed.
+    pub build: String,
     /// What the bits of a classifier depend on outside of its recipe: device and instruction set.
     pub backend: String,
     /// The settings of the run.
@@ -143,6 +146,7 @@ impl Manifest {
                 "damaged, or changed by hand: its content has another digest than it says",
             ));
         }
+        manifest.run.settings.check()?;
         Ok(manifest)
     }
 

@@ -1,8 +1,9 @@
 //! Runs: a folder in which base classifiers are trained, piece by piece, on one machine or many.
 //!
-//! A [`Run`] trains the classifiers of its [`Shard`] in groups. Files are written whole and then listed in the
-//! [`Manifest`] with their digests, so that a run that is killed at any point has lost the unfinished group and nothing
-//! else; resumed, it ends with the same bytes as one that was never stopped. [`merge`] makes one folder of the shards',
+//! A [`Run`] trains the classifiers of its [`Shard`] in groups. The files of a classifier are written whole as soon as it
+//! is trained, and listed with their digests, after each group in the [`Manifest`], so that a run that is killed at any
+//! point has lost the classifiers in work and nothing else; resumed, it ends with the same bytes as one that was never
+//! stopped. [`merge`] makes one folder of the shards',
 //! with the bytes that a single run would have left. [`Answers`] are what a certificate needs of them.
 //!
 //! ```
@@ -16,7 +17,7 @@
 //! let settings = Settings {
 //!     data: "builtin".into(),
 //!     image_size: None,
-//!     limit_train: Some(100),
+//!     train_fraction: Some(0.1),
 //!     limit_test: Some(10),
 //!     ensemble: Ensemble::FiniteAggregation { spread: Spread::new(5, 2)?, hash: ContentHash::Fnv1a },
 //!     seed: 0,
@@ -35,6 +36,7 @@
 
 mod answers;
 mod files;
+mod journal;
 mod manifest;
 mod samples;
 mod settings;
@@ -48,8 +50,9 @@ pub use manifest::{DataRecord, Identity, MANIFEST, Manifest, Record, TrainedReco
 pub use settings::{Ensemble, Settings, Shard};
 
 use self::samples::Samples;
-use super::learner::{BaseLearner, Member};
+use super::learner::{BaseLearner, Member, Training};
 use crate::data::Dataset;
+use crate::file::remove_unfinished;
 use crate::train::config_differences;
 use crate::{Error, Result};
 
@@ -81,7 +84,7 @@ impl<'a> Run<'a> {
         if folder.join(MANIFEST).exists() {
             return Err(Error::Config(format!("{} holds a run already", folder.display())));
         }
-        settings.ensemble.check()?;
+        settings.check()?;
         let range = shard.range(settings.ensemble.classifiers())?;
         let samples = Samples::new(&settings, sources.train, sources.test)?;
         let record = |classifier| {
@@ -91,22 +94,19 @@ impl<'a> Run<'a> {
         };
         let classifiers = range.map(record).collect();
         let mut manifest = Manifest::new(identity(settings, &samples, sources), shard, classifiers);
-        let keeps_weights = manifest.run.settings.keep_weights;
-        for inner in files::FOLDERS.into_iter().take(1 + usize::from(keeps_weights)) {
-            let inner = folder.join(inner);
-            std::fs::create_dir_all(&inner).map_err(|error| Error::io(inner, error))?;
-        }
+        files::make_folders(folder, manifest.run.settings.keep_weights)?;
         manifest.write(folder)?;
         Ok(Run { folder: folder.to_owned(), manifest, samples, learner: sources.learner })
     }
 
-    /// Goes on with the run in `folder`. Every file that it lists is checked.
+    /// Goes on with the run in `folder`. Every file that it lists is checked; classifiers whose files are missing are
+    /// trained again. No other process may train in the folder.
     ///
     /// # Errors
-    /// `Config` where samples, recipe, backend or version differ from those that the run was started with, which lists
+    /// `Config` where samples, recipe, backend, version or build differ from those that the run was started with, which lists
     /// the differences; `Format` where a file is damaged or of another run; `Io` where one cannot be read.
     pub fn resume(folder: &Path, sources: &Sources<'a>) -> Result<Self> {
-        let manifest = Manifest::read(folder)?;
+        let mut manifest = Manifest::read(folder)?;
         let samples = Samples::new(&manifest.run.settings, sources.train, sources.test)?;
         let now = identity(manifest.run.settings.clone(), &samples, sources);
         let differences = identity_differences(&manifest.run, &now, folder)?;
@@ -114,9 +114,7 @@ impl<'a> Run<'a> {
             let list: String = differences.iter().map(|line| format!("\n  {line}")).collect();
             return Err(Error::Config(format!("{} cannot go on as it was started:{list}", folder.display())));
         }
-        for record in &manifest.classifiers {
-            files::all_bytes(folder, record)?;
-        }
+        recover(folder, &mut manifest)?;
         Ok(Run { folder: folder.to_owned(), manifest, samples, learner: sources.learner })
     }
 
@@ -125,54 +123,93 @@ impl<'a> Run<'a> {
         &self.manifest
     }
 
-    /// Trains the classifiers that are not trained yet, in groups. After each group `report` hears of its records.
-    /// Where `stop` is set, ends after the group. Returns whether all classifiers are trained.
+    /// Trains the classifiers that are not trained yet, in groups of about the same size. `report` hears of each as soon as
+    /// its files are written. Where `stop` is set, ends after the group. Returns whether all classifiers are trained.
     ///
     /// # Errors
     /// What the learner, the system or `report` say.
-    pub fn train(&mut self, stop: &AtomicBool, mut report: impl FnMut(&[Record]) -> Result<()>) -> Result<bool> {
-        let first_untrained = |manifest: &Manifest| manifest.classifiers.iter().position(|one| one.trained.is_none());
-        while let Some(first) = first_untrained(&self.manifest) {
+    pub fn train(&mut self, stop: &AtomicBool, mut report: impl FnMut(&Record) -> Result<()>) -> Result<bool> {
+        let Run { folder, manifest, samples, learner } = self;
+        let is_left = |&place: &usize| manifest.classifiers[place].trained.is_none();
+        let mut left: Vec<usize> = (0..manifest.classifiers.len()).filter(is_left).collect();
+        if left.is_empty() {
+            return Ok(true);
+        }
+        // Classifiers of the same number of steps are computed together.
+        left.sort_by_key(|&place| std::cmp::Reverse(manifest.classifiers[place].samples));
+        let training = learner.open(&samples.train, &samples.test)?;
+        for group in left.chunks(learner.group_size().max(1)) {
             if stop.load(Ordering::SeqCst) {
                 return Ok(false);
             }
-            let group = self.train_group(first)?;
-            report(&self.manifest.classifiers[group])?;
+            train_group(folder, manifest, samples, (&*training, group), &mut report)?;
         }
         Ok(true)
     }
+}
 
-    /// Trains untrained classifiers from place `first` in the list on, up to a trained one or as many as the learner likes.
-    fn train_group(&mut self, first: usize) -> Result<std::ops::Range<usize>> {
-        let records = &mut self.manifest.classifiers;
-        let len = records[first..].iter().take(self.learner.group_size().max(1)).take_while(|r| r.trained.is_none());
-        let group = first..first + len.count();
-        let subsets: Vec<Vec<usize>> =
-            records[group.clone()].iter().map(|record| self.samples.of(record.classifier)).collect();
-        let member = |(record, samples): (&Record, _)| {
-            let Record { classifier, seed, .. } = *record;
-            Member { classifier, seed, samples }
-        };
-        let slices = subsets.iter().map(Vec::as_slice);
-        let members: Vec<Member<'_>> = records[group.clone()].iter().zip(slices).map(member).collect();
-        let trained = self.learner.train(&members, &self.samples.train, &self.samples.test)?;
-        if trained.len() != members.len() {
-            let message = format!("got {} results for {} classifiers", trained.len(), members.len());
-            return Err(Error::shape("BaseLearner::train", message));
-        }
-        let shape = [self.samples.test.labels().len(), self.samples.test.classes()];
-        let keep_scores = self.manifest.run.settings.keep_scores;
-        for (record, trained) in records[group.clone()].iter_mut().zip(trained) {
-            record.trained = Some(files::write(&self.folder, record.classifier, trained, shape, keep_scores)?);
-        }
-        self.manifest.write(&self.folder)?;
-        Ok(group)
+/// Trains the classifiers at the places `group` of the list.
+fn train_group(
+    folder: &Path,
+    manifest: &mut Manifest,
+    samples: &Samples,
+    (training, group): (&dyn Training, &[usize]),
+    report: &mut dyn FnMut(&Record) -> Result<()>,
+) -> Result<()> {
+    let numbers: Vec<usize> = group.iter().map(|&place| manifest.classifiers[place].classifier).collect();
+    let subsets: Vec<Vec<usize>> = numbers.iter().map(|&classifier| samples.of(classifier)).collect();
+    let member = |(&classifier, samples)| {
+        let seed = manifest.run.settings.seed_of(classifier);
+        Member { classifier, seed, samples }
+    };
+    let members: Vec<Member<'_>> = numbers.iter().zip(subsets.iter().map(Vec::as_slice)).map(member).collect();
+    let shape = [samples.test.labels().len(), samples.test.classes()];
+    let keep_scores = manifest.run.settings.keep_scores;
+    let mut results = 0;
+    training.train_each(&members, &mut |place, trained| {
+        let record = &mut manifest.classifiers[group[place]];
+        record.trained = Some(files::write(folder, record.classifier, trained, shape, keep_scores)?);
+        journal::append(folder, record)?;
+        results += 1;
+        report(record)
+    })?;
+    if results != members.len() {
+        let message = format!("got {results} results for {} classifiers", members.len());
+        return Err(Error::shape("Training::train_each", message));
     }
+    manifest.write(folder)?;
+    journal::remove(folder)
+}
+
+/// What a killed process left: its journal goes into the manifest, files that it had not finished are removed, and
+/// classifiers whose files are missing count as not trained.
+fn recover(folder: &Path, manifest: &mut Manifest) -> Result<()> {
+    let before = manifest.classifiers.clone();
+    for finished in journal::read(folder)? {
+        let as_listed = Record { trained: None, ..finished.clone() };
+        if let Some(record) = manifest.classifiers.iter_mut().find(|record| **record == as_listed) {
+            *record = finished;
+        }
+    }
+    for record in &mut manifest.classifiers {
+        match files::all_bytes(folder, record) {
+            Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => record.trained = None,
+            result => drop(result?),
+        }
+    }
+    remove_unfinished(folder)?;
+    files::FOLDERS.iter().try_for_each(|inner| remove_unfinished(&folder.join(inner)))?;
+    files::make_folders(folder, manifest.run.settings.keep_weights)?;
+    if manifest.classifiers != before {
+        manifest.write(folder)?;
+    }
+    journal::remove(folder)
 }
 
 fn identity(settings: Settings, samples: &Samples, sources: &Sources<'_>) -> Identity {
     Identity {
         gridgrad: env!("CARGO_PKG_VERSION").into(),
+        build: env!("GRIDGRAD_BUILD").into(),
         backend: sources.learner.backend(),
         settings,
         recipe: sources.learner.recipe(),

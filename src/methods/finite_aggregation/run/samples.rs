@@ -42,7 +42,7 @@ impl Samples {
                 settings.data
             )));
         }
-        let (train, test) = (read(train, settings.limit_train)?, read(test, settings.limit_test)?);
+        let (train, test) = (read_fraction(train, settings.train_fraction)?, read_limited(test, settings.limit_test)?);
         let buckets = match &settings.ensemble {
             // Before images are resized, as the published setup for GTSRB hashes them.
             Ensemble::FiniteAggregation { spread, hash } => {
@@ -124,8 +124,30 @@ struct Read {
     samples: Vec<(Image, usize)>,
 }
 
-/// Reads `set`, or so many samples of it.
-fn read(set: &dyn Dataset, limit: Option<usize>) -> Result<Read> {
+/// Reads `set`, or the fraction of its samples that [`is_chosen`].
+fn read_fraction(set: &dyn Dataset, fraction: Option<f64>) -> Result<Read> {
+    let all: Vec<usize> = (0..set.len()).collect();
+    read(set, &all, |image| fraction.is_none_or(|fraction| is_chosen(image, fraction)))
+}
+
+/// Whether an image takes part in a run on `fraction` of the set. Its bytes alone decide, before it is resized: an image
+/// that is added can drive out no other.
+fn is_chosen(image: &Image, fraction: f64) -> bool {
+    const STEPS: f64 = (1u64 << 53) as f64;
+    let mut hash = Sha256::new();
+    // Other hashes of the same bytes are independent of this one.
+    hash.update(b"gridgrad train fraction");
+    for side in [image.height(), image.width()] {
+        hash.update(&(side as u64).to_le_bytes());
+    }
+    hash.update(image.pixels());
+    let [a, b, c, d, e, f, g, h, ..] = hash.finish();
+    let place = u64::from_le_bytes([a, b, c, d, e, f, g, h]) >> 11;
+    (place as f64) < fraction * STEPS
+}
+
+/// Reads `set`, or so many samples of it, whose places in the file were drawn once and for all.
+fn read_limited(set: &dyn Dataset, limit: Option<usize>) -> Result<Read> {
     let mut chosen: Vec<usize> = (0..set.len()).collect();
     if let Some(limit) = limit {
         if limit == 0 || limit > set.len() {
@@ -136,24 +158,31 @@ fn read(set: &dyn Dataset, limit: Option<usize>) -> Result<Read> {
         chosen.truncate(limit);
         chosen.sort_unstable();
     }
+    read(set, &chosen, |_| true)
+}
+
+/// Reads those of the samples at `places` whose image is to be kept.
+fn read(set: &dyn Dataset, places: &[usize], keep: impl Fn(&Image) -> bool + Sync) -> Result<Read> {
     let channels = set.channels();
     let sample = |&index: &usize| {
         let (image, label) = set.sample(index)?;
-        Ok((if channels == 1 { image.into_grey() } else { image.into_rgb() }, label))
+        let image = if channels == 1 { image.into_grey() } else { image.into_rgb() };
+        Ok(keep(&image).then_some((image, label)))
     };
-    let samples = chosen.par_iter().map(sample).collect::<Result<Vec<_>>>()?;
+    let samples = places.par_iter().filter_map(|place| sample(place).transpose()).collect::<Result<Vec<_>>>()?;
     Ok(Read { name: set.name().to_owned(), class_names: set.class_names().to_vec(), channels, samples })
 }
 
-/// Height and width of all images: that of the settings, or their own where they share one.
+/// Height and width of all images: that of the settings, or the one that the held-out images share. Training images have
+/// no say: a single one of another size would change every classifier.
 fn side(settings: &Settings, train: &[(Image, usize)], test: &[(Image, usize)]) -> Result<[usize; 2]> {
     let size_of = |(image, _): &(Image, usize)| [image.height(), image.width()];
-    let (Some(first), false) = (train.first().map(size_of), test.is_empty()) else {
+    let (Some(first), false) = (test.first().map(size_of), train.is_empty()) else {
         return Err(Error::Config(format!("{}: no training image, or none held out", settings.data)));
     };
     Ok(match settings.image_size {
         Some(side) => [side; 2],
-        None if train.iter().chain(test).all(|sample| size_of(sample) == first) => first,
+        None if test.iter().all(|sample| size_of(sample) == first) => first,
         None => [Settings::SIDE; 2],
     })
 }

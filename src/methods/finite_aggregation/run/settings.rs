@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::super::{ContentHash, Spread};
+use super::super::{ContentHash, MAX_CLASSIFIERS, Spread};
 use crate::{Error, Result};
 
 /// Which samples each classifier is trained on.
@@ -34,13 +34,32 @@ impl Ensemble {
         }
     }
 
+    /// Most draws of a classifier of bagging, whose subset is in memory while it is trained.
+    const MAX_DRAWS: usize = 1 << 24;
+    /// Most draws of all classifiers together: days of hashing.
+    const MAX_ALL_DRAWS: usize = 1 << 36;
+
     /// # Errors
-    /// `Config` where there is no classifier, or one without a draw. (A [`Spread`] was checked when it was built.)
+    /// `Config` where there is no classifier or one without a draw, or too many of either. (A [`Spread`] was checked when
+    /// it was built.)
     pub(super) fn check(&self) -> Result<()> {
         match self {
             Ensemble::Bagging { classifiers, samples } if *classifiers == 0 || *samples == 0 => {
                 let message = format!(
                     "bagging of {classifiers} classifiers with {samples} samples each: expected at least 1 and 1"
+                );
+                Err(Error::Config(message))
+            }
+            Ensemble::Bagging { classifiers, samples }
+                if *classifiers > MAX_CLASSIFIERS
+                    || *samples > Self::MAX_DRAWS
+                    || classifiers.saturating_mul(*samples) > Self::MAX_ALL_DRAWS =>
+            {
+                let message = format!(
+                    "bagging of {classifiers} classifiers with {samples} samples each: expected at most \
+                     {MAX_CLASSIFIERS} and {}, and a product of at most {}",
+                    Self::MAX_DRAWS,
+                    Self::MAX_ALL_DRAWS
                 );
                 Err(Error::Config(message))
             }
@@ -50,17 +69,18 @@ impl Ensemble {
 }
 
 /// Settings of a run, beside the learner's recipe: what its shards have in common, and its files depend on.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
     /// A known set or a folder, for [`data::open`](crate::data::open).
     pub data: String,
-    /// Side in pixels to which images are resized. Where absent, images that are all of one size stay as they are, and
-    /// others become [`SIDE`](Settings::SIDE) × [`SIDE`](Settings::SIDE).
+    /// Side in pixels to which images are resized. Where absent, all become as large as the held-out images are, or,
+    /// where these differ in size, [`SIDE`](Settings::SIDE) × [`SIDE`](Settings::SIDE). Training images play no part in it.
     pub image_size: Option<usize>,
-    /// How many of the training images take part, if not all: a draw that never changes.
-    pub limit_train: Option<usize>,
-    /// How many of the held-out images take part, if not all, likewise.
+    /// Expected fraction of the training images that take part, above 0 and at most 1; all where absent. Each image's
+    /// bytes decide for it, so that no image depends on another.
+    pub train_fraction: Option<f64>,
+    /// How many of the held-out images take part, if not all: a draw of places in the file that never changes.
     pub limit_test: Option<usize>,
     /// Which samples each classifier is trained on.
     pub ensemble: Ensemble,
@@ -75,6 +95,16 @@ pub struct Settings {
 impl Settings {
     /// Side to which images of different sizes are resized: that of the published setup for GTSRB.
     pub const SIDE: usize = 48;
+
+    /// # Errors
+    /// `Config` where the fraction of training images or the ensemble is out of range.
+    pub(super) fn check(&self) -> Result<()> {
+        if let Some(fraction) = self.train_fraction.filter(|fraction| !(*fraction > 0.0 && *fraction <= 1.0)) {
+            let message = format!("got a train fraction of {fraction}, expected one above 0 and at most 1");
+            return Err(Error::Config(message));
+        }
+        self.ensemble.check()
+    }
 
     /// The seed of a classifier.
     pub fn seed_of(&self, classifier: usize) -> u64 {
