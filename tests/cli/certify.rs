@@ -90,13 +90,80 @@ fn every_method_runs_and_every_output_is_written() {
     );
     certify(folder, "--k 3 --d 2 --method fa --plot both.svg --beside dpa.json");
     let drawn = std::fs::read_to_string(folder.join("both.svg")).unwrap();
-    assert!(drawn.contains("dpa, k = 6, d = 1") && drawn.contains("coarse, k = 3, d = 2"), "{drawn}");
+    assert!(drawn.contains("dpa, k = 6, d = 1") && drawn.contains("coarse bound, k = 3, d = 2"), "{drawn}");
     let before = content(folder);
     certify(folder, "--k 3 --d 2 --method fa --plot both.svg --beside dpa.json --threads 1");
     assert_eq!(content(folder), before);
     std::fs::write(folder.join("bad.json"), "{}").unwrap();
     std::fs::remove_file(folder.join("out.json")).unwrap();
     refuses(folder, "--k 3 --d 2 --method fa --plot both.svg --beside bad.json", &["bad.json", "not a report"]);
+}
+
+#[test]
+fn bagging_without_sizes_is_hash_bagging() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    // Margins of 8, 3 (class 1 wins against the smaller class 0) and 0.
+    let votes = [[0; 8], [1, 1, 1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]].concat();
+    let file = VoteFile { votes: Some(Votes::new(3, 8, 2, votes).unwrap()), ..VoteFile::default() };
+    file.write(folder.join("v.safetensors")).unwrap();
+    let sample = |class: usize, radius: i64| json!({"prediction": class, "radius": radius, "correct": null});
+    for (flags, radii) in [("--k 4 --d 2", [2, 0, 0]), ("--k 8 --d 1", [4, 1, 0]), ("--k 1 --d 8", [0, 0, 0])] {
+        let (printed, report) = certify(folder, &format!("{flags} --method bagging --num-classes 2"));
+        assert_eq!(report["samples"], json!([sample(0, radii[0]), sample(1, radii[1]), sample(0, radii[2])]));
+        assert_eq!(
+            (&report["method"], &report["guarantee"]["kind"]),
+            (&json!("hash-bagging"), &json!("deterministic"))
+        );
+        assert!(printed.contains("guarantee: deterministic"), "{printed}");
+    }
+    let (printed, report) = certify(folder, "--k 4 --d 2 --method bagging --subset-size 3 --train-size 90");
+    assert_eq!((&report["method"], &report["guarantee"]["kind"]), (&json!("bagging"), &json!("probabilistic")));
+    assert!(printed.contains("with probability 0.999"), "{printed}");
+}
+
+#[test]
+fn without_labels_the_certified_fraction_is_of_predictions() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let votes = Votes::new(2, 5, 2, vec![0, 0, 0, 0, 0, 1, 1, 1, 1, 0]).unwrap();
+    let file = VoteFile { votes: Some(votes), ..VoteFile::default() };
+    file.write(folder.join("v.safetensors")).unwrap();
+    let (_, report) = certify(folder, "--k 5 --method dpa --csv out.csv");
+    assert_eq!(report["certified_fraction"], json!([1.0, 1.0, 0.5]));
+    assert_eq!(report["certified_fraction_of"], "predictions");
+    let lines = std::fs::read_to_string(folder.join("out.csv")).unwrap();
+    assert_eq!(lines, "size,certified_fraction,stable_fraction\n0,1,1\n1,1,1\n2,0.5,0.5\n");
+    VoteFile { labels: Some(vec![1, 1]), ..file }.write(folder.join("v.safetensors")).unwrap();
+    let (_, report) = certify(folder, "--k 5 --method dpa");
+    assert_eq!(report["certified_fraction"], json!([0.5, 0.5, 0.0]));
+    assert_eq!(report["certified_fraction_of"], "labels");
+}
+
+/// A radius of ten million: radii and printed shares are exact, curves end before.
+#[test]
+fn files_stay_small_however_large_a_radius_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let votes = [[0u16; 1000], std::array::from_fn(|i| (i % 2) as u16)].concat();
+    let votes = Votes::new(2, 1000, 2, votes).unwrap();
+    let file = VoteFile { votes: Some(votes), labels: Some(vec![0, 0]), ..VoteFile::default() };
+    file.write(folder.join("v.safetensors")).unwrap();
+    let flags = "--method bagging --subset-size 1 --train-size 100000000 --plot out.svg";
+    let (printed, report) = certify(folder, flags);
+    let radius = report["samples"][0]["radius"].as_u64().unwrap();
+    assert!(radius > 10_000_000 && report["samples"][1]["radius"] == -1, "{radius}");
+    assert_eq!(
+        (&report["median_radius"], report["sizes_with_half_certified"].as_u64()),
+        (&json!(radius), Some(radius + 1))
+    );
+    let fractions = report["certified_fraction"].as_array().unwrap();
+    assert!(fractions.len() == 100_001 && fractions.iter().all(|share| *share == 0.5));
+    assert!(printed.contains("curves in files end at size 100000"), "{printed}");
+    assert!(
+        printed.lines().any(|line| line.starts_with(&radius.to_string()) && line.ends_with("50.00 %")),
+        "{printed}"
+    );
 }
 
 #[test]
@@ -116,8 +183,14 @@ fn flags_that_do_not_fit_the_table() {
         ("--d 1 --method fa", &["needs --k"]),
         ("--k 4 --method fa", &["needs --d"]),
         ("--k 4 --d 1 --method fa-roe", &["needs scores"]),
-        ("--k 4 --d 1 --method bagging", &["needs --subset-size"]),
+        ("--method bagging", &["hash-bagging needs --k"]),
+        ("--k 4 --method bagging", &["hash-bagging needs --d"]),
+        ("--k 4 --d 2 --method bagging", &["4 classifiers", "4·2 = 8"]),
+        ("--k 4 --d 2 --method bagging --subset-size 3 --train-size 9", &["4 classifiers", "4·2 = 8"]),
+        ("--k 4 --d 2 --method infinite-estimate", &["4 classifiers", "4·2 = 8"]),
         ("--k 4 --d 1 --method bagging --subset-size 3", &["needs --train-size"]),
+        ("--k 4 --d 1 --method bagging --train-size 3", &["needs --subset-size"]),
+        ("--method bagging --subset-size 1 --train-size 1000000000000", &["1000000000000 samples", "100000000"]),
         ("--method bagging --subset-size 0 --train-size 3", &["subsets of 0"]),
         ("--method bagging --subset-size 3 --train-size 3 --alpha 0", &["alpha = 0"]),
         ("--k 4 --method infinite-bound --alpha NaN", &["alpha = NaN"]),
@@ -125,6 +198,7 @@ fn flags_that_do_not_fit_the_table() {
         ("--k 4 --d 1 --method fa --num-classes 1", &["value 2 at index 2 is not in 0 to 1"]),
         ("--k 4 --d 1 --method fa --num-classes 0", &["--num-classes 0"]),
         ("--k 4 --d 1 --method fa --num-classes 70000", &["70000 classes"]),
+        ("--k 4 --d 1 --method fa --num-classes 18446744073709551615", &["18446744073709551615 classes"]),
     ] {
         refuses(folder, flags, parts);
     }

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+#[cfg(unix)]
+use gridgrad::methods::finite_aggregation::run::Manifest;
 use serde_json::Value;
 
 use crate::{bytes, content, refused, refused_in_one_line, succeeds, text};
@@ -67,13 +69,12 @@ fn threads_groups_and_shards_change_no_byte() {
 }
 
 #[test]
-fn resuming_ignores_what_a_killed_process_left_half_and_refuses_what_is_damaged() {
+fn resuming_a_complete_run_trains_nothing_and_refuses_what_is_damaged() {
     let folder = tempfile::tempdir().unwrap();
     let options = ["--k", "20", "--d", "2"];
     let shard = ["--shard", "1/2", "--out", "killed"];
     train(folder.path(), "finite-aggregation", &[&options[..], &shard].concat());
     let half = bytes(&folder.path().join("killed"), "votes/000003.safetensors");
-    std::fs::write(folder.path().join("killed/votes/000019.safetensors.tmp"), &half[..half.len() / 2]).unwrap();
     let printed = succeeds(folder.path(), &["train", "finite-aggregation", "--resume", "killed"]);
     assert!(printed.contains("Trained 0 classifiers"), "{printed}");
     std::fs::write(folder.path().join("killed/votes/000003.safetensors"), &half[..half.len() / 2]).unwrap();
@@ -101,23 +102,42 @@ fn a_process_that_is_killed_leaves_a_run_that_can_go_on() {
         [&["train", "finite-aggregation", "--learner", "nearest"], &options[..], &["--out", out]].concat()
     };
     succeeds(folder.path(), &arguments("whole"));
+    let run = folder.path().join("killed");
+    // A process that is done before the signal arrives is started again.
+    let untrained = (0..20).find_map(|_| {
+        let _ = std::fs::remove_dir_all(&run);
+        kill_after_some(folder.path(), &arguments("killed"), &run.join("votes"));
+        let records = Manifest::read(&run).unwrap().classifiers;
+        let untrained = records.iter().filter(|record| record.trained.is_none()).count();
+        (untrained > 0).then_some(untrained)
+    });
+    let untrained = untrained.expect("20 processes were done before they were killed");
+    // What a process can leave of a file that its manifest does not have: part of a temporary one, or another's content.
+    let other = bytes(&run, "votes/000000.safetensors");
+    std::fs::write(run.join("votes/.tmpHalf"), &other[..other.len() / 2]).unwrap();
+    std::fs::write(run.join("votes/000319.safetensors"), &other).unwrap();
+    let printed = succeeds(folder.path(), &["train", "finite-aggregation", "--resume", "killed"]);
+    // The journal knows some that the manifest does not know yet.
+    let trained = printed.split_once("Trained ").and_then(|(_, rest)| rest.split(' ').next()).unwrap().parse::<usize>();
+    assert!((1..=untrained).contains(&trained.unwrap()), "{untrained} in the manifest; {printed}");
+    let [whole, killed] = ["whole", "killed"].map(|name| files(&folder.path().join(name)));
+    let lasting = |file: &&(String, Vec<u8>)| file.0.ends_with(".safetensors") || file.0 == "manifest.json";
+    assert!(whole.iter().eq(killed.iter().filter(lasting)));
+}
+
+/// Starts the program, and kills it once there are some files in `votes`.
+#[cfg(unix)]
+fn kill_after_some(folder: &Path, arguments: &[&str], votes: &Path) {
     let mut child = crate::gridgrad();
-    let mut child =
-        child.current_dir(folder.path()).args(arguments("killed")).stdout(std::process::Stdio::null()).spawn();
+    let mut child = child.current_dir(folder).args(arguments).stdout(std::process::Stdio::null()).spawn().unwrap();
     let start = std::time::Instant::now();
-    let votes = folder.path().join("killed/votes");
-    while std::fs::read_dir(&votes).map_or(0, Iterator::count) < 40 {
-        assert!(start.elapsed() < std::time::Duration::from_secs(60));
+    while std::fs::read_dir(votes).map_or(0, Iterator::count) < 40 {
+        assert!(start.elapsed() < std::time::Duration::from_secs(300));
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
     // SIGKILL: nothing of the program runs any more.
-    child.as_mut().unwrap().kill().unwrap();
-    child.as_mut().unwrap().wait().unwrap();
-    let printed = succeeds(folder.path(), &["train", "finite-aggregation", "--resume", "killed"]);
-    assert!(printed.contains("Trained 2") || printed.contains("Trained 1"), "{printed}");
-    let [whole, killed] = ["whole", "killed"].map(|name| files(&folder.path().join(name)));
-    let temporary = |file: &&(String, Vec<u8>)| file.0.ends_with(".safetensors") || file.0 == "manifest.json";
-    assert!(whole.iter().eq(killed.iter().filter(temporary)));
+    child.kill().unwrap();
+    child.wait().unwrap();
 }
 
 #[test]
@@ -163,6 +183,24 @@ fn a_run_is_certified_with_the_other_beside_it() {
     assert!(csv.starts_with("size,certified_fraction,stable_fraction\n0,"), "{csv}");
     let picture = text(&bytes(&folder.path().join("fa"), "certified-fa.svg"));
     assert!(picture.contains("fa, k = 10, d = 3") && picture.contains("dpa, k = 10, d = 1"), "{picture}");
+    // Found without being named, but not with another k, data or hash, or where the run is not whole.
+    let without = |printed: &str| {
+        let picture = text(&bytes(&folder.path().join("fa"), "certified-fa.svg"));
+        assert!(picture.contains("coarse bound, k = 10, d = 3") && !picture.contains("dpa"), "{picture}");
+        let commands = ["gridgrad train dpa --k 10 --out DPA", "gridgrad certify fa --beside DPA"];
+        assert!(commands.iter().all(|command| printed.contains(command)), "{printed}");
+    };
+    std::fs::rename(folder.path().join("dpa"), folder.path().join("fa/dpa")).unwrap();
+    train(folder.path(), "dpa", &["--k", "9", "--out", "other-k"]);
+    let fewer = ["train", "dpa", "--learner", "nearest", "--limit-train", "400", "--limit-test", "39", "--k", "10"];
+    succeeds(folder.path(), &[&fewer[..], &["--out", "other-data"]].concat());
+    train(folder.path(), "dpa", &["--k", "10", "--hash", "pixel-sum", "--out", "other-hash"]);
+    train(folder.path(), "dpa", &["--k", "10", "--shard", "1/2", "--out", "half"]);
+    without(&succeeds(folder.path(), &["certify", "fa"]));
+    std::fs::rename(folder.path().join("fa/dpa"), folder.path().join("dpa")).unwrap();
+    let printed = succeeds(folder.path(), &["certify", "fa"]);
+    let picture = text(&bytes(&folder.path().join("fa"), "certified-fa.svg"));
+    assert!(picture.contains("dpa, k = 10, d = 1") && !printed.contains("--beside"), "{printed}: {picture}");
     for (run, method) in [("fa", "fa-roe"), ("dpa", "roe"), ("dpa", "fa"), ("fa", "coarse")] {
         succeeds(folder.path(), &["certify", run, "--method", method]);
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use gridgrad::file::write_atomically;
 use gridgrad::methods::finite_aggregation::certify::BaggingOptions;
-use gridgrad::methods::finite_aggregation::run::Answers;
+use gridgrad::methods::finite_aggregation::run::{Answers, Ensemble, Manifest};
 use gridgrad::methods::finite_aggregation::{Method, Report, Spread, VoteFile, certify_table};
 use gridgrad::report::{CertifiedCurve, certified_curves};
 use gridgrad::{Error, Result};
@@ -34,10 +34,11 @@ pub struct Certify {
     /// How answers are certified; a run's own method where absent.
     #[arg(long, value_enum, required_unless_present = "runs")]
     method: Option<MethodName>,
-    /// Samples that each classifier of a bagging ensemble was trained on.
+    /// Samples that each classifier of a bagging ensemble drew at random. Without it and --train-size, --method bagging is
+    /// hash bagging, where a sample reaches d of k·d classifiers.
     #[arg(long, value_name = "N", conflicts_with = "runs")]
     subset_size: Option<usize>,
-    /// Samples of the training set that bagging drew from.
+    /// Samples of the training set that bagging drew from, up to 100,000,000.
     #[arg(long, value_name = "N", conflicts_with = "runs")]
     train_size: Option<usize>,
     /// Probability that a certificate of bagging or infinite-bound is wrong.
@@ -50,7 +51,7 @@ pub struct Certify {
 /// Where a report goes.
 #[derive(Args)]
 pub struct Outputs {
-    /// Writes every sample's radius and the certified fractions. Where a single run is certified, this and the other two
+    /// Writes every sample's radius and the certified fractions: of correct answers, or without labels of all. Where a single run is certified, this and the other two
     /// files go to its folder where absent, as certified-METHOD.json and so on.
     #[arg(long, value_name = "OUT")]
     json: Option<PathBuf>,
@@ -78,7 +79,7 @@ enum MethodName {
     FaRoe,
     /// Enumeration of all attacks, for up to 20 classifiers
     Exact,
-    /// Bagging, probabilistic
+    /// Bagging, probabilistic; hash bagging where --subset-size and --train-size are absent
     Bagging,
     /// What a large d could bring: an estimate, no certificate
     InfiniteEstimate,
@@ -88,17 +89,65 @@ enum MethodName {
 
 /// Certifies a run, or a file of answers.
 pub fn run(mut args: Certify) -> Result<()> {
-    let (report, companions) = match &args.votes {
+    let (report, mut companions) = match &args.votes {
         Some(path) => args.of_file(path)?,
         None => args.of_runs()?,
     };
+    let mut hint = None;
+    if let ([folder, ..], true) = (&args.runs[..], args.outputs.beside.is_empty() && improves_on_dpa(&report)) {
+        match dpa_beside(folder)? {
+            Some(dpa) => companions.push(dpa),
+            None => hint = Some(hint_at_dpa(&report, &args.runs)),
+        }
+    }
     if let [folder] = &args.runs[..] {
         args.outputs.fill(folder, &report.method);
     }
     if args.outputs.plot.is_none() && !args.outputs.beside.is_empty() {
         return Err(Error::Config("--beside draws reports into the picture: add --plot".into()));
     }
-    args.outputs.write(&report, companions)
+    args.outputs.write(&report, companions)?;
+    hint.map_or(Ok(()), |hint| print(&hint))
+}
+
+/// Whether a picture of this report wants the curve of Deep Partition Aggregation beside it.
+fn improves_on_dpa(report: &Report) -> bool {
+    let names = [Method::FiniteAggregation.name(), Method::RunOff.name()];
+    names.contains(&report.method.as_str()) && report.spread.as_ref().is_some_and(|spread| spread.d() > 1)
+}
+
+/// The report of a run of Deep Partition Aggregation in the folder that the run `folder` is in, with the same k, data,
+/// recipe and hash: the first by name that is whole. Folders that are no such run are passed over.
+fn dpa_beside(folder: &Path) -> Result<Option<Report>> {
+    let run = Manifest::read(folder)?.run;
+    let Ensemble::FiniteAggregation { spread, hash } = &run.settings.ensemble else { return Ok(None) };
+    let is_dpa = |other: &Ensemble| match other {
+        Ensemble::FiniteAggregation { spread: its, hash: its_hash } => {
+            its.d() == 1 && its.k() == spread.k() && its_hash == hash
+        }
+        Ensemble::Bagging { .. } => false,
+    };
+    let is_comparable = |path: &PathBuf| {
+        Manifest::read(path).is_ok_and(|other| {
+            let same = other.run.data == run.data && other.run.recipe == run.recipe;
+            same && is_dpa(&other.run.settings.ensemble)
+        })
+    };
+    let whole = folder.canonicalize().map_err(|error| Error::io(folder, error))?;
+    let Some(Ok(entries)) = whole.parent().map(std::fs::read_dir) else { return Ok(None) };
+    let mut siblings: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    siblings.sort();
+    Ok(siblings.iter().filter(|path| is_comparable(path)).find_map(|path| certified_run(path).ok()))
+}
+
+/// How to get the curve of Deep Partition Aggregation.
+fn hint_at_dpa(report: &Report, runs: &[PathBuf]) -> String {
+    let k = report.spread.as_ref().map_or(0, Spread::k);
+    let runs: Vec<String> = runs.iter().map(|run| run.display().to_string()).collect();
+    let runs = runs.join(" ");
+    format!(
+        "DPA is not beside it: gridgrad train dpa --k {k} --out DPA, with this run's data, learner and hash, then gridgrad certify {runs} --beside DPA\n"
+    )
 }
 
 /// The reports that are drawn beside that of `method`: what it improves on.
@@ -157,12 +206,15 @@ impl Certify {
             MethodName::FaRoe => Method::RunOff,
             MethodName::Exact => Method::Exact,
             MethodName::Bagging => {
-                let needed = |value: Option<usize>, flag: &str| {
-                    value.ok_or_else(|| Error::Config(format!("--method bagging needs {flag}")))
-                };
-                let subset_size = needed(self.subset_size, "--subset-size")?;
-                let train_size = needed(self.train_size, "--train-size")?;
-                Method::Bagging(BaggingOptions { subset_size, train_size, alpha: self.alpha })
+                let needs = |flag: &str| Err(Error::Config(format!("--method bagging needs {flag} as well")));
+                match (self.subset_size, self.train_size) {
+                    (None, None) => Method::HashBagging,
+                    (Some(_), None) => return needs("--train-size"),
+                    (None, Some(_)) => return needs("--subset-size"),
+                    (Some(subset_size), Some(train_size)) => {
+                        Method::Bagging(BaggingOptions { subset_size, train_size, alpha: self.alpha })
+                    }
+                }
             }
             MethodName::InfiniteEstimate => Method::InfiniteEstimate,
             MethodName::InfiniteBound => Method::InfiniteBound { alpha: self.alpha },
@@ -183,7 +235,7 @@ impl Certify {
             None => return Err(Error::Config(format!("--method {} needs --d", method.name()))),
         };
         let checked = Spread::new(k, d)?;
-        if method.follows_spread() && columns != checked.n() {
+        if (method.follows_spread() || self.k.and(self.d).is_some()) && columns != checked.n() {
             let reason = format!("holds answers of {columns} classifiers, expected k·d = {k}·{d} = {}", checked.n());
             return Err(Error::format(path, reason));
         }
@@ -222,8 +274,10 @@ impl Outputs {
             write_atomically(path, report.to_csv().as_bytes())?;
         }
         if let Some(path) = &self.plot {
-            let curves: Vec<CertifiedCurve<'_>> =
-                drawn.iter().map(|(name, report)| CertifiedCurve { name, fractions: report.curve() }).collect();
+            let curves: Vec<CertifiedCurve<'_>> = drawn
+                .iter()
+                .map(|(name, report)| CertifiedCurve { name, fractions: &report.certified_fraction })
+                .collect();
             let title =
                 if report.clean_accuracy.is_some() { "Certified fraction" } else { "Stable answers (no labels)" };
             certified_curves(path, title, &curves)?;
@@ -269,8 +323,11 @@ fn summary(report: &Report) -> String {
         text += &format!("one poisoned sample can lose at most {} correct answers at once\n", poison.lost);
     }
     let what = if report.clean_accuracy.is_some() { "certified" } else { "stable" };
-    let last = report.curve().len().saturating_sub(1);
-    let mut sizes: Vec<usize> = (0..=10).map(|tenth| last * tenth / 10).collect();
+    if report.largest_radius() > Report::MAX_SIZE {
+        text += &format!("curves in files end at size {}\n", Report::MAX_SIZE);
+    }
+    let last = report.largest_radius();
+    let mut sizes: Vec<usize> = (0..=10).map(|tenth| (last as u128 * tenth / 10) as usize).collect();
     sizes.dedup();
     let mut rows = vec![vec!["poisoned samples".to_owned(), what.to_owned()]];
     rows.extend(sizes.into_iter().map(|size| vec![size.to_string(), percent(report.fraction(size))]));

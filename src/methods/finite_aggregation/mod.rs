@@ -36,7 +36,7 @@ mod votes;
 
 pub use hash::ContentHash;
 pub use partition::Partition;
-pub use report::{Guarantee, Method, Report, SampleReport, certify_table};
+pub use report::{FractionOf, Guarantee, Method, Report, SampleReport, certify_table};
 pub use spread::{MAX_CLASSIFIERS, Spread};
 pub use vote_file::VoteFile;
 pub use votes::{ScoreValues, Scores, Votes};

@@ -27,6 +27,9 @@ pub enum Method {
     Exact,
     /// Bagging: [`certify::bagging`]. The spread plays no part.
     Bagging(BaggingOptions),
+    /// Hash bagging (Chen et al., section 9.4 of the specification), where each sample reaches at most `d` of `k·d`
+    /// classifiers, whichever: the margin over `2·d`, as [`certify::coarse`].
+    HashBagging,
     /// The limit of a large spreading degree: [`certify::infinite_estimate`]. No certificate.
     InfiniteEstimate,
     /// The limit's certificate from independent random training sets: [`certify::infinite_bound`], which fails with the
@@ -47,6 +50,7 @@ impl Method {
             Method::RunOff => "fa-roe",
             Method::Exact => "exact",
             Method::Bagging(_) => "bagging",
+            Method::HashBagging => "hash-bagging",
             Method::InfiniteEstimate => "infinite-estimate",
             Method::InfiniteBound { .. } => "infinite-bound",
         }
@@ -96,6 +100,16 @@ impl fmt::Display for Guarantee {
     }
 }
 
+/// What [`Report::certified_fraction`] counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FractionOf {
+    /// Samples whose answer is their label, and is certified.
+    Labels,
+    /// Samples whose answer is certified, right or wrong: there are no labels.
+    Predictions,
+}
+
 /// One sample's part of a [`Report`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SampleReport {
@@ -107,7 +121,7 @@ pub struct SampleReport {
     pub correct: Option<bool>,
 }
 
-/// What an ensemble certifies. Shares are from 0 to 1; what needs labels is `None` or empty without them.
+/// What an ensemble certifies. Shares are from 0 to 1; what needs labels is `None` without them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// [`Method::name`].
@@ -131,9 +145,12 @@ pub struct Report {
     pub sizes_with_half_certified: Option<usize>,
     /// The most correct answers that a single poisoned sample can change, all at once; for votes by plurality.
     pub single_poison: Option<SinglePoison>,
-    /// Share of samples that are classified right with a radius of `m` or more, for `m` from 0 to the largest radius.
+    /// Whether there were labels for `certified_fraction`.
+    pub certified_fraction_of: FractionOf,
+    /// Share of samples that are classified right with a radius of `m` or more, for `m` from 0 to the largest radius, or
+    /// to [`MAX_SIZE`](Report::MAX_SIZE) where that is less. Without labels it is `stable_fraction`.
     pub certified_fraction: Vec<f64>,
-    /// Share of samples with a radius of `m` or more, right or wrong.
+    /// Share of samples with a radius of `m` or more, right or wrong, for the same `m`.
     pub stable_fraction: Vec<f64>,
     /// Every sample, in the order of the table.
     pub samples: Vec<SampleReport>,
@@ -184,7 +201,7 @@ fn certify_votes(table: &VoteFile, votes: &Votes, spread: &Spread, method: &Meth
             return Err(Error::argument(OP, message));
         }
         // One and the same for d = 1, where this checks the number of columns.
-        Method::Dpa | Method::Coarse => certain(certify::coarse(votes, spread)?),
+        Method::Dpa | Method::Coarse | Method::HashBagging => certain(certify::coarse(votes, spread)?),
         Method::FiniteAggregation | Method::RunOff => certain(certify::finite_aggregation(votes, spread)?),
         Method::Exact => certain(certify::exact(votes, spread)?),
         Method::Bagging(options) => certify::bagging(votes, options)?,
@@ -209,10 +226,12 @@ fn report(
     };
     let samples: Vec<SampleReport> = certificates.iter().enumerate().map(sample).collect();
     let largest = samples.iter().map(|sample| sample.radius).fold(0, i64::max);
-    let certified = labels.map(|_| at_least(&samples, largest, |sample| sample.correct == Some(true)));
-    let half = certified.as_ref().map(|counts| counts.iter().filter(|&&count| 2 * count >= samples.len()).count());
+    let sizes = usize::try_from(largest).unwrap_or(0).min(Report::MAX_SIZE) + 1;
+    let stable = at_least(&samples, sizes, |_| true);
+    let certified = labels.map(|_| at_least(&samples, sizes, |sample| sample.correct == Some(true)));
+    let half = labels.map(|_| sizes_with_half(&samples));
     let share = |count: usize| count as f64 / samples.len() as f64;
-    let by_plurality = matches!(method, Method::Dpa | Method::FiniteAggregation | Method::Coarse | Method::Exact);
+    let by_plurality = method.follows_spread() && *method != Method::RunOff;
     let single_poison = match labels {
         Some(labels) if by_plurality => Some(certify::single_poison(votes, spread, labels)?),
         _ => None,
@@ -229,24 +248,34 @@ fn report(
         median_radius: half.and_then(|sizes| sizes.checked_sub(1)),
         sizes_with_half_certified: half,
         single_poison,
-        certified_fraction: certified.unwrap_or_default().into_iter().map(share).collect(),
-        stable_fraction: at_least(&samples, largest, |_| true).into_iter().map(share).collect(),
+        certified_fraction_of: labels.map_or(FractionOf::Predictions, |_| FractionOf::Labels),
+        certified_fraction: certified.as_ref().unwrap_or(&stable).iter().copied().map(share).collect(),
+        stable_fraction: stable.into_iter().map(share).collect(),
         samples,
     })
 }
 
-/// For each size from 0 to `largest`, the number of chosen samples with that radius or more.
-fn at_least(samples: &[SampleReport], largest: i64, chosen: impl Fn(&SampleReport) -> bool) -> Vec<usize> {
-    let mut counts = vec![0; usize::try_from(largest).unwrap_or(0) + 1];
+/// For each size from 0 to `sizes - 1`, the number of chosen samples with that radius or more.
+fn at_least(samples: &[SampleReport], sizes: usize, chosen: impl Fn(&SampleReport) -> bool) -> Vec<usize> {
+    let mut counts = vec![0; sizes];
     for sample in samples.iter().filter(|sample| chosen(sample)) {
         if let Ok(radius) = usize::try_from(sample.radius) {
-            counts[radius] += 1;
+            counts[radius.min(sizes - 1)] += 1;
         }
     }
     for size in (1..counts.len()).rev() {
         counts[size - 1] += counts[size];
     }
     counts
+}
+
+/// How many sizes, from 0 on, have at least half of the samples right with such a radius or more.
+fn sizes_with_half(samples: &[SampleReport]) -> usize {
+    let right = samples.iter().filter(|sample| sample.correct == Some(true));
+    let mut radii: Vec<i64> = right.map(|sample| sample.radius).collect();
+    radii.sort_unstable_by(|a, b| b.cmp(a));
+    let weakest = radii.get(samples.len().div_ceil(2).saturating_sub(1));
+    weakest.map_or(0, |&radius| usize::try_from(radius).map_or(0, |radius| radius.saturating_add(1)))
 }
 
 /// Share of pairs of sample and classifier that are right. There is at least one of each.
@@ -259,21 +288,28 @@ fn base_accuracy(votes: &Votes, labels: &[usize]) -> f64 {
 }
 
 impl Report {
+    /// The largest size of the curves: they are no longer, however large a radius is. Radii of samples and
+    /// [`fraction`](Report::fraction) have no such bound.
+    pub const MAX_SIZE: usize = 100_000;
+
     /// The certified fraction at `size`, or without labels the share of stable answers; 0 beyond the largest radius.
     pub fn fraction(&self, size: usize) -> f64 {
-        self.curve().get(size).copied().unwrap_or(0.0)
+        let counts = |sample: &&SampleReport| {
+            sample.correct != Some(false) && usize::try_from(sample.radius).is_ok_and(|radius| radius >= size)
+        };
+        self.samples.iter().filter(counts).count() as f64 / self.samples.len().max(1) as f64
     }
 
-    /// The certified fraction at each size, or without labels the share of stable answers.
-    pub fn curve(&self) -> &[f64] {
-        if self.clean_accuracy.is_some() { &self.certified_fraction } else { &self.stable_fraction }
+    /// The largest size at which any answer is certified: the end of the curve, where that is no longer than
+    /// [`MAX_SIZE`](Report::MAX_SIZE).
+    pub fn largest_radius(&self) -> usize {
+        self.samples.iter().filter_map(|sample| usize::try_from(sample.radius).ok()).max().unwrap_or(0)
     }
 
     /// The curves as CSV: a line for each size.
     pub fn to_csv(&self) -> String {
         let mut csv = "size,certified_fraction,stable_fraction\n".to_owned();
-        for (size, stable) in self.stable_fraction.iter().enumerate() {
-            let certified = self.certified_fraction.get(size).map(f64::to_string).unwrap_or_default();
+        for (size, (certified, stable)) in self.certified_fraction.iter().zip(&self.stable_fraction).enumerate() {
             csv += &format!("{size},{certified},{stable}\n");
         }
         csv
@@ -290,9 +326,10 @@ impl Report {
 
     /// What the curve of this report is called beside others: method, `k` and `d`.
     pub fn title(&self) -> String {
+        let method = if self.method == "coarse" { "coarse bound" } else { &self.method };
         match &self.spread {
-            Some(spread) => format!("{}, k = {}, d = {}", self.method, spread.k(), spread.d()),
-            None => format!("{}, {} classifiers", self.method, self.classifiers),
+            Some(spread) => format!("{method}, k = {}, d = {}", spread.k(), spread.d()),
+            None => format!("{method}, {} classifiers", self.classifiers),
         }
     }
 }

@@ -183,7 +183,7 @@ impl Named<'_> {
             }
         };
         let convert = |value| u16::try_from(value).ok().filter(|&vote| usize::from(vote) <= classes);
-        let values = self.integers(convert, classes + 1)?;
+        let values = self.integers(convert, classes.saturating_add(1))?;
         Votes::new(samples, classifiers, classes, values).map_err(|error| Error::format(self.path, error.to_string()))
     }
 

@@ -22,6 +22,9 @@ pub struct BaggingOptions {
     pub alpha: f64,
 }
 
+/// The most samples of a training set of [`bagging`]: radii stay within what the rounding of its condition can tell.
+pub const MAX_TRAIN_SIZE: usize = 100_000_000;
+
 /// Certificates of bagging: each holds against inserting, deleting or changing `radius` samples, and all of them
 /// together are right with probability `1 - alpha` over the draw of the subsets. `None` is an abstention, where the
 /// classifiers disagree too much to tell which class wins.
@@ -29,11 +32,15 @@ pub struct BaggingOptions {
 /// Votes must come from classifiers on independent random subsets; those of a [`Spread`](super::super::Spread) are not.
 ///
 /// # Errors
-/// `Argument` where `subset_size` or `train_size` is 0 or `alpha` is not between 0 and 1.
+/// `Argument` where `subset_size` or `train_size` is 0, `train_size` is above [`MAX_TRAIN_SIZE`], or `alpha` is not between 0 and 1.
 pub fn bagging(votes: &Votes, options: &BaggingOptions) -> Result<Vec<Option<Certificate>>> {
     let &BaggingOptions { subset_size, train_size, alpha } = options;
     if subset_size == 0 || train_size == 0 {
         let message = format!("got subsets of {subset_size} of {train_size} samples, expected at least 1");
+        return Err(Error::argument("bagging", message));
+    }
+    if train_size > MAX_TRAIN_SIZE {
+        let message = format!("got a training set of {train_size} samples, expected at most {MAX_TRAIN_SIZE}");
         return Err(Error::argument("bagging", message));
     }
     check_alpha("bagging", alpha)?;

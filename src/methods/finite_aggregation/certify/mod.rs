@@ -14,7 +14,7 @@ mod run_off;
 mod tests;
 mod windows;
 
-pub use bagging::{BaggingOptions, bagging, bagging_radius, proportion_bounds};
+pub use bagging::{BaggingOptions, MAX_TRAIN_SIZE, bagging, bagging_radius, proportion_bounds};
 pub use exact::{MAX_EXACT, exact};
 pub use infinite::{infinite_bound, infinite_estimate};
 pub use plurality::{SinglePoison, coarse, dpa, finite_aggregation, single_poison};
