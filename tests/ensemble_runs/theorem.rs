@@ -236,9 +236,9 @@ fn certified_fractions_are_those_of_an_independent_computation() {
     assert!(more > 0.3, "{more}");
 }
 
-/// MNIST where it is: `GRIDGRAD_DATA` names the folder that holds it. Measured with k = 10, for 400 test images: clean
-/// accuracy 88.00 % with d = 1 and 88.25 % with d = 4, which certifies 0.25 to 2 points more at every size. (With k = 25
-/// and d = 4, two of twelve sizes have up to 0.75 points less, and clean accuracy is 1.25 points higher.)
+/// MNIST where it is: `GRIDGRAD_DATA` names the folder that holds it. Measured on a twentieth of it and 1,000 held-out
+/// images, k = 10: clean accuracy 89.1 % with d = 1 and 89.9 % with d = 4, which certifies 0.6 to 2 points more at sizes 1
+/// to 4 and, in the tail, 5.6 % instead of 6.0 % at size 5.
 #[test]
 fn nearest_neighbours_on_some_of_mnist() {
     if std::env::var_os("GRIDGRAD_DATA").is_none() {
@@ -254,7 +254,7 @@ fn nearest_neighbours_on_some_of_mnist() {
     let folder = tempfile::tempdir().unwrap();
     let sources = Sources { train: &*train_set, test: &*test_set, learner: &NearestNeighbour };
     let reports = [1, 4].map(|d| {
-        let limited = Settings { train_fraction: Some(0.025), limit_test: Some(400), ..settings(10, d) };
+        let limited = Settings { train_fraction: Some(0.05), limit_test: Some(1000), ..settings(10, d) };
         let run = crate::train(&folder.path().join(d.to_string()), limited, &sources);
         let answers = Answers::read(&[run]).unwrap();
         answers.certify(&answers.method(0.001)).unwrap()
@@ -264,7 +264,7 @@ fn nearest_neighbours_on_some_of_mnist() {
         assert!(report.clean_accuracy.unwrap() > 0.85, "{:?}", report.clean_accuracy);
         assert!(report.median_radius.unwrap() >= 2, "{:?}", report.median_radius);
     }
-    assert!((fa.fraction(0) - dpa.fraction(0)).abs() <= 0.005, "{} and {}", fa.fraction(0), dpa.fraction(0));
+    assert!((fa.fraction(0) - dpa.fraction(0)).abs() <= 0.01, "{} and {}", fa.fraction(0), dpa.fraction(0));
     let sizes = dpa.certified_fraction.iter().take_while(|share| **share >= 0.1).count();
     assert_eq!(sizes, 5);
     for size in 0..sizes {
