@@ -216,7 +216,7 @@ __device__ __forceinline__ void boundary_gradient(void* gradient, const T* input
         }                                                                                                   \
     }
 #define WEIGHT(suffix, T)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, 3) denfi_conv_weight_partials_##suffix(                   \
+    extern "C" __global__ void __launch_bounds__(THREADS, 3) denfi_conv_weight_partials_##suffix(                \
         float* partials, const T* input, const void* raw, const T* grad, u64 cells_per_block, BoundaryMap map) { \
         SHARED_ARRAY(Stage, stage, [1]);                                                                         \
         const RegressionMap<T> source{raw, map.wide};                                                            \

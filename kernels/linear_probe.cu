@@ -215,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                                      u32 pieces, float penalty, const __grid_constant__ Offsets offsets) {         \
         finish(loss, correct, totals, weight, all, pieces, penalty, BLOCK(blockIdx.x));                            \
     }                                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, 6) linear_probe_differences_##suffix(                       \
+    extern "C" __global__ void __launch_bounds__(THREADS, 6) linear_probe_differences_##suffix(                    \
         T* output, const float* logits, const i64* labels, const T* grad, Extents all) {                           \
         differences(output, logits, labels, grad, all);                                                            \
     }                                                                                                              \
