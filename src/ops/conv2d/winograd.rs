@@ -13,6 +13,8 @@
 //! - outputs are Aₘᵀ [(Gᵣ w) ⊙ (Bᵀ x)], and so is the input gradient, from the flipped kernel;
 //! - the weight gradient is Gᵣᵀ Σ (Aₘ y) ⊙ (Bᵀ x), summed over all tiles.
 
+mod transforms;
+
 use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
@@ -21,6 +23,7 @@ use super::Geometry;
 use crate::cpu::block_gemm::{GROUP, LANES, Onto, PANEL, Rows, Strided, load, multiply, multiply_transposed, store};
 use crate::cpu::{Float, parallel, simd};
 use crate::tensor::{Buffer, DType};
+use transforms::{collect_square, input_square, scale_square, spread_square};
 
 /// Inputs of a tile, in one direction.
 const TILE: usize = 6;
@@ -37,8 +40,8 @@ const DEPTH: usize = 64;
 /// Vectors of N × N positions or products.
 type Square<V, const N: usize> = [[V; N]; N];
 
-/// Whether this way is open, and better than the direct one, for the input gradient: kernels of 3 × 3 and 5 × 5, stride 1, channels in whole
-/// vectors. `f64` is for references, which are direct.
+/// Whether this way is open, and better than the direct one, for the input gradient: kernels of 3 × 3 and 5 × 5, stride 1,
+/// channels in whole vectors. `f64` is for references, which are direct.
 pub(super) fn applies<T: Float>(g: &Geometry) -> bool {
     let options = g.options;
     let plain = options.stride == [1; 2] && options.dilation == [1; 2] && options.groups == 1;
@@ -130,6 +133,25 @@ struct Map<'a> {
 
 /// Where the window of a tile lies: offsets of its positions in a map, `None` outside.
 type Window<const N: usize> = [[Option<usize>; N]; N];
+
+/// The values of a window from `channel` on, zeros outside of the map.
+#[inline(always)]
+fn load_window<S: Simd, const N: usize>(
+    simd: S,
+    data: &[f32],
+    window: &Window<N>,
+    channel: usize,
+) -> Square<S::f32s, N> {
+    let mut values = [[simd.splat_f32s(0.0); N]; N];
+    for y in 0..N {
+        for x in 0..N {
+            if let Some(at) = window[y][x] {
+                values[y][x] = load::<S>(data, at + channel);
+            }
+        }
+    }
+    values
+}
 
 impl Map<'_> {
     /// Lines of tiles in an image, and tiles in a line.
@@ -324,7 +346,7 @@ impl<const M: usize> WithSimd for SpreadInput<'_, M> {
         for (t, tile) in self.tiles.enumerate() {
             let window = self.map.input_window::<M>(tile);
             for channel in (0..depth).step_by(S::F32_LANES) {
-                let square = input_square(simd, self.map.source, &window, channel);
+                let square = input_square(simd, &load_window(simd, self.map.source, &window, channel));
                 match &mut self.to {
                     Operands::Rows(data) => {
                         for (p, &value) in square.as_flattened().iter().enumerate() {
@@ -366,15 +388,7 @@ impl<const M: usize> WithSimd for SpreadGrad<'_, M> {
         for (t, tile) in self.tiles.enumerate() {
             let window = self.map.output_window::<M>(tile);
             for column in (0..columns).step_by(S::F32_LANES) {
-                let mut values = [[simd.splat_f32s(0.0); M]; M];
-                for y in 0..M {
-                    for x in 0..M {
-                        if let Some(at) = window[y][x] {
-                            values[y][x] = load::<S>(self.grad, at + column);
-                        }
-                    }
-                }
-                let square = spread_square(simd, &values);
+                let square = spread_square(simd, &load_window(simd, self.grad, &window, column));
                 let panel = column / PANEL * PANEL;
                 let start = panel * count + t * PANEL.min(columns - panel) + column - panel;
                 for (p, &value) in square.as_flattened().iter().enumerate() {
@@ -493,125 +507,6 @@ impl<'w, const R: usize, K: Fn(usize, usize) -> &'w [f32]> WithSimd for SpreadWe
                     store::<S>(self.out, (p * self.depth + row) * width + first, value);
                 }
             }
-        }
-    }
-}
-
-/// Bᵀ x.
-#[inline(always)]
-fn input_line<S: Simd>(simd: S, x: [S::f32s; TILE]) -> [S::f32s; POINTS] {
-    let (add, sub) = (|a, b| simd.add_f32s(a, b), |a, b| simd.sub_f32s(a, b));
-    let (odd, even) = (add(x[1], x[3]), add(x[2], x[4]));
-    let (first, second) = (sub(x[1], x[3]), sub(x[4], x[2]));
-    let (negative, rest) = (sub(x[2], x[4]), first);
-    [sub(x[0], x[4]), add(even, odd), sub(even, odd), sub(second, first), sub(negative, rest), first, sub(x[5], x[1])]
-}
-
-/// A y: the remainders of N values.
-#[inline(always)]
-fn spread_line<S: Simd, const N: usize>(simd: S, y: [S::f32s; N]) -> [S::f32s; POINTS] {
-    let (add, sub) = (|a, b| simd.add_f32s(a, b), |a, b| simd.sub_f32s(a, b));
-    let (mut sums, mut remainders) = ([y[0], y[1]], [y[0], y[1]]);
-    for (i, &value) in y.iter().enumerate().skip(2) {
-        let parity = i % 2;
-        sums[parity] = add(sums[parity], value);
-        remainders[parity] = if i % 4 < 2 { add(remainders[parity], value) } else { sub(remainders[parity], value) };
-    }
-    let ([even, odd], [real, imaginary]) = (sums, remainders);
-    [y[0], add(even, odd), sub(even, odd), real, imaginary, add(real, imaginary), y[N - 1]]
-}
-
-/// Aᵀ z, N values.
-#[inline(always)]
-fn collect_line<S: Simd, const N: usize>(simd: S, z: [S::f32s; POINTS]) -> [S::f32s; N] {
-    let (add, sub) = (|a, b| simd.add_f32s(a, b), |a, b| simd.sub_f32s(a, b));
-    let (even, odd) = (add(z[1], z[2]), sub(z[1], z[2]));
-    let (real, imaginary) = (add(z[3], z[5]), add(z[4], z[5]));
-    let mut y = [z[0]; N];
-    for (i, value) in y.iter_mut().enumerate() {
-        *value = match i % 4 {
-            0 => add(even, real),
-            1 => add(odd, imaginary),
-            2 => sub(even, real),
-            _ => sub(odd, imaginary),
-        };
-    }
-    y[0] = add(y[0], z[0]);
-    y[N - 1] = add(y[N - 1], z[6]);
-    y
-}
-
-#[inline(always)]
-fn input_square<S: Simd>(simd: S, source: &[f32], window: &Window<TILE>, channel: usize) -> Square<S::f32s, POINTS> {
-    let zero = simd.splat_f32s(0.0);
-    let mut columns = [[zero; TILE]; POINTS];
-    for x in 0..TILE {
-        let mut column = [zero; TILE];
-        for y in 0..TILE {
-            if let Some(at) = window[y][x] {
-                column[y] = load::<S>(source, at + channel);
-            }
-        }
-        let line = input_line(simd, column);
-        for i in 0..POINTS {
-            columns[i][x] = line[i];
-        }
-    }
-    let mut square = [[zero; POINTS]; POINTS];
-    for i in 0..POINTS {
-        square[i] = input_line(simd, columns[i]);
-    }
-    square
-}
-
-#[inline(always)]
-fn spread_square<S: Simd, const N: usize>(simd: S, values: &Square<S::f32s, N>) -> Square<S::f32s, POINTS> {
-    let zero = simd.splat_f32s(0.0);
-    let mut columns = [[zero; N]; POINTS];
-    for x in 0..N {
-        let mut column = [zero; N];
-        for y in 0..N {
-            column[y] = values[y][x];
-        }
-        let line = spread_line(simd, column);
-        for i in 0..POINTS {
-            columns[i][x] = line[i];
-        }
-    }
-    let mut square = [[zero; POINTS]; POINTS];
-    for i in 0..POINTS {
-        square[i] = spread_line(simd, columns[i]);
-    }
-    square
-}
-
-#[inline(always)]
-fn collect_square<S: Simd, const N: usize>(simd: S, square: &Square<S::f32s, POINTS>) -> Square<S::f32s, N> {
-    let zero = simd.splat_f32s(0.0);
-    let mut columns = [[zero; POINTS]; N];
-    for x in 0..POINTS {
-        let mut column = [zero; POINTS];
-        for y in 0..POINTS {
-            column[y] = square[y][x];
-        }
-        let line: [S::f32s; N] = collect_line(simd, column);
-        for i in 0..N {
-            columns[i][x] = line[i];
-        }
-    }
-    let mut values = [[zero; N]; N];
-    for i in 0..N {
-        values[i] = collect_line(simd, columns[i]);
-    }
-    values
-}
-
-/// S z S.
-#[inline(always)]
-fn scale_square<S: Simd>(simd: S, square: &mut Square<S::f32s, POINTS>) {
-    for i in 0..POINTS {
-        for j in 0..POINTS {
-            square[i][j] = simd.mul_f32s(square[i][j], simd.splat_f32s(SCALE[i] * SCALE[j]));
         }
     }
 }

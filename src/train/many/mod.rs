@@ -8,14 +8,15 @@
 //! device: not of the models that it shares a group with, of the size of the group, of indices in the data set, or of
 //! the number of threads. A model whose loss is no longer a number stays alone with that.
 //!
-//! ```no_run
+//! ```
 //! use gridgrad::data::InMemory;
 //! use gridgrad::train::many::{Recipe, Task, Trainer};
-//! # fn sets() -> (InMemory, InMemory) { unimplemented!() }
-//! let (train, test): (InMemory, InMemory) = sets();
-//! let halves = [Vec::from_iter(0..500), Vec::from_iter(500..1000)];
-//! let tasks = [0, 1].map(|seed| Task { seed, samples: &halves[seed as usize] });
-//! let outcomes = Trainer::new(Recipe::default()).train(&tasks, &train, &test)?;
+//! let classes = || vec!["dark".to_owned(), "light".to_owned()];
+//! let shades = |count: u8| (0..count).flat_map(|shade| [(shade % 2) * 200 + shade; 64]).collect();
+//! let train = InMemory::new("shades", classes(), [8, 8, 1], shades(4), vec![0, 1, 0, 1])?;
+//! let test = InMemory::new("shades", classes(), [8, 8, 1], shades(2), vec![0, 1])?;
+//! let tasks = [Task { seed: 0, samples: &[0, 1] }, Task { seed: 1, samples: &[2, 3] }];
+//! let outcomes = Trainer::new(Recipe { epochs: 1, ..Recipe::default() }).train(&tasks, &train, &test)?;
 //! assert_eq!(outcomes[1].scores.len(), test.labels().len() * test.classes());
 //! # Ok::<(), gridgrad::Error>(())
 //! ```

@@ -10,34 +10,21 @@ use gridgrad::{DType, Result};
 use serde::Serialize;
 
 use super::measure::{median, milliseconds};
-use super::network::Network;
-use crate::device::DeviceFlag;
+use super::network::{Network, Subject};
 
 #[derive(Args)]
 pub struct InferenceArgs {
-    /// Name of the network: a CrossFormer's size or another of those that an unknown name lists.
-    #[arg(long, default_value = "small")]
-    model: String,
+    #[command(flatten)]
+    pub subject: Subject,
     /// Images of a batch.
     #[arg(long, default_value_t = 1, value_parser = value_parser!(u16).range(1..))]
     batch: u16,
-    /// Height and width of the images; the network's own size where absent.
-    #[arg(long, value_parser = value_parser!(u16).range(1..))]
-    image: Option<u16>,
     /// Measured batches.
     #[arg(long, default_value_t = 20, value_parser = value_parser!(u32).range(1..))]
     steps: u32,
     /// Batches before the first measured one.
     #[arg(long, default_value_t = 3)]
     warmup: u32,
-    #[command(flatten)]
-    device: DeviceFlag,
-    /// f32, bf16 or f16: in what the network computes
-    #[arg(long, default_value = "f32")]
-    precision: Precision,
-    /// Prints one line of JSON.
-    #[arg(long)]
-    pub json: bool,
 }
 
 /// Times are in milliseconds.
@@ -59,10 +46,10 @@ pub struct Report {
 }
 
 pub fn measure(args: &InferenceArgs) -> Result<Report> {
-    let network = Network::new(&args.model, args.image)?;
-    let (device, batch) = (args.device.get()?, usize::from(args.batch));
+    let network = Network::new(&args.subject.model, args.subject.image)?;
+    let (device, batch) = (args.subject.device.get()?, usize::from(args.batch));
     network.model.parameters().to_device(device)?;
-    let images = network.images(batch, args.precision.compute_dtype(), device)?;
+    let images = network.images(batch, args.subject.precision.compute_dtype(), device)?;
     let answer = || -> Result<f64> {
         let start = Instant::now();
         let logits = no_grad(|| network.model.forward(&images, &Context::eval()))?.cast(DType::F32)?;
@@ -76,12 +63,12 @@ pub fn measure(args: &InferenceArgs) -> Result<Report> {
     let steps_ms: Vec<f64> = (0..args.steps).map(|_| answer()).collect::<Result<_>>()?;
     let wall_ms = median(steps_ms.clone());
     Ok(Report {
-        model: args.model.clone(),
+        model: args.subject.model.clone(),
         batch,
         image: network.image,
         threads: rayon::current_num_threads(),
         device: device.to_string(),
-        precision: args.precision,
+        precision: args.subject.precision,
         wall_ms,
         images_per_second: batch as f64 / wall_ms * 1e3,
         gflops: (2 * network.products * batch as u64) as f64 / (wall_ms * 1e6),

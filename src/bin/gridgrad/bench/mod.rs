@@ -38,8 +38,8 @@ enum What {
 /// Runs the benchmark and prints what it found.
 pub fn run(args: BenchArgs) -> Result<()> {
     match args.what {
-        What::Step(args) => show(&step::measure(&args)?, args.json),
-        What::Inference(args) => show(&inference::measure(&args)?, args.json),
+        What::Step(args) => show(&step::measure(&args)?, args.subject.json),
+        What::Inference(args) => show(&inference::measure(&args)?, args.subject.json),
         What::Ops(args) => ops::run(&args),
         What::Peak { json } => show(&measure::Peak::of_this_machine(), json),
     }

@@ -1,12 +1,34 @@
 //! The networks that can be timed.
 
+use clap::{Args, value_parser};
 use gridgrad::models::crossformer;
 use gridgrad::models::{CrossFormer, CrossFormerConfig, NetworkInNetwork, ResNet, ResNetConfig, resnet};
 use gridgrad::random::Philox;
-use gridgrad::train::{Classifier, OptimizerConfig};
+use gridgrad::train::{Classifier, OptimizerConfig, Precision};
 use gridgrad::{DType, Device, Error, Result, Tensor};
 
+use crate::device::DeviceFlag;
+
 const NETWORK_IN_NETWORK: &str = "network-in-network";
+
+/// What is timed, and how.
+#[derive(Args)]
+pub struct Subject {
+    /// Name of the network: a CrossFormer's size or another of those that an unknown name lists.
+    #[arg(long, default_value = "small")]
+    pub model: String,
+    /// Height and width of the images; the network's own size where absent.
+    #[arg(long, value_parser = value_parser!(u16).range(1..))]
+    pub image: Option<u16>,
+    #[command(flatten)]
+    pub device: DeviceFlag,
+    /// f32, bf16 or f16: in what the network computes
+    #[arg(long, default_value = "f32")]
+    pub precision: Precision,
+    /// Prints one line of JSON.
+    #[arg(long)]
+    pub json: bool,
+}
 
 /// A network of this name, and what it is trained with.
 pub struct Network {

@@ -11,34 +11,21 @@ use gridgrad::{DType, Device, Result, Tensor};
 use serde::Serialize;
 
 use super::measure::{cpu_time, median, milliseconds, peak_bytes};
-use super::network::Network;
-use crate::device::DeviceFlag;
+use super::network::{Network, Subject};
 
 #[derive(Args)]
 pub struct StepArgs {
-    /// Name of the network: a CrossFormer's size or another of those that an unknown name lists.
-    #[arg(long, default_value = "small")]
-    model: String,
+    #[command(flatten)]
+    pub subject: Subject,
     /// Images of a step.
     #[arg(long, default_value_t = 8, value_parser = value_parser!(u16).range(1..))]
     batch: u16,
-    /// Height and width of the images; the network's own size where absent.
-    #[arg(long, value_parser = value_parser!(u16).range(1..))]
-    image: Option<u16>,
     /// Measured steps.
     #[arg(long, default_value_t = 5, value_parser = value_parser!(u32).range(1..))]
     steps: u32,
     /// Steps before the first measured one.
     #[arg(long, default_value_t = 2)]
     warmup: u32,
-    #[command(flatten)]
-    device: DeviceFlag,
-    /// f32, bf16 or f16: in what the network computes
-    #[arg(long, default_value = "f32")]
-    precision: Precision,
-    /// Prints one line of JSON.
-    #[arg(long)]
-    pub json: bool,
 }
 
 /// Times are medians over the steps, in milliseconds.
@@ -80,9 +67,9 @@ impl Step {
 }
 
 pub fn measure(args: &StepArgs) -> Result<Report> {
-    let network = Network::new(&args.model, args.image)?;
+    let network = Network::new(&args.subject.model, args.subject.image)?;
     let (image, products, batch) = (network.image, network.products, usize::from(args.batch));
-    let (device, compute) = (args.device.get()?, args.precision.compute_dtype());
+    let (device, compute) = (args.subject.device.get()?, args.subject.precision.compute_dtype());
     let mut trainer = Trainer::new(network, batch, device, compute)?;
     for number in 0..args.warmup {
         trainer.step(number)?;
@@ -93,12 +80,12 @@ pub fn measure(args: &StepArgs) -> Result<Report> {
     let part = |part: fn(Step) -> Duration| median(steps.iter().map(|&step| milliseconds(part(step))).collect());
     let wall_ms = part(Step::wall);
     Ok(Report {
-        model: args.model.clone(),
+        model: args.subject.model.clone(),
         batch,
         image,
         threads: rayon::current_num_threads(),
         device: device.to_string(),
-        precision: args.precision,
+        precision: args.subject.precision,
         wall_ms,
         forward_ms: part(|step| step.forward),
         backward_ms: part(|step| step.backward),
