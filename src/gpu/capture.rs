@@ -23,32 +23,31 @@ pub(crate) fn replays() -> u64 {
 }
 
 impl Gpu {
-    /// Whether what is launched now is recorded.
+    /// Whether what this thread launches now is recorded.
     pub fn is_recording(&self) -> bool {
-        self.pool().is_recording()
+        self.pool().1.is_recording()
     }
 
-    /// Records what `body` launches, without running it. Memory must come from the pool, so `body` has run before.
+    /// Records what `body` launches, without running it, while other threads wait with their work for the device. Memory
+    /// must come from the pool, so `body` has run before; nothing where the pool did not have enough all the same, since
+    /// others use it too.
     ///
     /// # Errors
-    /// Those of `body`, and where it did what cannot be recorded: it waited for the device, copied from the host, or
-    /// needed memory that the pool did not have.
-    pub fn capture<R>(&'static self, body: impl FnOnce() -> Result<R>) -> Result<(Captured, R)> {
-        let recording = self.pool().begin_recording();
-        let result = self.driver().begin_capture().and_then(|()| {
-            let result = body();
-            // Ended in any case: a stream that stays in capture mode takes no other work.
-            let graph = self.driver().end_capture();
-            result.and_then(|result| Ok((graph?, result)))
-        });
-        self.pool().end_recording();
-        match result {
-            Ok((graph, result)) => Ok((Captured { gpu: self, graph, recording }, result)),
-            Err(error) => {
-                self.pool().forget_recording(recording);
-                Err(error)
-            }
-        }
+    /// Those of `body`, and where it did what cannot be recorded: it waited for the device or copied from the host.
+    pub fn capture<R>(&'static self, body: impl FnOnce() -> Result<R>) -> Result<Option<(Captured, R)>> {
+        let _others_wait = self.turns.record();
+        self.driver().begin_capture()?;
+        let recording = self.pool().1.begin_recording();
+        let result = body();
+        // Ended in any case: a stream that stays in capture mode takes no other work.
+        let graph = self.driver().end_capture();
+        let enough = self.pool().1.end_recording();
+        let captured = match (result, graph) {
+            (Ok(result), Ok(graph)) => return Ok(Some((Captured { gpu: self, graph, recording }, result))),
+            (Err(error), _) | (_, Err(error)) => Err(error),
+        };
+        self.pool().1.forget_recording(recording);
+        if enough { captured } else { Ok(None) }
     }
 }
 
@@ -59,12 +58,13 @@ impl Captured {
     /// Where the device refuses, or earlier work failed.
     pub fn launch(&self) -> Result<()> {
         REPLAYS.fetch_add(1, Ordering::AcqRel);
+        let _turn = self.gpu.driver();
         self.graph.launch()
     }
 }
 
 impl Drop for Captured {
     fn drop(&mut self) {
-        self.gpu.pool().forget_recording(self.recording);
+        self.gpu.pool().1.forget_recording(self.recording);
     }
 }

@@ -91,7 +91,7 @@ impl<A: ArgumentList> Kernel<A> {
         if geometry.grid.contains(&0) || geometry.block.contains(&0) {
             return Ok(());
         }
-        crate::driver::launch(gpu.driver(), &function, geometry, &arguments.arguments())
+        crate::driver::launch(&*gpu.driver(), &function, geometry, &arguments.arguments())
     }
 }
 
@@ -108,12 +108,13 @@ impl Gpu {
                 return Err(refuse(name.into(), format!("it is not made for {instance}; there is {known}")));
             }
         };
+        let driver = self.driver();
         let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(function) = functions.get(&(name, instance)) {
             return Ok(Arc::clone(function));
         }
         let full_name = if instance.is_empty() { name.to_owned() } else { format!("{name}_{instance}") };
-        let function = Arc::new(self.driver().load(module, &full_name)?);
+        let function = Arc::new(driver.load(module, &full_name)?);
         if function.parameters != sizes {
             let reason = format!(
                 "compiled with parameters of {:?} bytes, called with {sizes:?}; build the crate again from clean",

@@ -9,6 +9,7 @@ mod kernel;
 mod pool;
 #[cfg(all(test, feature = "emulator"))]
 mod tests;
+mod turns;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -22,10 +23,12 @@ pub(crate) use capture::{Captured, replays};
 use kernel::Functions;
 pub(crate) use kernel::{FLOATS, Geometry, Kernel, Signature};
 use pool::Pool;
+use turns::{Turn, Turns};
 
 /// One device with all that the crate keeps for it.
 pub(crate) struct Gpu {
     driver: Box<dyn Driver>,
+    turns: Turns,
     pool: Mutex<Pool>,
     functions: Mutex<Functions>,
     waits: AtomicU64,
@@ -56,12 +59,20 @@ impl Gpu {
 
     fn new(driver: Box<dyn Driver>) -> Self {
         let exact = driver.device() == Device::Emulated;
-        Gpu { driver, pool: Mutex::new(Pool::new(exact)), functions: Mutex::default(), waits: AtomicU64::new(0) }
+        Gpu {
+            driver,
+            turns: Turns::default(),
+            pool: Mutex::new(Pool::new(exact)),
+            functions: Mutex::default(),
+            waits: AtomicU64::new(0),
+        }
     }
 
-    fn pool(&self) -> MutexGuard<'_, Pool> {
+    /// The pool and the driver behind it, after the recording of any other thread.
+    fn pool(&self) -> (Turn<'_>, MutexGuard<'_, Pool>) {
+        let turn = self.driver();
         // The pool's invariants hold between its statements, so a panic elsewhere does not spoil it.
-        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+        (turn, self.pool.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The device's name in the crate's interface.
@@ -74,9 +85,10 @@ impl Gpu {
         self.driver.properties()
     }
 
-    /// The driver, for what is not memory.
-    pub fn driver(&self) -> &dyn Driver {
-        &*self.driver
+    /// The driver, for what is not memory; after the recording of any other thread, which would take up its work. Locks
+    /// that a recording may need are taken with the driver in hand, not before.
+    pub fn driver(&self) -> Turn<'_> {
+        self.turns.take(&*self.driver)
     }
 
     /// Memory with unspecified content.
@@ -84,7 +96,9 @@ impl Gpu {
     /// # Errors
     /// [`Error::OutOfDeviceMemory`], after all cached memory has been given back in vain.
     pub fn allocate(&'static self, bytes: usize) -> Result<Memory> {
-        let address = self.pool().take(&*self.driver, bytes)?;
+        let (driver, mut pool) = self.pool();
+        let address = pool.take(&*driver, bytes)?;
+        drop(pool);
         Ok(Memory { gpu: self, address, bytes })
     }
 
@@ -95,7 +109,7 @@ impl Gpu {
     pub fn upload(&'static self, values: &[u8]) -> Result<Memory> {
         let memory = self.allocate(values.len())?;
         if !values.is_empty() {
-            self.driver.upload(values, memory.address)?;
+            self.driver().upload(values, memory.address)?;
         }
         Ok(memory)
     }
@@ -106,7 +120,7 @@ impl Gpu {
     /// Where any of it failed.
     pub fn synchronize(&self) -> Result<()> {
         self.waits.fetch_add(1, Ordering::Relaxed);
-        self.driver.synchronize()
+        self.driver().synchronize()
     }
 
     /// How long the work of `body` takes: by the device's clock, or where it has none by the host's, with waits before
@@ -116,9 +130,11 @@ impl Gpu {
     /// Those of `body`, and where work failed.
     pub fn time(&self, body: impl FnOnce() -> Result<()>) -> Result<Duration> {
         self.synchronize()?;
-        if let Some(timer) = self.driver.start_timer()? {
+        let timer = self.driver().start_timer()?;
+        if let Some(timer) = timer {
             body()?;
             self.waits.fetch_add(1, Ordering::Relaxed);
+            let _turn = self.driver();
             return timer.stop();
         }
         let start = Instant::now();
@@ -134,17 +150,18 @@ impl Gpu {
 
     /// Memory in use.
     pub fn memory_stats(&self) -> MemoryStats {
-        self.pool().stats()
+        self.pool().1.stats()
     }
 
     /// Starts a new measurement of the peak.
     pub fn reset_peak(&self) {
-        self.pool().reset_peak();
+        self.pool().1.reset_peak();
     }
 
     /// Gives all cached memory back to the driver.
     pub fn release_cached(&self) {
-        self.pool().release_cached(&*self.driver);
+        let (driver, mut pool) = self.pool();
+        pool.release_cached(&*driver);
     }
 }
 
@@ -192,7 +209,7 @@ impl Memory {
             return Err(Error::shape("device copy", message));
         }
         if self.bytes > 0 {
-            self.gpu.driver.copy(source.address, self.address, self.bytes)?;
+            self.gpu.driver().copy(source.address, self.address, self.bytes)?;
         }
         Ok(())
     }
@@ -206,7 +223,7 @@ impl Memory {
             return Err(Error::shape("upload", format!("{} bytes into {}", values.len(), self.bytes)));
         }
         if self.bytes > 0 {
-            self.gpu.driver.upload(values, self.address)?;
+            self.gpu.driver().upload(values, self.address)?;
         }
         Ok(())
     }
@@ -221,7 +238,7 @@ impl Memory {
         }
         self.gpu.waits.fetch_add(1, Ordering::Relaxed);
         if self.bytes > 0 {
-            self.gpu.driver.download(self.address, into)?;
+            self.gpu.driver().download(self.address, into)?;
         }
         Ok(())
     }
@@ -232,7 +249,7 @@ impl Memory {
     /// Where the device refuses.
     pub fn fill(&self, byte: u8) -> Result<()> {
         if self.bytes > 0 {
-            self.gpu.driver.fill(self.address, byte, self.bytes)?;
+            self.gpu.driver().fill(self.address, byte, self.bytes)?;
         }
         Ok(())
     }
@@ -240,6 +257,6 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        self.gpu.pool().put(self.address, self.bytes);
+        self.gpu.pool().1.put(self.address, self.bytes);
     }
 }

@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use crate::Result;
 use crate::driver::seam::{Address, Driver};
 use crate::tensor::MemoryStats;
+use crate::{Error, Result};
 
 /// Where a block is that a recording has touched.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -21,6 +21,8 @@ enum Held {
 #[derive(Default)]
 struct Recording {
     blocks: HashMap<Address, (usize, Held)>,
+    /// Whether memory was asked for that the pool did not have.
+    lacking: bool,
 }
 
 pub(super) struct Pool {
@@ -86,9 +88,14 @@ impl Pool {
     }
 
     fn allocate(&mut self, driver: &dyn Driver, size: usize) -> Result<Address> {
+        if let Some(recording) = self.current.and_then(|number| self.recordings.get_mut(&number)) {
+            recording.lacking = true;
+            let reason = format!("the pool has no block of {size} bytes, and a new one cannot be recorded");
+            return Err(Error::Gpu { device: driver.device(), call: "allocate", reason });
+        }
         self.stats.allocations += 1;
         driver.allocate(size).or_else(|error| {
-            if self.stats.cached == 0 || self.current.is_some() {
+            if self.stats.cached == 0 {
                 return Err(error);
             }
             self.release_cached(driver);
@@ -126,8 +133,10 @@ impl Pool {
         self.current.is_some()
     }
 
-    pub fn end_recording(&mut self) {
-        self.current = None;
+    /// Returns whether the pool had all the memory that was asked for.
+    pub fn end_recording(&mut self) -> bool {
+        let ended = self.current.take().and_then(|number| self.recordings.get(&number));
+        ended.is_none_or(|recording| !recording.lacking)
     }
 
     /// The recording will not be replayed again: what no tensor holds is free.

@@ -73,7 +73,7 @@ fn a_recording_keeps_its_memory_and_reads_what_is_there_when_it_is_repeated() {
     let input = on_device(&[1.0, 2.0, 3.0]);
     // The pool must hold what the recording needs.
     drop(doubled(&doubled(&input)));
-    let (captured, output) = gpu.capture(|| Ok(doubled(&doubled(&input)))).unwrap();
+    let (captured, output) = gpu.capture(|| Ok(doubled(&doubled(&input)))).unwrap().unwrap();
     captured.launch().unwrap();
     assert_eq!(output.to_vec::<f32>().unwrap(), [4.0, 8.0, 12.0]);
     // Other work of the same size must not be given the recording's memory.
@@ -94,9 +94,45 @@ fn what_cannot_be_recorded_is_refused_and_the_device_goes_on() {
     input.fill(0).unwrap();
     let error = gpu.capture(|| input.read(&mut [0; 12])).map(drop).unwrap_err().to_string();
     assert!(error.contains("record"), "{error}");
-    let error = gpu.capture(|| gpu.allocate(100_000).map(drop)).map(drop).unwrap_err().to_string();
-    assert!(error.contains("record"), "{error}");
+    let mut error = None;
+    let captured =
+        gpu.capture(|| gpu.allocate(100_000).map(drop).inspect_err(|refusal| error = Some(refusal.to_string())));
+    assert!(captured.unwrap().is_none());
+    assert!(error.unwrap().contains("no block of 100000 bytes"));
+    let nested = gpu.capture(|| gpu.capture(|| Ok(())).map(drop)).map(drop).unwrap_err().to_string();
+    assert!(nested.contains("under way"), "{nested}");
     let mut bytes = [1; 12];
     input.read(&mut bytes).unwrap();
     assert_eq!(bytes, [0; 12]);
+}
+
+#[test]
+fn what_other_threads_do_waits_for_the_end_of_a_recording_and_is_not_in_it() {
+    let gpu = device(1 << 20);
+    let (recorded, other) = (gpu.upload(&[0; 8]).unwrap(), gpu.upload(&[0; 8]).unwrap());
+    let value = |memory: &Memory| {
+        let mut bytes = [0; 8];
+        memory.read(&mut bytes).unwrap();
+        bytes[0]
+    };
+    let captured = std::thread::scope(|scope| {
+        let captured = gpu.capture(|| {
+            let (started, starts) = std::sync::mpsc::channel();
+            let other = &other;
+            scope.spawn(move || {
+                started.send(()).unwrap();
+                other.fill(2).unwrap();
+                drop(gpu.allocate(50_000).unwrap());
+                assert_eq!(value(other), 2);
+            });
+            starts.recv().unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            recorded.fill(1)
+        });
+        captured.unwrap().unwrap().0
+    });
+    assert_eq!((value(&recorded), value(&other)), (0, 2));
+    other.fill(3).unwrap();
+    captured.launch().unwrap();
+    assert_eq!((value(&recorded), value(&other)), (1, 3));
 }

@@ -172,7 +172,7 @@ impl Product<'_> {
             bias,
             epilogue,
         };
-        crate::driver::matrix_product(gpu.driver(), &product)
+        crate::driver::matrix_product(&*gpu.driver(), &product)
     }
 
     /// The product by our kernels.

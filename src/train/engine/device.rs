@@ -123,7 +123,12 @@ impl DeviceEngine {
         let gpu = device(optimizer)?.gpu();
         let inputs = batches.iter().map(|batch| Inputs::new(batch, gpu.device())).collect::<Result<Vec<_>>>()?;
         let precision = self.precision;
-        let (captured, ()) = gpu.capture(|| launch(plan, precision, optimizer, ema, &inputs))?;
+        let mut ema = ema;
+        let Some((captured, ())) = gpu.capture(|| launch(plan, precision, optimizer, ema.as_deref_mut(), &inputs))?
+        else {
+            // Another thread has taken of the pool's memory: this step fills it again.
+            return launch(plan, precision, optimizer, ema, &inputs);
+        };
         captured.launch()?;
         self.recorded = Some(Recorded { sizes, inputs, addresses, captured });
         Ok(())
