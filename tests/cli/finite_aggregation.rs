@@ -1,4 +1,4 @@
-//! `gridgrad train finite-aggregation`, `dpa` and `bagging`, `merge-shards` and `certify`: from images to certificates.
+//! `gridgrad train finite-aggregation`, `dpa`, `bagging` and `random-subsets`, `merge-shards` and `certify`: from images to certificates.
 
 use std::path::Path;
 
@@ -144,12 +144,13 @@ fn kill_after_some(folder: &Path, arguments: &[&str], votes: &Path) {
 #[test]
 fn what_makes_no_sense_is_refused() {
     let folder = tempfile::tempdir().unwrap();
-    let cases: [(&[&str], &[&str]); 11] = [
+    let cases: [(&[&str], &[&str]); 12] = [
         (&["finite-aggregation", "--k", "0"], &["k = 0 and d = 4", "at least 1"]),
         (&["finite-aggregation", "--k", "3", "--d", "0"], &["k = 3 and d = 0"]),
         (&["dpa", "--k", "1443"], &["1443", "1442 samples"]),
         (&["finite-aggregation", "--k", "99999999999", "--d", "9999999999"], &["k = 99999999999"]),
         (&["bagging", "--models", "0"], &["bagging of 0 classifiers"]),
+        (&["random-subsets", "--k", "0"], &["k = 0 for 100 classifiers"]),
         (&["dpa", "--data", "absent"], &["\"absent\" is neither a folder nor one of"]),
         (&["dpa", "--data", "mnist"], &["GRIDGRAD_DATA"]),
         (&["dpa", "--train-fraction", "-1"], &["train fraction of -1"]),
@@ -230,6 +231,25 @@ fn bagging_is_certified_by_its_own_method_alone() {
     }
     train(folder.path(), "dpa", &["--k", "4", "--votes-only", "--out", "votes"]);
     refused_in_one_line(folder.path(), &["certify", "votes", "--method", "roe"], &["needs scores"]);
+}
+
+#[test]
+fn random_subsets_are_certified_as_the_infinite_limit() {
+    let folder = tempfile::tempdir().unwrap();
+    let printed =
+        train(folder.path(), "random-subsets", &["--k", "25", "--models", "200", "--votes-only", "--out", "run"]);
+    assert!(printed.contains("Random subsets: k = 25, 200 classifiers"), "{printed}");
+    let printed = succeeds(folder.path(), &["certify", "run"]);
+    assert!(printed.contains("infinite-bound") && printed.contains("with probability 0.999"), "{printed}");
+    let printed = succeeds(folder.path(), &["certify", "run", "--method", "infinite-estimate"]);
+    assert!(printed.contains("infinite-estimate"), "{printed}");
+    for method in ["fa", "dpa", "fa-roe"] {
+        refused_in_one_line(
+            folder.path(),
+            &["certify", "run", "--method", method],
+            &["of random subsets", "does not certify"],
+        );
+    }
 }
 
 /// Pictures of different sizes become one size, and are hashed before.

@@ -167,7 +167,9 @@ fn the_order_of_the_training_set_changes_nothing() {
     let shuffled = Small { train: in_order(&small.train, &order), test: small.test.clone() };
     let mut bagging = settings(1, 1);
     bagging.ensemble = Ensemble::Bagging { classifiers: 6, samples: 40 };
-    for (name, settings) in [("fa", settings(5, 2)), ("bagging", bagging)] {
+    let mut random = settings(1, 1);
+    random.ensemble = Ensemble::RandomSubsets { k: 7, classifiers: 6 };
+    for (name, settings) in [("fa", settings(5, 2)), ("bagging", bagging), ("random-subsets", random)] {
         let runs = [(&small, "a"), (&shuffled, "b")];
         let [a, b] = runs.map(|(set, part)| set.run(&folder.path().join(format!("{name}-{part}")), settings.clone()));
         assert_same(&a, &b);

@@ -42,6 +42,11 @@ fn settings_that_make_no_sense() {
     {
         create(&small, bagging(classifiers, samples), &[&format!("bagging of {classifiers} "), "at most 16777216"]);
     }
+    for (k, classifiers) in [(0, 5), (5, 0), (5, usize::MAX)] {
+        let mut settings = settings(1, 1);
+        settings.ensemble = Ensemble::RandomSubsets { k, classifiers };
+        create(&small, settings, &[&format!("k = {k} for {classifiers} classifiers")]);
+    }
     let limited = |test| Settings { limit_test: test, ..settings(5, 2) };
     create(&small, limited(Some(0)), &["limit of 0", "20"]);
     let fraction = |fraction| Settings { train_fraction: Some(fraction), ..settings(5, 2) };

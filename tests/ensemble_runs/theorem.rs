@@ -271,3 +271,35 @@ fn nearest_neighbours_on_some_of_mnist() {
         assert!(fa.fraction(size) >= dpa.fraction(size), "{size}: {} and {}", fa.fraction(size), dpa.fraction(size));
     }
 }
+
+#[test]
+fn random_subsets_keep_a_sample_with_one_probability_whatever_the_others_are() {
+    let (k, classifiers) = (6, 300);
+    let run = |name: &str, small: &Small, folder: &Path| {
+        let mut settings = settings(1, 1);
+        settings.ensemble = Ensemble::RandomSubsets { k, classifiers };
+        Answers::read(&[small.run(&folder.join(name), settings)]).unwrap()
+    };
+    let (small, folder) = (Small::new(), tempfile::tempdir().unwrap());
+    let before = run("before", &small, folder.path());
+    // Of 90,000 chances a sixth, within five standard deviations.
+    let kept: usize = before.classifiers.iter().map(|record| record.samples).sum();
+    assert!((kept as f64 - 15_000.0).abs() < 5.0 * (90_000.0f64 * (1.0 / 6.0) * (5.0 / 6.0)).sqrt(), "{kept}");
+    for index in [0, 123] {
+        let without: Vec<usize> = (0..300).filter(|&other| other != index).collect();
+        let smaller = Small { train: in_order(&small.train, &without), test: small.test.clone() };
+        let after = run(&format!("without-{index}"), &smaller, folder.path());
+        let mut changed = 0;
+        for (a, b) in before.classifiers.iter().zip(&after.classifiers) {
+            match a.samples - b.samples {
+                0 => assert_eq!(trained(a), trained(b)),
+                lost => {
+                    assert_eq!(lost, 1);
+                    changed += 1;
+                }
+            }
+        }
+        // Of 300 chances 50, within five standard deviations.
+        assert!((50.0 - f64::from(changed)).abs() < 33.0, "{changed}");
+    }
+}

@@ -15,7 +15,7 @@ use crate::output::{print, table};
 /// Which answers, how they were trained, and where results go.
 #[derive(Args)]
 pub struct Certify {
-    /// The folder of a run of `gridgrad train finite-aggregation`, `dpa` or `bagging`, or those of all its shards.
+    /// The folder of a run of `gridgrad train finite-aggregation`, `dpa`, `bagging` or `random-subsets`, or those of all its shards.
     #[arg(value_name = "RUN", required_unless_present = "votes")]
     runs: Vec<PathBuf>,
     /// Answers of an ensemble made elsewhere: `votes` (samples, classifiers) or `scores` (samples, classifiers, classes), optionally
@@ -125,7 +125,7 @@ fn dpa_beside(folder: &Path) -> Result<Option<Report>> {
         Ensemble::FiniteAggregation { spread: its, hash: its_hash } => {
             its.d() == 1 && its.k() == spread.k() && its_hash == hash
         }
-        Ensemble::Bagging { .. } => false,
+        Ensemble::Bagging { .. } | Ensemble::RandomSubsets { .. } => false,
     };
     let is_comparable = |path: &PathBuf| {
         Manifest::read(path).is_ok_and(|other| {

@@ -18,7 +18,7 @@ use serde::de::DeserializeOwned;
 
 use crate::checkpoint::{Description, Trained};
 use crate::device::DeviceFlag;
-use crate::finite_aggregation::{TrainBagging, TrainDpa, TrainFiniteAggregation};
+use crate::finite_aggregation::{TrainBagging, TrainDpa, TrainFiniteAggregation, TrainRandomSubsets};
 use crate::info::{grouped, named};
 use crate::output::{complain, print};
 use crate::progress::{CURVES, Display, human};
@@ -46,6 +46,9 @@ pub enum Train {
     Dpa(Box<TrainDpa>),
     /// Bagging: classifiers that each draw their images with replacement. Its certificate holds with a probability.
     Bagging(Box<TrainBagging>),
+    /// The limit of Finite Aggregation for a large d: classifiers that each keep every image with probability 1/k. Its
+    /// certificate holds with a probability, as that of bagging.
+    RandomSubsets(Box<TrainRandomSubsets>),
 }
 
 /// Flags of `gridgrad train crossformer`. A flag goes over the configuration file, which goes over the defaults.
@@ -106,6 +109,7 @@ pub fn run(train: Train) -> Result<()> {
         Train::FiniteAggregation(flags) => flags.run(),
         Train::Dpa(flags) => flags.run(),
         Train::Bagging(flags) => flags.run(),
+        Train::RandomSubsets(flags) => flags.run(),
     }
 }
 

@@ -41,7 +41,7 @@ impl Answers {
         let votes = shards.classifiers.par_iter().map(read).collect::<Result<Vec<_>>>()?;
         let offsets = match &run.settings.ensemble {
             Ensemble::FiniteAggregation { spread, .. } => Some(spread.offsets().to_vec()),
-            Ensemble::Bagging { .. } => None,
+            Ensemble::Bagging { .. } | Ensemble::RandomSubsets { .. } => None,
         };
         let table = VoteFile {
             votes: Some(Votes::from_columns(run.data.classes.len(), &votes)?),
@@ -68,7 +68,8 @@ impl Answers {
         Scores::from_columns(shape[1], &columns.collect::<Result<Vec<_>>>()?)
     }
 
-    /// The method that an ensemble of this kind was made for. `alpha` is the probability with which bagging may fail.
+    /// The method that an ensemble of this kind was made for. `alpha` is the probability with which that of bagging or of
+    /// random subsets may fail.
     pub fn method(&self, alpha: f64) -> Method {
         match &self.run.settings.ensemble {
             Ensemble::FiniteAggregation { spread, .. } if spread.d() == 1 => Method::Dpa,
@@ -78,6 +79,7 @@ impl Answers {
                 train_size: self.run.data.train_samples,
                 alpha,
             }),
+            Ensemble::RandomSubsets { .. } => Method::InfiniteBound { alpha },
         }
     }
 
@@ -103,6 +105,12 @@ impl Answers {
             Ensemble::Bagging { classifiers, .. } => match method {
                 Method::Bagging(_) => certify_table(&self.table, &Spread::new(*classifiers, 1)?, method),
                 _ => refuse(format!("this run is of bagging, whose classifiers {} does not certify", method.name())),
+            },
+            Ensemble::RandomSubsets { k, .. } => match method {
+                Method::InfiniteBound { .. } | Method::InfiniteEstimate => {
+                    certify_table(&self.table, &Spread::new(*k, 1)?, method)
+                }
+                _ => refuse(format!("this run is of random subsets, which {} does not certify", method.name())),
             },
         }
     }

@@ -27,6 +27,12 @@ enum Subsets {
         samples: usize,
         stream: Philox,
     },
+    /// All samples, sorted by content, what decides for each, and the inverse of the probability of being kept.
+    Kept {
+        sorted: Vec<usize>,
+        stream: Philox,
+        k: usize,
+    },
 }
 
 impl Samples {
@@ -49,18 +55,22 @@ impl Samples {
                 let bucket = |(image, _): &(Image, usize)| (hash.of(image.pixels()) % spread.n() as u64) as usize;
                 train.samples.par_iter().map(bucket).collect()
             }
-            Ensemble::Bagging { .. } => vec![0; train.samples.len()],
+            Ensemble::Bagging { .. } | Ensemble::RandomSubsets { .. } => vec![0; train.samples.len()],
         };
         let side = side(settings, &train.samples, &test.samples)?;
         let (train, test) = (train.in_memory(side)?, test.in_memory(side)?);
+        let sorted =
+            || Ok::<_, Error>(Partition::with_buckets(&train, &buckets, &Spread::new(1, 1)?)?.bucket(0).to_vec());
+        let stream = |name| Philox::new(settings.seed).stream(name);
         let subsets = match &settings.ensemble {
             Ensemble::FiniteAggregation { spread, .. } => {
                 Subsets::Parts(Partition::with_buckets(&train, &buckets, spread)?)
             }
             Ensemble::Bagging { samples, .. } => {
-                let sorted = Partition::with_buckets(&train, &buckets, &Spread::new(1, 1)?)?.bucket(0).to_vec();
-                let stream = Philox::new(settings.seed).stream("bagging");
-                Subsets::Draws { sorted, samples: *samples, stream }
+                Subsets::Draws { sorted: sorted()?, samples: *samples, stream: stream("bagging") }
+            }
+            Ensemble::RandomSubsets { k, .. } => {
+                Subsets::Kept { sorted: sorted()?, stream: stream("random subsets"), k: *k }
             }
         };
         let digests = (0..train.len()).into_par_iter().map(|index| digest(&train, index)).collect();
@@ -76,6 +86,11 @@ impl Samples {
                 let mut places: Vec<usize> = (0..*samples).map(|_| draws.below(sorted.len())).collect();
                 places.sort_unstable();
                 places.into_iter().map(|place| sorted[place]).collect()
+            }
+            Subsets::Kept { sorted, stream, k } => {
+                let stream = stream.fork(classifier as u64);
+                let keeps = |sample: &usize| is_kept(&self.digests[*sample], stream, *k);
+                sorted.iter().copied().filter(keeps).collect()
             }
         }
     }
@@ -103,6 +118,14 @@ impl Samples {
         hash.update(digests.as_flattened());
         hex(&hash.finish())
     }
+}
+
+/// Whether a sample is kept: with probability `1/k`, rounded to a multiple of `2⁻⁶⁴`, over the seed of the stream.
+fn is_kept(digest: &[u8; 32], stream: Philox, k: usize) -> bool {
+    let words = digest.as_chunks::<8>().0.iter();
+    let stream = words.fold(stream, |stream, word| stream.fork(u64::from_le_bytes(*word)));
+    let [a, b, ..] = stream.block(0);
+    u64::from(a) | u64::from(b) << 32 <= u64::MAX / k as u64
 }
 
 /// SHA-256 of a sample: its shape, label and bytes.

@@ -23,6 +23,15 @@ pub enum Ensemble {
         /// Draws of each classifier.
         samples: usize,
     },
+    /// The limit of Finite Aggregation for a large `d`, in samples of its classifiers: each keeps every sample with
+    /// probability `1/k`, whatever the others do. A sample's bytes and the run's seed decide, so that a sample that is
+    /// added or removed changes only the classifiers that keep it.
+    RandomSubsets {
+        /// Inverse of the probability.
+        k: usize,
+        /// Number of classifiers.
+        classifiers: usize,
+    },
 }
 
 impl Ensemble {
@@ -30,7 +39,7 @@ impl Ensemble {
     pub fn classifiers(&self) -> usize {
         match self {
             Ensemble::FiniteAggregation { spread, .. } => spread.n(),
-            Ensemble::Bagging { classifiers, .. } => *classifiers,
+            Ensemble::Bagging { classifiers, .. } | Ensemble::RandomSubsets { classifiers, .. } => *classifiers,
         }
     }
 
@@ -63,6 +72,15 @@ impl Ensemble {
                 );
                 Err(Error::Config(message))
             }
+            Ensemble::RandomSubsets { k, classifiers }
+                if *k == 0 || *classifiers == 0 || *classifiers > MAX_CLASSIFIERS =>
+            {
+                let message = format!(
+                    "random subsets with k = {k} for {classifiers} classifiers: expected at least 1 and 1, and at most \
+                     {MAX_CLASSIFIERS} classifiers"
+                );
+                Err(Error::Config(message))
+            }
             _ => Ok(()),
         }
     }
@@ -84,7 +102,7 @@ pub struct Settings {
     pub limit_test: Option<usize>,
     /// Which samples each classifier is trained on.
     pub ensemble: Ensemble,
-    /// Classifier `i` has the seed `seed + i`. Draws of bagging depend on it as well.
+    /// Classifier `i` has the seed `seed + i`. Draws of bagging and random subsets depend on it as well.
     pub seed: u64,
     /// Whether scores of all classes are kept, which run-off election needs, or votes alone.
     pub keep_scores: bool,
