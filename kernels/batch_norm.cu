@@ -43,8 +43,8 @@ struct Parameter {
     __device__ __forceinline__ float at(u64 channel, float absent) const {
         if (values == nullptr) return absent;
         if (dtype == 0) return static_cast<const float*>(values)[channel];
-        if (dtype == 1) return to_float(static_cast<const bf16*>(values)[channel]);
-        return to_float(static_cast<const f16*>(values)[channel]);
+        const u16 bits = static_cast<const u16*>(values)[channel];
+        return dtype == 1 ? to_float(bits_as<bf16>(bits)) : to_float(bits_as<f16>(bits));
     }
 };
 
@@ -138,7 +138,7 @@ __device__ __forceinline__ void apply(T* __restrict__ output, const T* __restric
         slope[i] = scale[channel] * weight.at(channel, 1);
         offset[i] = bias.at(channel, 0);
     }
-#pragma unroll 4
+#pragma unroll (V == WIDE ? 4 : 1)
     for (u64 row = walk.begin; row < walk.end; row += blockDim.y) {
         const u64 at = row * channels + walk.channel;
         float values[V];
@@ -165,8 +165,7 @@ __device__ __forceinline__ void partial_sums(Pair* partials, const T* __restrict
     const Walk<V> walk(model.rows(rows), channels, rows_per_part);
     float center[V] = {}, slope[V] = {}, offset[V] = {};
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-        if (!walk.valid) break;
+    for (int i = 0; walk.valid && i < V; ++i) {
         const u64 channel = u64(blockIdx.z) * channels + walk.channel + i;
         center[i] = mean[channel];
         if (!relu) continue;
@@ -174,7 +173,7 @@ __device__ __forceinline__ void partial_sums(Pair* partials, const T* __restrict
         offset[i] = bias.at(channel, 0);
     }
     Pair sums[V] = {};
-#pragma unroll 4
+#pragma unroll (V == WIDE ? 4 : 1)
     for (u64 row = walk.begin; row < walk.end; row += blockDim.y) {
         const u64 at = row * channels + walk.channel;
         float values[V], gradients[V];
@@ -219,7 +218,7 @@ __device__ __forceinline__ void input_gradient(T* __restrict__ gradient, const T
         tilt[i] = along == nullptr ? 0 : along[channel] * share * scale[channel];
         offset[i] = total == nullptr ? 0 : total[channel] * share;
     }
-#pragma unroll 4
+#pragma unroll (V == WIDE ? 4 : 1)
     for (u64 row = walk.begin; row < walk.end; row += blockDim.y) {
         const u64 at = row * channels + walk.channel;
         float values[V], gradients[V];

@@ -103,6 +103,23 @@ template <class T> struct Sums {
         }
     }
 
+    // The next tile of the first row, and the next row, become the first.
+    __device__ __forceinline__ void next_tile() {
+#pragma unroll
+        for (u32 j = 0; j + 1 < MOST_TILES; ++j) copy(sums[0][j], sums[0][j + 1]);
+    }
+    __device__ __forceinline__ void next_row() {
+#pragma unroll
+        for (u32 i = 0; i + 1 < DOWN; ++i) {
+#pragma unroll
+            for (u32 j = 0; j < MOST_TILES; ++j) copy(sums[i][j], sums[i + 1][j]);
+        }
+    }
+    static __device__ __forceinline__ void copy(float (&to)[4], const float (&from)[4]) {
+#pragma unroll
+        for (u32 k = 0; k < 4; ++k) to[k] = from[k];
+    }
+
     // Adds the products of `steps` steps from `first` on, of windows whose first row begins at chunk `start`.
     template <u32 TILES>
     __device__ __forceinline__ void accumulate(const T* tile, const Tiling& t, const Piece& piece, u32 start,
@@ -235,37 +252,56 @@ template <class T> struct Forward {
         }
     }
 
-    // Adds the parts of the warps side by side, in order, a row of fragments at a time, and stores.
-    __device__ __forceinline__ void exchange(const Sums<T>& product, const Piece& piece) const {
-        float* scratch = reinterpret_cast<float*>(shared) + t.tile_chunks() * 4;
-        scratch += warp_down() * WARPS_ACROSS * MOST_TILES * 128 + lane() * 4;
-#pragma unroll
+    // Stores a piece's sums, a row of fragments at a time; those of a `split` piece are first added up, in the order of the
+    // warps side by side. One copy of the code serves all fragments: the next always moves to the front.
+    __device__ __forceinline__ void store(Sums<T>& product, const Piece& piece, bool split) const {
+#pragma unroll 1
         for (u32 i = 0; i < DOWN; ++i) {
-            __syncthreads();
-#pragma unroll
-            for (u32 j = 0; j < MOST_TILES; ++j) {
-                float* to = scratch + (warp_across() * MOST_TILES + j) * 128;
-                if (j < piece.tiles) ::store(to, bits_as<Vector<float, 4>>(product.sums[i][j]));
+            u32 j = 0, end = piece.tiles;
+            if (split) {
+                exchange(product, piece);
+                j = warp_across();
+                end = min(end, j + 1);
             }
-            __syncthreads();
-            const u32 j = warp_across();
-            if (j >= piece.tiles) continue;
-            float sums[4] = {};
-#pragma unroll
-            for (u32 part = 0; part < WARPS_ACROSS; ++part) {
-                const Vector<float, 4> more = load<4>(scratch + (part * MOST_TILES + j) * 128);
-#pragma unroll
-                for (u32 k = 0; k < 4; ++k) sums[k] += more[k];
+#pragma unroll 1
+            for (; j < end; ++j) {
+                store(piece, i, j, product.sums[0][0]);
+                product.next_tile();
             }
-            store(piece, i, j, sums);
+            product.next_row();
         }
     }
 
+    // Adds the warps' parts of the first row's tile of the warp's own number.
+    __device__ __forceinline__ void exchange(Sums<T>& product, const Piece& piece) const {
+        float* scratch = reinterpret_cast<float*>(shared) + t.tile_chunks() * 4;
+        scratch += warp_down() * WARPS_ACROSS * MOST_TILES * 128 + lane() * 4;
+        __syncthreads();
+#pragma unroll
+        for (u32 j = 0; j < MOST_TILES; ++j) {
+            float* to = scratch + (warp_across() * MOST_TILES + j) * 128;
+            if (j < piece.tiles) ::store(to, bits_as<Vector<float, 4>>(product.sums[0][j]));
+        }
+        __syncthreads();
+        if (warp_across() >= piece.tiles) return;
+        float sums[4] = {};
+#pragma unroll
+        for (u32 part = 0; part < WARPS_ACROSS; ++part) {
+            const Vector<float, 4> more = load<4>(scratch + (part * MOST_TILES + warp_across()) * 128);
+#pragma unroll
+            for (u32 k = 0; k < 4; ++k) sums[k] += more[k];
+        }
+#pragma unroll
+        for (u32 k = 0; k < 4; ++k) product.sums[0][0][k] = sums[k];
+    }
+
+    // Stores a fragment, of row `i` and tile `j`.
     __device__ __forceinline__ void store(const Piece& piece, u32 i, u32 j, const float (&sums)[4]) const {
         const u32 column = piece.column + j * 8 + lane() % 4 * 2;
         const T* bias = biases[piece.kernel];
         const bool even = piece.out % 2 == 0 && piece.first % 2 == 0 && e.out_channels % 2 == 0;
-#pragma unroll
+        float first = sums[0], second = sums[1];
+#pragma unroll 1
         for (u32 half = 0; half < 2; ++half) {
             const Group group(e, t, at, warp_down() * 64 + i * 16 + half * 8 + lane() / 4);
             const auto place = [&](u32 column, bool& valid) {
@@ -273,18 +309,19 @@ template <class T> struct Forward {
                 valid = valid && column < piece.columns;
                 return output + position * e.out_channels + piece.first + column % piece.out;
             };
+            const auto biased = [&](u32 column, float sum) { return sum + to_float(bias[column % piece.out]); };
             bool valid;
             T* to = place(column, valid);
-            const float first = valid ? sums[half * 2] + to_float(bias[column % piece.out]) : 0;
             if (even) {
-                if (!valid) continue;
-                const float pair[2] = {first, sums[half * 2 + 1] + to_float(bias[column % piece.out + 1])};
-                store_from_float(to, pair);
-                continue;
+                const float pair[2] = {valid ? biased(column, first) : 0, valid ? biased(column + 1, second) : 0};
+                if (valid) store_from_float(to, pair);
+            } else {
+                if (valid) *to = from_float<T>(biased(column, first));
+                to = place(column + 1, valid);
+                if (valid) *to = from_float<T>(biased(column + 1, second));
             }
-            if (valid) *to = from_float<T>(first);
-            to = place(column + 1, valid);
-            if (valid) *to = from_float<T>(sums[half * 2 + 1] + to_float(bias[(column + 1) % piece.out]));
+            first = sums[2];
+            second = sums[3];
         }
     }
 
@@ -327,8 +364,7 @@ template <class T> struct Forward {
         const u32 slices = t.slices();
         // A block that stages more slices than one does so for one round alone.
         const u32 first = slices == 1 ? 0 : blockIdx.y, end = slices == 1 ? t.split + t.rounds : first + 1;
-        stage(0);
-        async_commit();
+        u32 staged = 0;
         Sums<T> product;
 #pragma unroll
         for (u32 i = 0; i < Sums<T>::BASES; ++i) {
@@ -340,33 +376,28 @@ template <class T> struct Forward {
             const bool split = number < t.split;
             // The others' order is that of their kernels: a block has some of all.
             const u32 wanted = split ? number : number + warp_across() * t.rounds;
-            __syncwarp();
-            if (lane() == 0) find_piece<T>(piece, e, t, wanted);
-            __syncwarp();
-            const bool valid = piece.tiles > 0;
             product.clear();
 #pragma unroll 1
             for (u32 slice = 0; slice < slices; ++slice) {
-                if (number == first) {
-                    if (slice + 1 < slices) stage(slice + 1);
+                // A slice is in use while the next is on its way.
+#pragma unroll 1
+                for (; staged <= min(slice + 1, slices); ++staged) {
+                    if (staged < slices) stage(staged);
                     async_commit();
+                }
+                if (slice == 0) {
+                    __syncwarp();
+                    if (lane() == 0) find_piece<T>(piece, e, t, wanted);
+                    __syncwarp();
+                }
+                if (number == first) {
                     async_wait<1>();
                     __syncthreads();
                 }
-                if (valid) accumulate(product, piece, slice, split);
+                if (piece.tiles > 0) accumulate(product, piece, slice, split);
                 if (slices > 1) __syncthreads();
             }
-            if (split) {
-                exchange(product, piece);
-            } else if (valid) {
-#pragma unroll
-                for (u32 i = 0; i < DOWN; ++i) {
-#pragma unroll
-                    for (u32 j = 0; j < MOST_TILES; ++j) {
-                        if (j < piece.tiles) store(piece, i, j, product.sums[i][j]);
-                    }
-                }
-            }
+            store(product, piece, split);
         }
         if (norm.weight != nullptr) normalise(norm);
     }

@@ -84,12 +84,13 @@ __device__ __forceinline__ void input_gradient(T* input_gradient, const T* gradi
     }
 
     const bool aligned = e.channels % 2 == 0 && !p.channels_first;
+    const u64 plane = p.plane(e);
     tile.for_each_pair(row, column, [&](u32 pixel, u32 channel, float first, float second) {
         if (pixel >= pixels || channel >= e.channels) return;
         u32 px, py;
         const u32 image = by_height.divide(by_width.divide(pixel, px), py);
         const u32 y = phase_y + py * e.stride, x = phase_x + px * e.stride;
-        T* to = input_gradient + p.place(e, image, y, x, channel);
+        T* to = input_gradient + p.place(e, image, y, x, 0) + channel * plane;
         const bool both = channel + 1 < e.channels;
         const float pair[2] = {p.scaled ? first * p.scale[channel] : first,
                                p.scaled && both ? second * p.scale[channel + 1] : second};
@@ -97,7 +98,7 @@ __device__ __forceinline__ void input_gradient(T* input_gradient, const T* gradi
             store_from_float(to, pair);
         } else {
             to[0] = from_float<T>(pair[0]);
-            if (both) to[p.place(e, 0, 0, 0, 1)] = from_float<T>(pair[1]);
+            if (both) to[plane] = from_float<T>(pair[1]);
         }
     });
 }

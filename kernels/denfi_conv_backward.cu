@@ -111,11 +111,17 @@ __device__ __forceinline__ void weight_partials(float* partials, const T* input,
             }
         }
     }
-#pragma unroll
+    // One copy of the code for all taps: the next one's sums always move to the front.
+#pragma unroll 1
     for (u32 tap = 0; tap < TAPS; ++tap) {
-        reduce_slices(sums[tap], Sum{}, stage.scratch);
+        reduce_slices(sums[0], Sum{}, stage.scratch);
         if (threadIdx.y == 0 && channel < map.channels) {
-            store_from_float(partials + (u64(blockIdx.x) * TAPS + tap) * map.channels + channel, sums[tap]);
+            store_from_float(partials + (u64(blockIdx.x) * TAPS + tap) * map.channels + channel, sums[0]);
+        }
+#pragma unroll
+        for (u32 i = 0; i + 1 < TAPS; ++i) {
+#pragma unroll
+            for (int n = 0; n < N; ++n) sums[i][n] = sums[i + 1][n];
         }
     }
 }

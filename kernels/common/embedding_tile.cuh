@@ -35,6 +35,10 @@ struct Pixels {
         const u64 pixel = (line * e.height + y) * e.width + x;
         return channels_first ? pixel : pixel * e.channels + channel;
     }
+    // Elements from a channel to the next.
+    __device__ __forceinline__ u64 plane(const Embedding& e) const {
+        return channels_first ? u64(e.height) * e.width : 1;
+    }
 };
 
 // How a layer is cut. As `Tiling` in src/ops/cross_scale_embedding/tiling.rs.
@@ -166,6 +170,26 @@ __device__ __forceinline__ float pixel_value(const void* input, const Embedding&
     return p.scaled ? fmaf(value, p.scale[channel], p.shift[channel]) : value;
 }
 
+// A chunk's worth of neighbours of a row of the tile from (x, channel) on, as they count; `channels` are staged of each
+// pixel, from `first_channel` on. Zeros outside of the map. `Stored` is what lies in memory.
+template <class Stored, u32 CHUNK>
+__device__ __forceinline__ void load_pixels(float (&values)[CHUNK], const void* input, const Embedding& e,
+                                            const Pixels& p, u32 image, u32 y, u32 x, u32 channel, u32 first_channel,
+                                            u32 channels) {
+    const u32 across = p.channels_first ? 1 : e.channels;
+    const u64 plane = p.plane(e);
+    const Stored* row = static_cast<const Stored*>(input) + p.place(e, image, y, 0, first_channel);
+#pragma unroll
+    for (u32 j = 0; j < CHUNK; ++j) {
+        const bool inside = x < e.width && first_channel + channel < e.channels;
+        values[j] = inside ? to_float(row[x * across + channel * plane]) : 0;
+        if (p.scaled && inside) {
+            values[j] = fmaf(values[j], p.scale[first_channel + channel], p.shift[first_channel + channel]);
+        }
+        if (++channel == channels) channel = 0, ++x;
+    }
+}
+
 // Stages the rows from `first_row` on of the largest windows, `rows` of them beyond those of one row of positions, and
 // a slice of channels; zeros outside of the map. Complete after `async_commit`, `async_wait` and a barrier.
 template <class T>
@@ -185,37 +209,42 @@ __device__ __forceinline__ void stage_pixels(T* tile, const void* input, const E
         const u32 image = at.image + block_image, y = origin_y + row;
         const bool row_inside = image < e.batch && y < e.height;
         if (t.run == 0) {
-            Vector<T, CHUNK> values;
-            u32 channel, x = origin_x + by_channels.divide(chunk * CHUNK, channel);
-#pragma unroll
-            for (u32 j = 0; j < CHUNK; ++j) {
-                const bool inside = row_inside && x < e.width && first_channel + channel < e.channels;
-                values[j] =
-                    from_float<T>(inside ? pixel_value<T>(input, e, p, image, y, x, first_channel + channel) : 0);
-                if (++channel == t.slice_channels) channel = 0, ++x;
+            float values[CHUNK] = {};
+            if (row_inside) {
+                u32 channel;
+                const u32 x = origin_x + by_channels.divide(chunk * CHUNK, channel);
+                const auto load = [&](auto stored) {
+                    load_pixels<decltype(stored)>(values, input, e, p, image, y, x, channel, first_channel,
+                                                  t.slice_channels);
+                };
+                if (p.type == 2) {
+                    load(u8());
+                } else if (sizeof(T) == 2 && p.type == 1) {
+                    load(float());
+                } else {
+                    load(T());
+                }
             }
-            store(to, values);
+            store_from_float(to, values);
             continue;
         }
         const T* line = static_cast<const T*>(input) + (u64(image) * e.height + y) * e.width * e.channels;
-        const auto copy = [&](auto bytes) {
-            constexpr u32 RUN = decltype(bytes)::value / sizeof(T);
-#pragma unroll
-            for (u32 j = 0; j < CHUNK; j += RUN) {
-                u32 channel;
-                const u32 element = chunk * CHUNK + j, x = origin_x + by_channels.divide(element, channel);
-                const u32 along = whole ? origin_x * e.channels + element : x * e.channels + first_channel + channel;
-                const bool inside = row_inside && (whole ? along < e.width * e.channels
-                                                         : x < e.width && first_channel + channel < e.channels);
-                async_copy<decltype(bytes)::value>(to + j, inside ? line + along : input, inside ? RUN * sizeof(T) : 0);
+#pragma unroll 1
+        for (u32 j = 0; j < CHUNK; j += t.run) {
+            u32 channel;
+            const u32 element = chunk * CHUNK + j, x = origin_x + by_channels.divide(element, channel);
+            const u32 along = whole ? origin_x * e.channels + element : x * e.channels + first_channel + channel;
+            const bool inside = row_inside && (whole ? along < e.width * e.channels
+                                                     : x < e.width && first_channel + channel < e.channels);
+            const T* from = inside ? line + along : static_cast<const T*>(input);
+            const u32 bytes = t.run * u32(sizeof(T)), valid = inside ? bytes : 0;
+            if (bytes == 16) {
+                async_copy<16>(to + j, from, valid);
+            } else if (bytes == 8) {
+                async_copy<8>(to + j, from, valid);
+            } else {
+                async_copy<4>(to + j, from, valid);
             }
-        };
-        if (t.run * sizeof(T) == 16) {
-            copy(std::integral_constant<u32, 16>{});
-        } else if (t.run * sizeof(T) == 8) {
-            copy(std::integral_constant<u32, 8>{});
-        } else {
-            copy(std::integral_constant<u32, 4>{});
         }
     }
 }

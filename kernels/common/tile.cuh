@@ -72,7 +72,9 @@ __device__ __forceinline__ void load_tile(typename Source::Element* tile, const 
     using Tile = TileOf<Source, LINES, DEPTH>;
     constexpr u32 CHUNK = Tile::CHUNK, TOTAL = Tile::SIZE / CHUNK, RUN = Source::RUN < CHUNK ? Source::RUN : CHUNK;
     static_assert(TOTAL % THREADS == 0, "every thread copies the same number of chunks");
-#pragma unroll
+    // Element by element a chunk is long enough as it is.
+    constexpr bool COPIED = RUN * sizeof(T) >= 4;
+#pragma unroll (COPIED ? TOTAL / THREADS : 1)
     for (u32 copied = 0; copied < TOTAL; copied += THREADS) {
         const u32 index = copied + linear_thread();
         const u32 across = index / Tile::CHUNKS, chunk = index % Tile::CHUNKS;
@@ -81,7 +83,7 @@ __device__ __forceinline__ void load_tile(typename Source::Element* tile, const 
             const u32 along = chunk * CHUNK + i;
             return Source::ALONG_K ? source(line + across, k + along) : source(line + along, k + across);
         };
-        if constexpr (RUN * sizeof(T) >= 4) {
+        if constexpr (COPIED) {
 #pragma unroll
             for (u32 i = 0; i < CHUNK; i += RUN) {
                 const Run<T> run = run_at(i);
