@@ -100,7 +100,7 @@ impl ResNetConfig {
     }
 }
 
-/// A convolution without bias, its batch normalisation, and whether a ReLU follows.
+/// A convolution without bias and its batch normalisation.
 struct ConvNorm {
     conv: Conv2d,
     norm: BatchNorm,
@@ -119,6 +119,10 @@ impl ConvNorm {
 
     fn forward(&self, input: &Tensor, context: &Context) -> Result<Tensor> {
         self.norm.forward(&self.conv.forward(input)?, context)
+    }
+
+    fn forward_relu(&self, input: &Tensor, context: &Context) -> Result<Tensor> {
+        self.norm.forward_relu(&self.conv.forward(input)?, context)
     }
 
     /// Multiply-adds for one image, and the extents of the output.
@@ -158,10 +162,8 @@ impl Block {
     fn forward(&self, input: &Tensor, context: &Context) -> Result<Tensor> {
         let mut output = input.clone();
         for (number, layer) in self.branch.iter().enumerate() {
-            output = layer.forward(&output, context)?;
-            if number + 1 < self.branch.len() {
-                output = output.relu()?;
-            }
+            let last = number + 1 == self.branch.len();
+            output = if last { layer.forward(&output, context)? } else { layer.forward_relu(&output, context)? };
         }
         let shortcut = match &self.downsample {
             Some(layer) => layer.forward(input, context)?,
@@ -233,7 +235,7 @@ impl ResNet {
     /// # Errors
     /// Where the images do not fit the network.
     pub fn logits(&self, images: &Tensor, context: &Context) -> Result<Tensor> {
-        let mut map = self.stem.forward(images, context)?.relu()?;
+        let mut map = self.stem.forward_relu(images, context)?;
         if self.config.stem == Stem::ImageNet {
             let pool = Pool2dOptions { stride: [2; 2], padding: [1; 2], ..Pool2dOptions::tiling([3; 2]) };
             map = max_pool2d(&map, pool)?;

@@ -366,10 +366,29 @@ impl BatchNorm {
     /// # Errors
     /// Where the last axis is not `channels`, or a training batch has fewer than two values per channel.
     pub fn forward(&self, input: &Tensor, context: &Context) -> Result<Tensor> {
+        self.normalised(input, context, |weight, bias, mode| {
+            ops::batch_norm(input, Some(weight), Some(bias), mode, self.eps)
+        })
+    }
+
+    /// The ReLU of [`BatchNorm::forward`], in fewer passes over memory: `input` is (batch, …, channels).
+    ///
+    /// # Errors
+    /// As [`BatchNorm::forward`].
+    pub fn forward_relu(&self, input: &Tensor, context: &Context) -> Result<Tensor> {
+        self.normalised(input, context, |weight, bias, mode| ops::batch_norm_relu(input, weight, bias, mode, self.eps))
+    }
+
+    fn normalised(
+        &self,
+        input: &Tensor,
+        context: &Context,
+        op: impl FnOnce(&Tensor, &Tensor, ops::BatchNormMode<'_>) -> Result<ops::BatchNorm>,
+    ) -> Result<Tensor> {
         let running = ops::BatchStatistics { mean: self.running_mean.tensor(), variance: self.running_var.tensor() };
         let mode = if context.is_training() { ops::BatchNormMode::Train } else { ops::BatchNormMode::Eval(&running) };
         let (weight, bias) = (self.weight.tensor_as(input.dtype())?, self.bias.tensor_as(input.dtype())?);
-        let result = ops::batch_norm(input, Some(&weight), Some(&bias), mode, self.eps)?;
+        let result = op(&weight, &bias, mode)?;
         if let Some(batch) = &result.batch {
             let updated = running.updated(batch, self.momentum)?;
             // Not shared any more, the parameters are overwritten in place: a recorded step writes to their addresses.

@@ -39,7 +39,7 @@ mod resample;
 mod softmax;
 mod strided;
 
-pub use batch_norm::{BatchNorm, BatchNormMode, BatchStatistics, batch_norm, batch_norm_relu_each};
+pub use batch_norm::{BatchNorm, BatchNormMode, BatchStatistics, batch_norm, batch_norm_relu, batch_norm_relu_each};
 pub use class_moments::class_moments;
 pub use conv2d::{Conv2dOptions, conv_transpose2d, conv2d, conv2d_each, linear_each};
 pub use crops::crops_each;

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use gridgrad::autograd::{GradOptions, grad};
-use gridgrad::ops::{BatchNormMode, BatchStatistics, batch_norm};
+use gridgrad::ops::{BatchNormMode, BatchStatistics, batch_norm, batch_norm_relu};
 use gridgrad::{DType, Device, Error, Result, Tensor};
 
 use crate::harness::{OpCase, Tolerance, Work, check, randn, test_device};
@@ -14,14 +14,16 @@ struct BatchNorm {
     train: bool,
     /// Added to the input: a mean far from zero must not cost precision.
     offset: f64,
+    /// Whether a ReLU follows, in the same op.
+    relu: bool,
 }
 
 const EPS: f64 = 1e-5;
 
 impl fmt::Display for BatchNorm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { shape, affine, train, offset } = self;
-        write!(f, "batch_norm {shape:?}, affine {affine}, train {train}, offset {offset}")
+        let Self { shape, affine, train, offset, relu } = self;
+        write!(f, "batch_norm {shape:?}, affine {affine}, train {train}, offset {offset}, relu {relu}")
     }
 }
 
@@ -56,6 +58,9 @@ impl OpCase for BatchNorm {
         let BatchStatistics { mean, variance } = self.running();
         let running = BatchStatistics { mean: there(mean)?, variance: there(variance)? };
         let mode = if self.train { BatchNormMode::Train } else { BatchNormMode::Eval(&running) };
+        if self.relu {
+            return Ok(batch_norm_relu(&inputs[0], &inputs[1], &inputs[2], mode, EPS)?.output);
+        }
         Ok(batch_norm(&inputs[0], inputs.get(1), inputs.get(2), mode, EPS)?.output)
     }
 
@@ -76,7 +81,8 @@ impl OpCase for BatchNorm {
             let (mean, variance) = statistics[i % channels];
             let (weight, bias) =
                 if self.affine { (inputs[1][i % channels], inputs[2][i % channels]) } else { (1.0, 0.0) };
-            (v - mean) / (variance + EPS).sqrt() * weight + bias
+            let normalised = (v - mean) / (variance + EPS).sqrt() * weight + bias;
+            if self.relu { normalised.max(0.0) } else { normalised }
         };
         x.iter().enumerate().map(value).collect()
     }
@@ -94,7 +100,11 @@ impl OpCase for BatchNorm {
 }
 
 fn case(shape: &[usize], affine: bool, train: bool, offset: f64) -> Box<dyn OpCase> {
-    Box::new(BatchNorm { shape: shape.to_vec(), affine, train, offset })
+    Box::new(BatchNorm { shape: shape.to_vec(), affine, train, offset, relu: false })
+}
+
+fn relu_case(shape: &[usize], train: bool) -> Box<dyn OpCase> {
+    Box::new(BatchNorm { shape: shape.to_vec(), affine: true, train, offset: 0.0, relu: true })
 }
 
 fn cases() -> Vec<Box<dyn OpCase>> {
@@ -106,7 +116,9 @@ fn cases() -> Vec<Box<dyn OpCase>> {
             cases.push(case(&[97, 13], affine, train, 0.0));
         }
         cases.push(case(&[3, 1, 1, 4], true, train, 0.0));
+        cases.extend([relu_case(&[5, 1], train), relu_case(&[2, 3, 5, 7], train), relu_case(&[97, 13], train)]);
     }
+    cases.extend([relu_case(&[70, 124], true), relu_case(&[3, 31, 29, 5], true), relu_case(&[0, 4, 4, 3], false)]);
     // Tiles of columns: one below, at and above the width of one, with vectors and without.
     cases.extend([31, 33, 124, 128, 132].map(|channels| case(&[70, channels], true, true, 0.0)));
     // Several blocks and parts of uneven length.
@@ -128,7 +140,7 @@ fn normalisation_agrees_with_its_definition() {
 
 #[test]
 fn a_far_mean_costs_no_precision() {
-    let case = BatchNorm { shape: vec![5000, 3], affine: false, train: true, offset: 1000.0 };
+    let case = BatchNorm { shape: vec![5000, 3], affine: false, train: true, offset: 1000.0, relu: false };
     let input = case.inputs()[0].cast(DType::F32).unwrap();
     for device in std::iter::once(Device::Cpu).chain(test_device()) {
         let got = case.run(&[input.to_device(device).unwrap()]).unwrap().to_f64_vec().unwrap();
@@ -167,6 +179,52 @@ fn statistics_are_the_batchs_and_update_the_running_ones() {
     assert!(short.updated(&batch, 0.5).unwrap_err().to_string().contains("got (3), expected (2)"));
     let mixed = batch_norm(&x.to_device(device).unwrap(), Some(&vector(1.0)), None, BatchNormMode::Train, EPS);
     assert!(matches!(mixed.unwrap_err(), Error::DeviceMismatch { .. }));
+}
+
+#[test]
+fn the_fused_relu_gives_the_bits_of_the_two_ops() {
+    let (x, weight, bias) = (randn(&[6, 5, 3, 20], 0), randn(&[20], 1), randn(&[20], 2));
+    let [x, weight, bias] = [x, weight, bias].map(|tensor| tensor.cast(DType::F32).unwrap());
+    let running = BatchStatistics { mean: bias.clone(), variance: weight.square().unwrap() };
+    for device in std::iter::once(Device::Cpu).chain(test_device()) {
+        let there = |tensor: &Tensor| tensor.to_device(device).unwrap();
+        let running = BatchStatistics { mean: there(&running.mean), variance: there(&running.variance) };
+        for mode in [BatchNormMode::Train, BatchNormMode::Eval(&running)] {
+            let inputs = [&x, &weight, &bias].map(|tensor| there(tensor).variable().unwrap());
+            let [x, weight, bias] = &inputs;
+            let fused = batch_norm_relu(x, weight, bias, mode, EPS).unwrap();
+            let two = batch_norm(x, Some(weight), Some(bias), mode, EPS).unwrap();
+            let pairs = fused.batch.as_ref().zip(two.batch.as_ref());
+            for (a, b) in pairs.iter().flat_map(|(a, b)| [(&a.mean, &b.mean), (&a.variance, &b.variance)]) {
+                assert_eq!(a.to_vec::<f32>().unwrap(), b.to_vec::<f32>().unwrap(), "statistics on {device}");
+            }
+            let two = two.output.relu().unwrap();
+            assert_eq!(fused.output.to_vec::<f32>().unwrap(), two.to_vec::<f32>().unwrap(), "output on {device}");
+            let gradients = |output: &Tensor| {
+                let options = GradOptions { grad_output: Some(x.detach()), ..GradOptions::default() };
+                let gradients = grad(output, &[x, weight, bias], options).unwrap();
+                gradients.into_iter().map(|gradient| gradient.unwrap().to_vec::<f32>().unwrap()).collect::<Vec<_>>()
+            };
+            assert_eq!(gradients(&fused.output), gradients(&two), "gradients on {device}");
+        }
+    }
+}
+
+#[test]
+fn bad_arguments_of_the_fused_relu_are_errors() {
+    let (x, vector) = (randn(&[4, 3], 0), randn(&[3], 1));
+    let refuse = |x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64| {
+        batch_norm_relu(x, weight, bias, BatchNormMode::Train, eps).unwrap_err().to_string()
+    };
+    assert!(refuse(&x, &randn(&[4], 0), &vector, EPS).contains("(1, 4) for input (1, 4, 3)"));
+    assert!(refuse(&x, &vector.cast(DType::F32).unwrap(), &vector, EPS).contains("dtype f32"));
+    assert!(refuse(&x, &vector, &vector, 0.0).contains("positive eps"));
+    assert!(refuse(&randn(&[1, 3], 0), &vector, &vector, EPS).contains("two values per channel"));
+    assert!(refuse(&randn(&[3], 0), &vector, &vector, EPS).contains("expected (batch, …, channels)"));
+    assert!(refuse(&Tensor::zeros([4, 3], DType::I64).unwrap(), &vector, &vector, EPS).contains("dtype i64"));
+    let short = BatchStatistics { mean: vector.clone(), variance: randn(&[2], 0) };
+    let eval = batch_norm_relu(&x, &vector, &vector, BatchNormMode::Eval(&short), EPS);
+    assert!(eval.unwrap_err().to_string().contains("(1, 2) for input"));
 }
 
 #[test]

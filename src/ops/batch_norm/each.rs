@@ -1,22 +1,67 @@
-//! Batch normalisation with a ReLU behind it, over a leading model axis.
+//! Batch normalisation with a ReLU behind it, also over a leading model axis.
 
 use rayon::prelude::*;
 
-use super::{BatchNorm, BatchNormMode, BatchStatistics, Layer, cpu, gpu, normalise_on};
+use super::{BatchNorm, BatchNormMode, BatchNormRule, BatchStatistics, Layer, cpu, gpu, normalise_on};
 use crate::autograd::{Backward, Function, record};
 use crate::cpu::Float;
 use crate::ops::Counts;
+use crate::ops::elementwise::{Unary, derivative};
 use crate::tensor::{Buffer, Element, Place, place};
 use crate::{Error, Result, Tensor, dispatch_float};
 
 const OP: &str = "batch_norm_relu_each";
+const ALONE: &str = "batch_norm_relu";
 
-/// The ReLU of [`batch_norm`](super::batch_norm), for every model: `input` is (models, batch, …, channels), `weight`,
+/// The ReLU of [`batch_norm`](super::batch_norm): `input` is (batch, …, channels), `weight`, `bias` and statistics are
+/// (channels).
+///
+/// Memory is read once for the statistics, and once more to normalise and rectify; the backward pass finds out from the
+/// input again where the ReLU passes. Derivatives of every order: the first fused, further ones made of primitive ops.
+///
+/// ```
+/// use gridgrad::ops::{BatchNormMode, batch_norm_relu};
+/// use gridgrad::{DType, Tensor};
+/// let x = Tensor::new(&[1.0, 3.0], [2, 1])?;
+/// let (weight, bias) = (Tensor::ones([1], DType::F64)?, Tensor::zeros([1], DType::F64)?);
+/// let y = batch_norm_relu(&x, &weight, &bias, BatchNormMode::Train, 1e-12)?.output.to_vec::<f64>()?;
+/// assert!(y[0] == 0.0 && (y[1] - 1.0).abs() < 1e-9);
+/// # Ok::<(), gridgrad::Error>(())
+/// ```
+///
+/// # Errors
+/// As [`batch_norm`](super::batch_norm).
+pub fn batch_norm_relu(
+    input: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    mode: BatchNormMode<'_>,
+    eps: f64,
+) -> Result<BatchNorm> {
+    let &[batch, .., channels] = &input.shape()[..] else {
+        return Err(Error::shape(ALONE, format!("input {}, expected (batch, …, channels)", input.shape())));
+    };
+    let of_model = |tensor: &Tensor| tensor.reshape([&[1], &tensor.shape()[..]].concat());
+    let given = match mode {
+        BatchNormMode::Train => None,
+        BatchNormMode::Eval(BatchStatistics { mean, variance }) => {
+            Some(BatchStatistics { mean: of_model(mean)?, variance: of_model(variance)? })
+        }
+    };
+    let mode = given.as_ref().map_or(BatchNormMode::Train, BatchNormMode::Eval);
+    let tensors = [of_model(input)?, of_model(weight)?, of_model(bias)?];
+    let result = forward(ALONE, &tensors, mode, &Counts::full(1, batch), eps)?;
+    let batch = result.batch.map(|BatchStatistics { mean, variance }| -> Result<_> {
+        Ok(BatchStatistics { mean: mean.reshape([channels])?, variance: variance.reshape([channels])? })
+    });
+    Ok(BatchNorm { output: result.output.reshape(input.shape())?, batch: batch.transpose()? })
+}
+
+/// [`batch_norm_relu`] for every model: `input` is (models, batch, …, channels), `weight`,
 /// `bias` and statistics are (models, channels). In training each model is normalised by the statistics of its own real
 /// samples; outputs and gradients of the padding are zero. See [`Counts`].
 ///
-/// One pass over memory for the statistics and one that normalises and rectifies; the backward pass finds out from the
-/// input again where the ReLU passes. First derivatives only.
+/// First derivatives only.
 ///
 /// # Errors
 /// As [`batch_norm`](super::batch_norm), and where the models or counts do not fit.
@@ -28,32 +73,44 @@ pub fn batch_norm_relu_each(
     counts: &Counts,
     eps: f64,
 ) -> Result<BatchNorm> {
+    forward(OP, &[input.clone(), weight.clone(), bias.clone()], mode, counts, eps)
+}
+
+/// Both ops: `tensors` are input, weight and bias with the models' axis.
+fn forward(
+    op: &'static str,
+    tensors: &[Tensor; 3],
+    mode: BatchNormMode<'_>,
+    counts: &Counts,
+    eps: f64,
+) -> Result<BatchNorm> {
+    let [input, weight, bias] = tensors;
     let &[models, batch, ref positions @ .., channels] = &input.shape()[..] else {
         let message = format!("input {}, expected (models, batch, …, channels)", input.shape());
-        return Err(Error::shape(OP, message));
+        return Err(Error::shape(op, message));
     };
     let positions: usize = positions.iter().product();
     if channels == 0 || eps.is_nan() || eps <= 0.0 {
         let message = format!("input {} and eps {eps}; expected channels and a positive eps", input.shape());
-        return Err(Error::argument(OP, message));
+        return Err(Error::argument(op, message));
     }
     let given = match mode {
         BatchNormMode::Train if counts.list().iter().any(|count| count * positions < 2) => {
             let message = format!("input {}: training needs two values per channel or more", input.shape());
-            return Err(Error::shape(OP, message));
+            return Err(Error::shape(op, message));
         }
         BatchNormMode::Train => None,
         BatchNormMode::Eval(statistics) => Some(statistics),
     };
     let vectors = [Some(weight), Some(bias), given.map(|given| &given.mean), given.map(|given| &given.variance)];
     if let Some(vector) = vectors.into_iter().flatten().find(|vector| **vector.shape() != [models, channels]) {
-        return Err(Error::shape(OP, format!("{} for input {}", vector.shape(), input.shape())));
+        return Err(Error::shape(op, format!("{} for input {}", vector.shape(), input.shape())));
     }
-    input.expect_float(OP)?;
-    [weight, bias].into_iter().try_for_each(|vector| vector.expect_dtype(OP, input.dtype()))?;
+    input.expect_float(op)?;
+    [weight, bias].into_iter().try_for_each(|vector| vector.expect_dtype(op, input.dtype()))?;
     let all: Vec<&Tensor> = std::iter::once(input).chain(vectors.into_iter().flatten()).collect();
-    let place = place(OP, &all)?;
-    counts.check(OP, [models, batch], place)?;
+    let place = place(op, &all)?;
+    counts.check(op, [models, batch], place)?;
     let layer = Layer { weight: Some(weight), bias: Some(bias), relu: true, counts: Some(counts) };
     let normalised = match place {
         Place::Gpu(gpu) => normalise_on(gpu, input, layer, given, eps)?,
@@ -67,8 +124,10 @@ pub fn batch_norm_relu_each(
         bias: bias.clone(),
         mean,
         scale,
+        eps,
         train,
         counts: counts.clone(),
+        op,
     });
     Ok(BatchNorm { output, batch })
 }
@@ -140,17 +199,22 @@ struct EachRule {
     mean: Tensor,
     /// 1 / √(variance + eps), (models, channels)
     scale: Tensor,
+    eps: f64,
     train: bool,
     counts: Counts,
+    op: &'static str,
 }
 
 impl Function for EachRule {
     fn name(&self) -> &'static str {
-        OP
+        self.op
     }
 
     /// As [`batch_norm`](super::batch_norm)'s, of the gradient where the ReLU passes.
     fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        if backward.create_graph() && self.op == ALONE {
+            return self.composed(backward);
+        }
         backward.first_order_only(OP)?;
         let [input, weight, bias] = match place(OP, &[&self.input, backward.grad()])? {
             Place::Gpu(gpu) => {
@@ -170,6 +234,28 @@ impl Function for EachRule {
 }
 
 impl EachRule {
+    /// Of one model without padding, made of primitive ops.
+    fn composed(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        let dtype = self.input.dtype();
+        let alone = |tensor: &Tensor| tensor.reshape(&tensor.shape()[1..]);
+        let (x, weight, mean, scale) =
+            (alone(&self.input)?, alone(&self.weight)?, alone(&self.mean)?, alone(&self.scale)?);
+        let normalised = x.detach().sub(&mean.cast(dtype)?)?.mul(&scale.cast(dtype)?)?;
+        let output = normalised.mul(&weight.detach())?.add(&alone(&self.bias)?.detach())?;
+        let passed = alone(backward.grad())?.mul(&derivative(Unary::Relu, &output)?)?;
+        let (train, eps) = (self.train, self.eps);
+        let rule = BatchNormRule { input: x, weight: Some(weight), bias: None, mean, scale, eps, train };
+        let gradients = rule.composed(&passed)?;
+        let like = |gradient: Option<Tensor>, tensor: &Tensor| {
+            gradient.map(|gradient| gradient.cast(tensor.dtype())?.reshape(tensor.shape())).transpose()
+        };
+        Ok(vec![
+            like(gradients.input, &self.input)?,
+            like(Some(gradients.weight), &self.weight)?,
+            like(Some(gradients.bias), &self.bias)?,
+        ])
+    }
+
     fn on_host(&self, backward: &Backward<'_>) -> Result<[Option<Tensor>; 3]> {
         let (dtype, shape, counts) = (self.input.dtype(), self.input.shape(), &self.counts);
         let (batch, channels) = (shape[1], self.mean.shape()[1]);

@@ -11,7 +11,7 @@ use crate::ops::Counts;
 use crate::tensor::{Element, Place, Shape, place};
 use crate::{DType, Error, Result, Tensor, dispatch_float};
 
-pub use each::batch_norm_relu_each;
+pub use each::{batch_norm_relu, batch_norm_relu_each};
 
 const OP: &str = "batch_norm";
 
@@ -230,7 +230,7 @@ impl Function for BatchNormRule {
     /// With x̂ the normalised input and ⟨·⟩ the mean over the batch: db = Σ dy, dw = Σ dy x̂, and
     /// dx = w / √(variance + eps) · (dy − ⟨dy⟩ − x̂ ⟨dy x̂⟩), without the means where the statistics are constants.
     fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
-        let gradients = if backward.create_graph() { self.composed(backward)? } else { self.fused(backward)? };
+        let gradients = if backward.create_graph() { self.composed(backward.grad())? } else { self.fused(backward)? };
         let mut all = vec![gradients.input];
         for (parameter, gradient) in [(&self.weight, gradients.weight), (&self.bias, gradients.bias)] {
             if let Some(parameter) = parameter {
@@ -279,8 +279,8 @@ impl BatchNormRule {
         Ok(InputGradients { input, weight, bias })
     }
 
-    fn composed(&self, backward: &Backward<'_>) -> Result<InputGradients> {
-        let (x, dy, dtype) = (&self.input, backward.grad(), self.input.dtype());
+    fn composed(&self, dy: &Tensor) -> Result<InputGradients> {
+        let (x, dtype) = (&self.input, self.input.dtype());
         let channels = self.mean.elements();
         let axes: Vec<isize> = (0..x.rank() as isize - 1).collect();
         let (centred, scale) = if self.train {

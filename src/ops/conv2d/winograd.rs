@@ -1,17 +1,22 @@
 //! Convolutions of stride 1 by minimal filtering, after Winograd: fewer multiplications, and no larger errors.
 //!
-//! m neighbouring outputs of a kernel of r taps see m + r − 1 = 6 inputs. They are the upper coefficients of a product of
-//! polynomials, found from its remainders by x, x − 1, x + 1, x² + 1 and ∞: with x² + 1 by three multiplications, 7 in
-//! place of m r. For a map that is done in both directions: 49 multiplications give 4 × 4 outputs of a 3 × 3 kernel (144
-//! directly), or 2 × 2 of a 5 × 5 one (100). The 49 become matrix products over channels; see Lavin & Gray, "Fast
-//! Algorithms for Convolutional Neural Networks" (2016).
+//! 4 neighbouring outputs of a kernel of r taps see 4 + r − 1 inputs. They are the upper coefficients of a product of
+//! polynomials, found from its remainders by the factors of a polynomial and ∞. For r = 3 that is x (x⁴ − 1), with factors
+//! x, x − 1, x + 1 and x² + 1, and for r = 5 it is x (x⁶ − 1), with x² + x + 1 and x² − x + 1 in place of x² + 1. A
+//! remainder by a quadratic factor takes three multiplications, so there are 7 in place of 12, and 10 in place of 20. For a
+//! map that is done in both directions: 4 × 4 outputs take 49 multiplications for 3 × 3 taps (144 directly) and 100 for
+//! 5 × 5 (400). They become matrix products over channels; see Lavin & Gray, "Fast Algorithms for Convolutional Neural
+//! Networks" (2016).
 //!
-//! The usual choice of points is real (0, ±1, ±2, ∞), needs 36 products, and loses a digit. Here all points have
-//! magnitude 1, all transforms but a scaling by powers of 2 are sums of inputs, and errors stay below those of the
-//! direct sum (a test compares). With residues A, Aₘ y the 7 of m values and Gᵣ = S Aᵣ, S diagonal,
+//! The usual choice of points is real (0, ±1, ±2, …, ∞), needs 36 and 64 products, and loses digits. Here all points have
+//! magnitude 1, all transforms but a scaling are sums of inputs and of three times such sums, and errors stay below those
+//! of the direct sum (a test compares). With residues A, A₄ y those of 4 values and Gᵣ = S Aᵣ, S diagonal,
 //!
-//! - outputs are Aₘᵀ [(Gᵣ w) ⊙ (Bᵀ x)], and so is the input gradient, from the flipped kernel;
-//! - the weight gradient is Gᵣᵀ Σ (Aₘ y) ⊙ (Bᵀ x), summed over all tiles.
+//! - outputs are A₄ᵀ [(Gᵣ w) ⊙ (Bᵀ x)], and so is the input gradient, from the flipped kernel;
+//! - the weight gradient is Gᵣᵀ Σ (A₄ y) ⊙ (Bᵀ x), summed over all tiles.
+//!
+//! Constants of functions and types are R, the taps of the kernel, T = R + 3, the inputs of a tile, and P, its products,
+//! each in one direction.
 
 mod transforms;
 
@@ -25,13 +30,8 @@ use crate::cpu::{Float, parallel, simd};
 use crate::tensor::{Buffer, DType};
 use transforms::{collect_square, input_square, scale_square, spread_square};
 
-/// Inputs of a tile, in one direction.
-const TILE: usize = 6;
-/// Products of a tile, in one direction and in both.
-const POINTS: usize = 7;
-const PRODUCTS: usize = POINTS * POINTS;
-/// The diagonal of S.
-const SCALE: [f32; POINTS] = [1.0, 0.25, 0.25, 0.5, 0.5, 0.5, 1.0];
+/// Outputs of a tile, in one direction.
+const OUTPUTS: usize = 4;
 /// Elements between planes of products, so that they do not all fall into the same sets of a cache.
 const GAP: usize = LANES;
 /// Terms that are summed at most before they join a longer sum, which keeps errors small.
@@ -51,10 +51,10 @@ pub(super) fn applies<T: Float>(g: &Geometry) -> bool {
 }
 
 /// Whether that holds for output and weight gradient, too. Where an image is one tile, a weight transformed for the output,
-/// 5 times the weight's size, has to be shared by many images. Training has them, inference may not; and their number must
+/// 4 or 5 times the weight's size, has to be shared by many images. Training has them, inference may not; and their number must
 /// not decide, or the result of an image would depend on it. The weight gradient's errors exceed the direct one's there.
 pub(super) fn applies_both_ways<T: Float>(g: &Geometry) -> bool {
-    applies::<T>(g) && g.output.iter().any(|&extent| extent > TILE - 2)
+    applies::<T>(g) && g.output.iter().any(|&extent| extent > OUTPUTS)
 }
 
 pub(super) fn output<T: Float>(g: &Geometry, input: &[T], weight: &[T], bias: Option<&[T]>) -> Buffer<T> {
@@ -95,8 +95,8 @@ fn correlate<T: Float>(
     let (weight, bias) = (bytemuck::cast_slice(weight), bias.map(bytemuck::cast_slice));
     let out = bytemuck::cast_slice_mut(&mut output);
     match kernel {
-        3 => map.correlate::<4>(&map.packed_weight::<3>(weight, strides, flipped), bias, out),
-        _ => map.correlate::<2>(&map.packed_weight::<5>(weight, strides, flipped), bias, out),
+        3 => map.correlate::<6, 7>(&map.packed_weight::<3, 7>(weight, strides, flipped), bias, out),
+        _ => map.correlate::<8, 10>(&map.packed_weight::<5, 10>(weight, strides, flipped), bias, out),
     }
     output
 }
@@ -114,8 +114,8 @@ pub(super) fn weight_gradient<T: Float>(g: &Geometry, input: &[T], grad: &[T]) -
     let mut output = Buffer::recycled(g.weight_shape().elements());
     let (grad, out) = (bytemuck::cast_slice(grad), bytemuck::cast_slice_mut(&mut output));
     match g.kernel[0] {
-        3 => map.collect_weight::<3>(&map.weight_products::<4>(grad), out),
-        _ => map.collect_weight::<5>(&map.weight_products::<2>(grad), out),
+        3 => map.collect_weight::<3, 7>(&map.weight_products::<6, 7>(grad), out),
+        _ => map.collect_weight::<5, 10>(&map.weight_products::<8, 10>(grad), out),
     }
     output
 }
@@ -155,40 +155,40 @@ fn load_window<S: Simd, const N: usize>(
 
 impl Map<'_> {
     /// Lines of tiles in an image, and tiles in a line.
-    fn tiles<const M: usize>(&self) -> [usize; 2] {
-        self.result.map(|extent| extent.div_ceil(M))
+    fn tiles(&self) -> [usize; 2] {
+        self.result.map(|extent| extent.div_ceil(OUTPUTS))
     }
 
     /// Image, and position in the result, of the tile of a number.
-    fn place<const M: usize>(&self, tile: usize) -> (usize, [usize; 2]) {
-        let [lines, across] = self.tiles::<M>();
-        (tile / across / lines, [tile / across % lines * M, tile % across * M])
+    fn place(&self, tile: usize) -> (usize, [usize; 2]) {
+        let [lines, across] = self.tiles();
+        (tile / across / lines, [tile / across % lines * OUTPUTS, tile % across * OUTPUTS])
     }
 
-    fn input_window<const M: usize>(&self, tile: usize) -> Window<TILE> {
-        let (image, corner) = self.place::<M>(tile);
+    fn input_window<const T: usize>(&self, tile: usize) -> Window<T> {
+        let (image, corner) = self.place(tile);
         window(image, corner, self.padding, self.extents, self.depth)
     }
 
-    fn output_window<const M: usize>(&self, tile: usize) -> Window<M> {
-        let (image, corner) = self.place::<M>(tile);
+    fn output_window(&self, tile: usize) -> Window<OUTPUTS> {
+        let (image, corner) = self.place(tile);
         window(image, corner, [0; 2], self.result, self.columns)
     }
 
     /// Writes the result, block by block of whole lines of tiles.
-    fn correlate<const M: usize>(&self, weight: &[f32], bias: Option<&[f32]>, mut rest: &mut [f32]) {
+    fn correlate<const T: usize, const P: usize>(&self, weight: &[f32], bias: Option<&[f32]>, mut rest: &mut [f32]) {
         // A block's operands should stay in the second-level cache, and be many beside a large weight.
         const BYTES: usize = 1 << 20;
         const LARGE: usize = 1 << 15;
-        let fitting = BYTES / (PRODUCTS * size_of::<f32>() * (self.depth + PANEL));
-        let tiles = if self.depth * self.columns < LARGE { fitting.clamp(32, 64) } else { 64 };
+        let fitting = BYTES / (P * P * size_of::<f32>() * (self.depth + PANEL));
+        let tiles = if self.depth * self.columns < LARGE { fitting.clamp(16, 64) } else { 64 };
         let [height, width] = self.result;
-        let [lines, across] = self.tiles::<M>();
+        let [lines, across] = self.tiles();
         if rest.is_empty() {
             return;
         }
         let per_block = (tiles / across).max(1);
-        let start = |q: usize| (q / lines * height + q % lines * M) * width * self.columns;
+        let start = |q: usize| (q / lines * height + q % lines * OUTPUTS) * width * self.columns;
         let mut blocks = Vec::new();
         for first in (0..self.batch * lines).step_by(per_block) {
             let last = (first + per_block).min(self.batch * lines);
@@ -198,12 +198,12 @@ impl Map<'_> {
         }
         parallel::pieces_mut(&mut blocks, 1, |_, block| {
             let (first, last, out) = &mut block[0];
-            self.correlate_tiles::<M>(*first * across..*last * across, weight, bias, (out, start(*first)));
+            self.correlate_tiles::<T, P>(*first * across..*last * across, weight, bias, (out, start(*first)));
         });
     }
 
     /// The result of some tiles, which begins at `offset`.
-    fn correlate_tiles<const M: usize>(
+    fn correlate_tiles<const T: usize, const P: usize>(
         &self,
         tiles: Range<usize>,
         weight: &[f32],
@@ -211,54 +211,54 @@ impl Map<'_> {
         (out, offset): (&mut [f32], usize),
     ) {
         let (depth, columns, count) = (self.depth, self.columns, tiles.len());
-        let mut inputs = Buffer::<f32>::recycled(count * PRODUCTS * depth);
-        simd::with_vectors(SpreadInput::<M> { map: self, tiles: tiles.clone(), to: Operands::Rows(&mut inputs) });
+        let mut inputs = Buffer::<f32>::recycled(count * P * P * depth);
+        simd::with_vectors(SpreadInput::<T, P> { map: self, tiles: tiles.clone(), to: Operands::Rows(&mut inputs) });
         let chunk_depth = depth.div_ceil(depth.div_ceil(DEPTH));
         // For one panel of columns after the other, in the order (tile, product, column of the panel).
-        let mut products = Buffer::<f32>::recycled(count * PRODUCTS * PANEL.min(columns));
+        let mut products = Buffer::<f32>::recycled(count * P * P * PANEL.min(columns));
         let (mut starts, mut places) = (vec![0; count], vec![0; count]);
         for first in (0..columns).step_by(PANEL) {
             let width = PANEL.min(columns - first);
-            for p in 0..PRODUCTS {
-                let panel = &weight[(first * PRODUCTS + p * width) * depth..][..depth * width];
-                places.iter_mut().enumerate().for_each(|(t, place)| *place = (t * PRODUCTS + p) * width);
+            for p in 0..P * P {
+                let panel = &weight[(first * P * P + p * width) * depth..][..depth * width];
+                places.iter_mut().enumerate().for_each(|(t, place)| *place = (t * P * P + p) * width);
                 for (chunk, panel) in panel.chunks(chunk_depth * width).enumerate() {
                     let start = p * depth + chunk * chunk_depth;
-                    starts.iter_mut().enumerate().for_each(|(t, place)| *place = start + t * PRODUCTS * depth);
+                    starts.iter_mut().enumerate().for_each(|(t, place)| *place = start + t * P * P * depth);
                     let onto = if chunk == 0 { Onto::Nothing } else { Onto::Itself };
                     multiply(Rows { data: &inputs, starts: &starts }, panel, width, (&mut products, &places), onto);
                 }
             }
-            let (tiles, products) = (tiles.clone(), &products[..count * PRODUCTS * width]);
-            simd::with_vectors(CollectOutput::<M> { map: self, tiles, products, first, bias, out, offset });
+            let (tiles, products) = (tiles.clone(), &products[..count * P * P * width]);
+            simd::with_vectors(CollectOutput::<P> { map: self, tiles, products, first, bias, out, offset });
         }
     }
 
     /// Σ (A y) ⊙ (Bᵀ x), in the order (product, panel of columns, depth, column of the panel): sums over blocks of a
     /// fixed number of tiles, counted from the first image. So images whose gradient is zero, behind the others, add
     /// zeros and change no bit.
-    fn weight_products<const M: usize>(&self, grad: &[f32]) -> Buffer<f32> {
+    fn weight_products<const T: usize, const P: usize>(&self, grad: &[f32]) -> Buffer<f32> {
         const BLOCK: usize = 32;
         const BYTES: usize = 16 << 20;
         let (depth, columns) = (self.depth, self.columns);
-        let [lines, across] = self.tiles::<M>();
+        let [lines, across] = self.tiles();
         let tiles = self.batch * lines * across;
         // Of each block, the inputs' and then the gradients' planes.
         let planes = [BLOCK * depth + GAP, BLOCK * columns + GAP];
-        let block_len = PRODUCTS * (planes[0] + planes[1]);
+        let block_len = P * P * (planes[0] + planes[1]);
         let blocks = (BYTES / size_of::<f32>() / block_len).clamp(4, 16).min(tiles.div_ceil(BLOCK));
         let mut operands = Buffer::<f32>::recycled(blocks * block_len);
-        let mut sums = Buffer::<f32>::zeroed(PRODUCTS * depth * columns);
+        let mut sums = Buffer::<f32>::zeroed(P * P * depth * columns);
         for first in (0..tiles).step_by((blocks * BLOCK).max(1)) {
             let last = tiles.min(first + blocks * BLOCK);
             let used = (last - first).div_ceil(BLOCK) * block_len;
             parallel::pieces_mut(&mut operands[..used], block_len, |index, block| {
                 let start = first + index * BLOCK;
                 let tiles = start..last.min(start + BLOCK);
-                let (inputs, grads) = block.split_at_mut(PRODUCTS * planes[0]);
+                let (inputs, grads) = block.split_at_mut(P * P * planes[0]);
                 let to = Operands::Groups(inputs, planes[0]);
-                simd::with_vectors(SpreadInput::<M> { map: self, tiles: tiles.clone(), to });
-                simd::with_vectors(SpreadGrad::<M> { map: self, tiles, grad, data: grads, plane: planes[1] });
+                simd::with_vectors(SpreadInput::<T, P> { map: self, tiles: tiles.clone(), to });
+                simd::with_vectors(SpreadGrad::<P> { map: self, tiles, grad, data: grads, plane: planes[1] });
             });
             let mut parts: Vec<(usize, usize, &mut [f32])> = Vec::new();
             for (p, sums) in sums.chunks_mut(depth * columns).enumerate() {
@@ -270,7 +270,7 @@ impl Map<'_> {
                 for (index, block) in operands[..used].chunks(block_len).enumerate() {
                     let count = BLOCK.min(last - first - index * BLOCK);
                     let inputs = &block[*p * planes[0]..][..count * depth];
-                    let grads = PRODUCTS * planes[0] + *p * planes[1] + *column * count;
+                    let grads = P * P * planes[0] + *p * planes[1] + *column * count;
                     let right = Strided { data: &block[grads..][..count * width], stride: width, columns: width };
                     for (data, sums) in inputs.chunks_exact(count * GROUP).zip(sums.chunks_exact_mut(GROUP * width)) {
                         multiply_transposed(Strided { data, stride: GROUP, columns: GROUP }, right, count, sums);
@@ -282,20 +282,25 @@ impl Map<'_> {
     }
 
     /// From (product, panel, in, out of the panel) to (out, in, tap).
-    fn collect_weight<const R: usize>(&self, sums: &[f32], out: &mut [f32]) {
+    fn collect_weight<const R: usize, const P: usize>(&self, sums: &[f32], out: &mut [f32]) {
         parallel::pieces_mut(out, LANES * self.depth * R * R, |index, out| {
-            simd::with_vectors(CollectWeight::<R> { map: self, sums, first: index * LANES, out });
+            simd::with_vectors(CollectWeight::<R, P> { map: self, sums, first: index * LANES, out });
         });
     }
 
     /// The transformed weight in the order (panel of columns, product, depth, column of the panel).
-    fn packed_weight<const R: usize>(&self, weight: &[f32], strides: [usize; 2], flipped: bool) -> Buffer<f32> {
-        let mut packed = Buffer::recycled(PRODUCTS * self.depth * self.columns);
-        parallel::pieces_mut(&mut packed, PRODUCTS * self.depth * PANEL, |panel, out| {
+    fn packed_weight<const R: usize, const P: usize>(
+        &self,
+        weight: &[f32],
+        strides: [usize; 2],
+        flipped: bool,
+    ) -> Buffer<f32> {
+        let mut packed = Buffer::recycled(P * P * self.depth * self.columns);
+        parallel::pieces_mut(&mut packed, P * P * self.depth * PANEL, |panel, out| {
             let kernel = |row: usize, column: usize| {
                 &weight[row * strides[0] + (panel * PANEL + column) * strides[1]..][..R * R]
             };
-            simd::with_vectors(SpreadWeight::<R, _> { depth: self.depth, kernel, flipped, out });
+            simd::with_vectors(SpreadWeight::<R, P, _> { depth: self.depth, kernel, flipped, out });
         });
         packed
     }
@@ -331,26 +336,26 @@ enum Operands<'a> {
 }
 
 /// Bᵀ x B of some tiles.
-struct SpreadInput<'a, const M: usize> {
+struct SpreadInput<'a, const T: usize, const P: usize> {
     map: &'a Map<'a>,
     tiles: Range<usize>,
     to: Operands<'a>,
 }
 
-impl<const M: usize> WithSimd for SpreadInput<'_, M> {
+impl<const T: usize, const P: usize> WithSimd for SpreadInput<'_, T, P> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
         let (depth, count) = (self.map.depth, self.tiles.len());
         for (t, tile) in self.tiles.enumerate() {
-            let window = self.map.input_window::<M>(tile);
+            let window = self.map.input_window::<T>(tile);
             for channel in (0..depth).step_by(S::F32_LANES) {
-                let square = input_square(simd, &load_window(simd, self.map.source, &window, channel));
+                let square: Square<_, P> = input_square(simd, &load_window(simd, self.map.source, &window, channel));
                 match &mut self.to {
                     Operands::Rows(data) => {
                         for (p, &value) in square.as_flattened().iter().enumerate() {
-                            store::<S>(data, (t * PRODUCTS + p) * depth + channel, value);
+                            store::<S>(data, (t * P * P + p) * depth + channel, value);
                         }
                     }
                     Operands::Groups(data, plane) => {
@@ -371,7 +376,7 @@ impl<const M: usize> WithSimd for SpreadInput<'_, M> {
 }
 
 /// A y Aᵀ of some tiles of a gradient, in panels.
-struct SpreadGrad<'a, const M: usize> {
+struct SpreadGrad<'a, const P: usize> {
     map: &'a Map<'a>,
     tiles: Range<usize>,
     grad: &'a [f32],
@@ -379,16 +384,16 @@ struct SpreadGrad<'a, const M: usize> {
     plane: usize,
 }
 
-impl<const M: usize> WithSimd for SpreadGrad<'_, M> {
+impl<const P: usize> WithSimd for SpreadGrad<'_, P> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let (count, columns) = (self.tiles.len(), self.map.columns);
         for (t, tile) in self.tiles.enumerate() {
-            let window = self.map.output_window::<M>(tile);
+            let window = self.map.output_window(tile);
             for column in (0..columns).step_by(S::F32_LANES) {
-                let square = spread_square(simd, &load_window(simd, self.grad, &window, column));
+                let square: Square<_, P> = spread_square(simd, &load_window(simd, self.grad, &window, column));
                 let panel = column / PANEL * PANEL;
                 let start = panel * count + t * PANEL.min(columns - panel) + column - panel;
                 for (p, &value) in square.as_flattened().iter().enumerate() {
@@ -400,7 +405,7 @@ impl<const M: usize> WithSimd for SpreadGrad<'_, M> {
 }
 
 /// Aᵀ z A of a panel of some tiles, with the bias.
-struct CollectOutput<'a, const M: usize> {
+struct CollectOutput<'a, const P: usize> {
     map: &'a Map<'a>,
     tiles: Range<usize>,
     products: &'a [f32],
@@ -411,25 +416,25 @@ struct CollectOutput<'a, const M: usize> {
     offset: usize,
 }
 
-impl<const M: usize> WithSimd for CollectOutput<'_, M> {
+impl<const P: usize> WithSimd for CollectOutput<'_, P> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let width = self.products.len() / (self.tiles.len() * PRODUCTS);
+        let width = self.products.len() / (self.tiles.len() * P * P);
         let zero = simd.splat_f32s(0.0);
-        for (tile, products) in self.tiles.zip(self.products.chunks_exact(PRODUCTS * width)) {
-            let window = self.map.output_window::<M>(tile);
+        for (tile, products) in self.tiles.zip(self.products.chunks_exact(P * P * width)) {
+            let window = self.map.output_window(tile);
             for within in (0..width).step_by(S::F32_LANES) {
                 let column = self.first + within;
                 let bias = self.bias.map_or(zero, |bias| load::<S>(bias, column));
-                let mut square = [[zero; POINTS]; POINTS];
+                let mut square = [[zero; P]; P];
                 for (p, value) in square.as_flattened_mut().iter_mut().enumerate() {
                     *value = load::<S>(products, p * width + within);
                 }
-                let values: Square<S::f32s, M> = collect_square(simd, &square);
-                for y in 0..M {
-                    for x in 0..M {
+                let values: Square<S::f32s, OUTPUTS> = collect_square(simd, &square);
+                for y in 0..OUTPUTS {
+                    for x in 0..OUTPUTS {
                         if let Some(at) = window[y][x] {
                             store::<S>(self.out, at - self.offset + column, simd.add_f32s(values[y][x], bias));
                         }
@@ -441,14 +446,14 @@ impl<const M: usize> WithSimd for CollectOutput<'_, M> {
 }
 
 /// Gᵀ z G of [`LANES`] columns from `first`.
-struct CollectWeight<'a, const R: usize> {
+struct CollectWeight<'a, const R: usize, const P: usize> {
     map: &'a Map<'a>,
     sums: &'a [f32],
     first: usize,
     out: &'a mut [f32],
 }
 
-impl<const R: usize> WithSimd for CollectWeight<'_, R> {
+impl<const R: usize, const P: usize> WithSimd for CollectWeight<'_, R, P> {
     type Output = ();
 
     #[inline(always)]
@@ -458,7 +463,7 @@ impl<const R: usize> WithSimd for CollectWeight<'_, R> {
         let width = PANEL.min(columns - panel);
         for row in 0..depth {
             for offset in (0..LANES).step_by(S::F32_LANES) {
-                let mut square = [[simd.splat_f32s(0.0); POINTS]; POINTS];
+                let mut square = [[simd.splat_f32s(0.0); P]; P];
                 for (p, value) in square.as_flattened_mut().iter_mut().enumerate() {
                     let at = (p * columns + panel) * depth + row * width + self.first - panel + offset;
                     *value = load::<S>(self.sums, at);
@@ -477,7 +482,7 @@ impl<const R: usize> WithSimd for CollectWeight<'_, R> {
 }
 
 /// G w Gᵀ of one panel.
-struct SpreadWeight<'a, const R: usize, K> {
+struct SpreadWeight<'a, const R: usize, const P: usize, K> {
     depth: usize,
     /// The taps from a row of the depth to a column of the panel.
     kernel: K,
@@ -485,12 +490,12 @@ struct SpreadWeight<'a, const R: usize, K> {
     out: &'a mut [f32],
 }
 
-impl<'w, const R: usize, K: Fn(usize, usize) -> &'w [f32]> WithSimd for SpreadWeight<'_, R, K> {
+impl<'w, const R: usize, const P: usize, K: Fn(usize, usize) -> &'w [f32]> WithSimd for SpreadWeight<'_, R, P, K> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let width = self.out.len() / (PRODUCTS * self.depth);
+        let width = self.out.len() / (P * P * self.depth);
         for row in 0..self.depth {
             for first in (0..width).step_by(S::F32_LANES) {
                 let mut taps = [[simd.splat_f32s(0.0); R]; R];
@@ -501,7 +506,7 @@ impl<'w, const R: usize, K: Fn(usize, usize) -> &'w [f32]> WithSimd for SpreadWe
                         lanes[lane] = kernel[if self.flipped { R * R - 1 - tap } else { tap }];
                     }
                 }
-                let mut square = spread_square(simd, &taps);
+                let mut square: Square<_, P> = spread_square(simd, &taps);
                 scale_square(simd, &mut square);
                 for (p, &value) in square.as_flattened().iter().enumerate() {
                     store::<S>(self.out, (p * self.depth + row) * width + first, value);

@@ -3,50 +3,102 @@
 
 use pulp::Simd;
 
-use super::{POINTS, SCALE, Square, TILE};
+use super::Square;
+
+/// `line` as an array of another name for the same length.
+#[inline(always)]
+fn sized<V: Copy, const P: usize>(line: &[V]) -> [V; P] {
+    let mut values = [line[0]; P];
+    values.copy_from_slice(line);
+    values
+}
 
 /// Bᵀ x.
 #[inline(always)]
-fn input_line<S: Simd>(simd: S, x: [S::f32s; TILE]) -> [S::f32s; POINTS] {
+fn input_line<S: Simd, const T: usize, const P: usize>(simd: S, x: [S::f32s; T]) -> [S::f32s; P] {
     let (add, sub) = (|a, b| simd.add_f32s(a, b), |a, b| simd.sub_f32s(a, b));
-    let (odd, even) = (add(x[1], x[3]), add(x[2], x[4]));
-    let (first, second) = (sub(x[1], x[3]), sub(x[4], x[2]));
-    let (negative, rest) = (sub(x[2], x[4]), first);
-    [sub(x[0], x[4]), add(even, odd), sub(even, odd), sub(second, first), sub(negative, rest), first, sub(x[5], x[1])]
+    if P == 7 {
+        let (odd, even) = (add(x[1], x[3]), add(x[2], x[4]));
+        let (first, second) = (sub(x[1], x[3]), sub(x[4], x[2]));
+        let imaginary = sub(sub(x[2], x[4]), first);
+        let ends = [sub(x[0], x[4]), sub(x[5], x[1])];
+        return sized(&[ends[0], add(even, odd), sub(even, odd), sub(second, first), imaginary, first, ends[1]]);
+    }
+    // The powers of x repeat after six steps, and after three but for the sign.
+    let (p, d) = ([1, 2, 3].map(|i| add(x[i], x[i + 3])), [1, 2, 3].map(|i| sub(x[i + 3], x[i])));
+    let three = simd.splat_f32s(3.0);
+    let (sum, alternating) = (add(add(p[0], p[1]), p[2]), add(sub(d[0], d[1]), d[2]));
+    let less = |total, value| simd.sub_f32s(total, simd.mul_f32s(three, value));
+    sized(&[
+        sub(x[0], x[6]),
+        sum,
+        alternating,
+        less(sum, p[1]),
+        less(sum, p[2]),
+        less(sum, p[0]),
+        simd.mul_add_f32s(three, d[1], alternating),
+        less(alternating, d[2]),
+        less(alternating, d[0]),
+        sub(x[7], x[1]),
+    ])
 }
 
 /// A y: the remainders of N values.
 #[inline(always)]
-fn spread_line<S: Simd, const N: usize>(simd: S, y: [S::f32s; N]) -> [S::f32s; POINTS] {
+fn spread_line<S: Simd, const N: usize, const P: usize>(simd: S, y: [S::f32s; N]) -> [S::f32s; P] {
     let (add, sub) = (|a, b| simd.add_f32s(a, b), |a, b| simd.sub_f32s(a, b));
-    let (mut sums, mut remainders) = ([y[0], y[1]], [y[0], y[1]]);
-    for (i, &value) in y.iter().enumerate().skip(2) {
-        let parity = i % 2;
-        sums[parity] = add(sums[parity], value);
-        remainders[parity] = if i % 4 < 2 { add(remainders[parity], value) } else { sub(remainders[parity], value) };
+    let mut sums = [y[0], y[1]];
+    for i in 2..N {
+        sums[i % 2] = add(sums[i % 2], y[i]);
     }
-    let ([even, odd], [real, imaginary]) = (sums, remainders);
-    [y[0], add(even, odd), sub(even, odd), real, imaginary, add(real, imaginary), y[N - 1]]
+    let (plus, minus) = (add(sums[0], sums[1]), sub(sums[0], sums[1]));
+    if P == 7 {
+        let mut remainder = [y[0], y[1]];
+        for i in 2..N {
+            let value = remainder[i % 2];
+            remainder[i % 2] = if i % 4 < 2 { add(value, y[i]) } else { sub(value, y[i]) };
+        }
+        let [real, imaginary] = remainder;
+        return sized(&[y[0], plus, minus, real, imaginary, add(real, imaginary), y[N - 1]]);
+    }
+    // x² + x + 1, where x³ = 1, and x² − x + 1, where x³ = −1.
+    let (mut first, mut second) = ([sub(y[0], y[2]), sub(y[1], y[2])], [sub(y[0], y[2]), add(y[1], y[2])]);
+    for i in 3..N {
+        first[i - 3] = add(first[i - 3], y[i]);
+        second[i - 3] = sub(second[i - 3], y[i]);
+    }
+    let ([a, b], [c, d]) = (first, second);
+    sized(&[y[0], plus, minus, a, b, sub(a, b), c, d, add(c, d), y[N - 1]])
 }
 
 /// Aᵀ z, N values.
 #[inline(always)]
-fn collect_line<S: Simd, const N: usize>(simd: S, z: [S::f32s; POINTS]) -> [S::f32s; N] {
+fn collect_line<S: Simd, const N: usize, const P: usize>(simd: S, z: [S::f32s; P]) -> [S::f32s; N] {
     let (add, sub) = (|a, b| simd.add_f32s(a, b), |a, b| simd.sub_f32s(a, b));
     let (even, odd) = (add(z[1], z[2]), sub(z[1], z[2]));
-    let (real, imaginary) = (add(z[3], z[5]), add(z[4], z[5]));
-    let mut y = [z[0]; N];
-    for (i, value) in y.iter_mut().enumerate() {
-        *value = match i % 4 {
-            0 => add(even, real),
-            1 => add(odd, imaginary),
-            2 => sub(even, real),
-            _ => sub(odd, imaginary),
-        };
-    }
+    let all = if P == 7 {
+        let (real, imaginary) = (add(z[3], z[5]), add(z[4], z[5]));
+        [add(even, real), add(odd, imaginary), sub(even, real), sub(odd, imaginary), add(even, real)]
+    } else {
+        let (a, b, c, d) = (add(z[3], z[5]), sub(z[4], z[5]), add(z[6], z[8]), add(z[7], z[8]));
+        let third = add(sub(even, add(a, b)), sub(d, c));
+        [add(even, add(a, c)), add(odd, add(b, d)), third, add(odd, sub(a, c)), add(even, sub(b, d))]
+    };
+    let mut y: [_; N] = sized(&all[..N]);
     y[0] = add(y[0], z[0]);
-    y[N - 1] = add(y[N - 1], z[6]);
+    y[N - 1] = add(y[N - 1], z[P - 1]);
     y
+}
+
+/// The diagonal of S.
+#[inline(always)]
+fn scale<const P: usize>(point: usize) -> f32 {
+    match point {
+        _ if point == 0 || point == P - 1 => 1.0,
+        _ if P == 10 => 1.0 / 6.0,
+        1 | 2 => 0.25,
+        _ => 0.5,
+    }
 }
 
 /// `line` along the columns, then along the rows.
@@ -76,7 +128,10 @@ fn both_ways<V: Copy, const FROM: usize, const TO: usize>(
 
 /// Bᵀ x B.
 #[inline(always)]
-pub(super) fn input_square<S: Simd>(simd: S, values: &Square<S::f32s, TILE>) -> Square<S::f32s, POINTS> {
+pub(super) fn input_square<S: Simd, const T: usize, const P: usize>(
+    simd: S,
+    values: &Square<S::f32s, T>,
+) -> Square<S::f32s, P> {
     both_ways(
         values,
         simd.splat_f32s(0.0),
@@ -87,7 +142,10 @@ pub(super) fn input_square<S: Simd>(simd: S, values: &Square<S::f32s, TILE>) -> 
 
 /// A y Aᵀ.
 #[inline(always)]
-pub(super) fn spread_square<S: Simd, const N: usize>(simd: S, values: &Square<S::f32s, N>) -> Square<S::f32s, POINTS> {
+pub(super) fn spread_square<S: Simd, const N: usize, const P: usize>(
+    simd: S,
+    values: &Square<S::f32s, N>,
+) -> Square<S::f32s, P> {
     both_ways(
         values,
         simd.splat_f32s(0.0),
@@ -98,7 +156,10 @@ pub(super) fn spread_square<S: Simd, const N: usize>(simd: S, values: &Square<S:
 
 /// Aᵀ z A.
 #[inline(always)]
-pub(super) fn collect_square<S: Simd, const N: usize>(simd: S, square: &Square<S::f32s, POINTS>) -> Square<S::f32s, N> {
+pub(super) fn collect_square<S: Simd, const N: usize, const P: usize>(
+    simd: S,
+    square: &Square<S::f32s, P>,
+) -> Square<S::f32s, N> {
     both_ways(
         square,
         simd.splat_f32s(0.0),
@@ -109,10 +170,10 @@ pub(super) fn collect_square<S: Simd, const N: usize>(simd: S, square: &Square<S
 
 /// S z S.
 #[inline(always)]
-pub(super) fn scale_square<S: Simd>(simd: S, square: &mut Square<S::f32s, POINTS>) {
-    for i in 0..POINTS {
-        for j in 0..POINTS {
-            square[i][j] = simd.mul_f32s(square[i][j], simd.splat_f32s(SCALE[i] * SCALE[j]));
+pub(super) fn scale_square<S: Simd, const P: usize>(simd: S, square: &mut Square<S::f32s, P>) {
+    for i in 0..P {
+        for j in 0..P {
+            square[i][j] = simd.mul_f32s(square[i][j], simd.splat_f32s(scale::<P>(i) * scale::<P>(j)));
         }
     }
 }
