@@ -2,9 +2,9 @@
 
     python install.py     # prints its interpreter
 
-The folder is $GRIDGRAD_PYTORCH, or target/pytorch. The processor-only package (some 200 MB) comes from PyTorch's own index;
-where that cannot be reached, PyPI's package brings the CUDA libraries along (5 GB on the disk), which the comparison does not
-use.
+The folder is $GRIDGRAD_PYTORCH, or target/pytorch; one that has this version already is left as it is. The processor-only package
+(some 200 MB) comes from PyTorch's own index; where that cannot be reached, PyPI's package brings the CUDA libraries along (5 GB
+on the disk), which the comparison does not use.
 """
 
 import os
@@ -13,7 +13,7 @@ import sys
 import venv
 from pathlib import Path
 
-TORCH = "torch==2.15.0"
+VERSION = "2.15.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
@@ -24,12 +24,15 @@ def interpreter() -> Path:
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
-    if subprocess.run([python, "-c", "import torch"], capture_output=True).returncode != 0:
-        pip = [python, "-m", "pip", "install", TORCH]
+    # Packages of PyTorch's own index have +cpu behind the version.
+    has_torch = f"import torch; assert torch.__version__.split('+')[0] == '{VERSION}'"
+    if subprocess.run([python, "-c", has_torch], capture_output=True).returncode != 0:
+        pip = [python, "-m", "pip", "install", f"torch=={VERSION}"]
         from_index = subprocess.run([*pip, "--retries", "0", "--index-url", CPU_INDEX], stdout=sys.stderr)
         if from_index.returncode != 0:
             print(f"{CPU_INDEX} has no answer; asking PyPI", file=sys.stderr)
-            subprocess.run(pip, stdout=sys.stderr, check=True)
+            if subprocess.run(pip, stdout=sys.stderr).returncode != 0:
+                sys.exit(f"PyTorch {VERSION} comes neither from {CPU_INDEX} nor from PyPI")
     return python
 
 

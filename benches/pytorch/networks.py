@@ -1,11 +1,15 @@
-"""ResNet-18 with the stem for small images, and Network-in-Network, in plain PyTorch: what gridgrad is compared with.
+"""ResNet-18 with the stem for small images, Network-in-Network, and a transformer block, in plain PyTorch: what gridgrad is
+compared with.
 
-ResNet's parameters have torchvision's names. Images are (batch, channels, height, width).
+ResNet's parameters have torchvision's names. Images are (batch, channels, height, width), a block's maps (batch, height, width,
+channels).
 """
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+import crossformer
 
 
 class BasicBlock(nn.Module):
@@ -68,3 +72,18 @@ class NetworkInNetwork(nn.Sequential):
             nn.Flatten(),
             nn.Linear(192, classes),
         )
+
+
+class TransformerBlock(nn.Module):
+    """A first block of CrossFormer-S for maps of `side` × `side` tokens, and a classifier on the mean of its tokens."""
+
+    CHANNELS = 96
+
+    def __init__(self, side: int, classes: int = 10):
+        super().__init__()
+        size, channels = (side, side), self.CHANNELS
+        self.block = crossformer.Block(size, channels, 3, 7, 8, False, 4.0, 0.0, False)
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.block(x).mean((1, 2)))

@@ -38,12 +38,14 @@ def make_network(name: str, image: int) -> tuple[torch.nn.Module, int, int]:
         return networks.ResNet18(), 3, 10
     if name == "nin":
         return networks.NetworkInNetwork(), 1, 10
+    if name == "block":
+        return networks.TransformerBlock(image), networks.TransformerBlock.CHANNELS, 10
     return crossformer.CrossFormer(img_size=image, **crossformer.config(name)), 3, 1000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="small", choices=[*crossformer.SIZES, "resnet18", "nin"])
+    parser.add_argument("--model", default="small", choices=[*crossformer.SIZES, "resnet18", "nin", "block"])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--image", type=int, default=224)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -68,6 +70,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=args.fused or None)
     network = torch.compile(model) if args.compile else model
     images = torch.randn(args.batch, channels, args.image, args.image, device=device).contiguous(memory_format=layout)
+    if args.model == "block":
+        images = images.permute(0, 2, 3, 1).contiguous()
     labels = torch.randint(classes, (args.batch,), device=device)
 
     def now() -> float:

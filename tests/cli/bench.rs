@@ -12,7 +12,9 @@ fn here() -> &'static Path {
 
 #[test]
 fn networks_of_every_kind_are_timed() {
-    for (model, image) in [("micro", "32"), ("crossformer-tiny", "32"), ("resnet18", "8"), ("nin", "8")] {
+    for (model, image) in
+        [("micro", "32"), ("crossformer-tiny", "32"), ("resnet18", "8"), ("nin", "8"), ("block", "14")]
+    {
         for what in ["step", "inference"] {
             let args = ["--model", model, "--image", image, "--batch", "2", "--steps", "2", "--warmup", "0", "--json"];
             let shown = succeeds(here(), &[&["bench", what][..], &args].concat());

@@ -5,7 +5,7 @@ use std::path::Path;
 #[cfg(unix)]
 use serde_json::Value;
 
-use crate::{bytes, content, refused, refused_in_one_line, succeeds, text};
+use crate::{assert_tells_peak_memory, bytes, content, refused, refused_in_one_line, succeeds, text};
 
 /// A run of nearest neighbours on some of the digits that come with the program.
 const SMALL: [&str; 6] = ["--learner", "nearest", "--train-fraction", "0.28", "--limit-test", "40"];
@@ -27,6 +27,7 @@ fn finite_aggregation_with_d_of_1_is_deep_partition_aggregation_bit_for_bit() {
     assert!(printed.contains("Deep Partition Aggregation: k = 10, d = 1, 10 classifiers"), "{printed}");
     assert!(printed.contains(" training images of 8×8") && printed.contains("40 held out"), "{printed}");
     assert!(printed.contains("Trained 10 classifiers"), "{printed}");
+    assert_tells_peak_memory(&printed);
     train(folder.path(), "dpa", &["--k", "10", "--out", "dpa"]);
     let [fa, dpa] = ["fa", "dpa"].map(|name| files(&folder.path().join(name)));
     assert_eq!(fa.len(), 11);

@@ -60,6 +60,23 @@ fn succeeds(folder: &Path, arguments: &[&str]) -> String {
     text(&output.stdout)
 }
 
+/// Checks that a training command has told the most memory of its process and of its tensors, the lesser of the two.
+fn assert_tells_peak_memory(printed: &str) {
+    let (_, told) = printed.split_once("Peak memory: ").unwrap_or_else(|| panic!("no peak memory in {printed}"));
+    let parts: Vec<&str> = told.lines().next().unwrap_or_default().split(", ").collect();
+    let megabytes = |part: &str, what: &str| -> f64 {
+        let amount = part.strip_suffix(what).and_then(|amount| amount.strip_suffix(" MB"));
+        amount.and_then(|amount| amount.parse().ok()).unwrap_or_else(|| panic!("{part:?} in {printed}"))
+    };
+    let tensors = megabytes(parts[parts.len() - 1], " of tensors");
+    // Of the process, Linux alone tells it.
+    assert_eq!(parts.len(), if cfg!(target_os = "linux") { 2 } else { 1 }, "{printed}");
+    if let [process, _] = parts[..] {
+        let process = megabytes(process, " of the process");
+        assert!(process > 0.0 && process >= tensors, "{printed}");
+    }
+}
+
 /// Checks that a call fails with an error that has all of `parts`, on one line unless it lists several problems.
 fn refused(folder: &Path, arguments: &[&str], parts: &[&str]) -> String {
     let output = call(folder, arguments);

@@ -4,7 +4,9 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::{bytes, content, finished_run, folder, refused, refused_in_one_line, succeeds, text};
+use crate::{
+    assert_tells_peak_memory, bytes, content, finished_run, folder, refused, refused_in_one_line, succeeds, text,
+};
 
 const WEIGHTS_AND_METRICS: [&str; 3] = ["best.safetensors", "last.safetensors", "metrics.jsonl"];
 
@@ -35,6 +37,7 @@ fn a_run_leaves_checkpoints_metrics_and_pictures() {
     // Standard error was no terminal, and there is a line for each epoch all the same.
     assert!(printed.contains("epoch   1/2 ") && printed.contains("epoch   2/2 "), "{printed}");
     assert!(printed.contains("Accuracy on held-out images: "), "{printed}");
+    assert_tells_peak_memory(printed);
     for name in ["attention.svg", "curves.svg", "predictions.svg"] {
         assert!(text(&bytes(run, name)).starts_with("<svg"), "{name}");
     }
@@ -150,6 +153,7 @@ mod on_unix {
             let printed = text(&output.stdout);
             assert!(output.status.success(), "{}", text(&output.stderr));
             assert!(printed.contains("gridgrad train crossformer --resume run"), "{printed}");
+            assert_tells_peak_memory(&printed);
             assert!(text(&output.stderr).contains("Stopping after this step"));
             // What is there of it can be used.
             assert!(succeeds(folder.path(), &["eval", "run"]).contains("355 images"));

@@ -16,7 +16,7 @@ use gridgrad::{Device, Error, Result};
 use crate::device::DeviceFlag;
 use crate::info::grouped;
 use crate::output::print;
-use crate::progress::{bar, human};
+use crate::progress::{bar, human, peak_memory};
 use crate::train::{free_folder, stop_on_ctrl_c};
 
 /// Flags of `gridgrad train finite-aggregation`.
@@ -319,10 +319,10 @@ fn train(mut run: Run<'_>, folder: &Path, device: Device) -> Result<()> {
     });
     progress.finish_and_clear();
     let (finished, done, time) = (finished?, trained(run.manifest()), human(start.elapsed()));
-    let place = folder.display();
+    let (place, memory) = (folder.display(), peak_memory(device)?);
     if !finished {
         return print(&format!(
-            "Stopped with {done} of {all} classifiers. Go on with:\n  {} --resume {place}\n",
+            "Stopped with {done} of {all} classifiers. {memory}\nGo on with:\n  {} --resume {place}\n",
             command(&run.manifest().run.settings.ensemble),
         ));
     }
@@ -330,7 +330,7 @@ fn train(mut run: Run<'_>, folder: &Path, device: Device) -> Result<()> {
         Shard { count: 1, .. } => format!("Certify its answers with:\n  gridgrad certify {place}\n"),
         shard => format!("That was shard {shard}. With the others:\n  gridgrad certify {place} OTHER-SHARDS…\n"),
     };
-    print(&format!("Trained {} classifiers in {time}. {next}", done - before))
+    print(&format!("Trained {} classifiers in {time}. {memory}\n{next}", done - before))
 }
 
 /// The command that trains such an ensemble.

@@ -16,6 +16,7 @@ mod kernels;
 mod output;
 mod pictures;
 mod predict;
+mod process;
 mod progress;
 mod run;
 mod settings;

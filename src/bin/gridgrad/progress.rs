@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use gridgrad::Result;
 use gridgrad::report::{EpochRecord, StepRecord, training_curves};
 use gridgrad::train::{EpochMetrics, METRICS_FILE, MetricsFile, Observer, Record, StepReport};
+use gridgrad::{Device, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::output::print;
+use crate::process;
 
 /// A progress bar on standard error; hidden where that is not a terminal.
 pub fn bar(len: u64, template: &str) -> ProgressBar {
@@ -64,6 +65,22 @@ pub fn human(time: Duration) -> String {
         (0, minutes, seconds) => format!("{minutes}m {seconds:02}s"),
         (hours, minutes, _) => format!("{hours}h {minutes:02}m"),
     }
+}
+
+/// 41 MB, or 1.73 GB from a gigabyte on.
+fn amount(bytes: u64) -> String {
+    match bytes as f64 {
+        bytes if bytes < 1e9 => format!("{:.0} MB", bytes / 1e6),
+        bytes => format!("{:.2} GB", bytes / 1e9),
+    }
+}
+
+/// The most memory so far: of the process, where the system tells, and of tensors on `device`.
+pub fn peak_memory(device: Device) -> Result<String> {
+    let place = if device == Device::Cpu { String::new() } else { format!(" on {device}") };
+    let tensors = format!("{} of tensors{place}", amount(device.memory_stats()?.peak as u64));
+    let process = process::peak_bytes().map_or(String::new(), |bytes| format!("{} of the process, ", amount(bytes)));
+    Ok(format!("Peak memory: {process}{tensors}"))
 }
 
 impl Observer for Display {
@@ -122,5 +139,10 @@ mod tests {
     fn times_read_well() {
         let seconds = |seconds| human(Duration::from_secs(seconds));
         assert_eq!([seconds(7), seconds(200), seconds(7260)], ["7s", "3m 20s", "2h 01m"]);
+    }
+
+    #[test]
+    fn amounts_of_memory_read_well() {
+        assert_eq!([amount(0), amount(41_300_000), amount(1_734_000_000)], ["0 MB", "41 MB", "1.73 GB"]);
     }
 }

@@ -21,7 +21,7 @@ use crate::device::DeviceFlag;
 use crate::finite_aggregation::{TrainBagging, TrainDpa, TrainFiniteAggregation, TrainRandomSubsets};
 use crate::info::{grouped, named};
 use crate::output::{complain, print};
-use crate::progress::{CURVES, Display, human};
+use crate::progress::{CURVES, Display, human, peak_memory};
 use crate::settings::{self, Settings};
 use crate::{pictures, settings::File};
 
@@ -335,7 +335,8 @@ fn run_settings(settings: &Settings, folder: &Path, resume: bool, (device, graph
     display.finish();
     match outcome? {
         Outcome::Interrupted { step } => print(&format!(
-            "Stopped after step {step}. Go on with:\n  gridgrad train crossformer --resume {}\n",
+            "Stopped after step {step}. {}\nGo on with:\n  gridgrad train crossformer --resume {}\n",
+            peak_memory(device)?,
             folder.display()
         )),
         Outcome::Finished { .. } => conclude(&*test_set, folder, start.elapsed(), &trainer, device),
@@ -396,7 +397,7 @@ fn conclude(
     trainer: &Trainer<'_>,
     device: Device,
 ) -> Result<()> {
-    let peak_bytes = device.memory_stats()?.peak;
+    let memory = peak_memory(device)?;
     let trained = Trained::read(&folder.join(BEST_CHECKPOINT), device)?;
     pictures::draw(&trained, test_set, folder)?;
     let best = trainer.progress().best_accuracy.unwrap_or(0.0);
@@ -404,7 +405,7 @@ fn conclude(
     let file = |name: &str| folder.join(name).display().to_string();
     print(&format!(
         "\nAccuracy on held-out images: {:.2} % after the last epoch, {:.2} % after the best one\n\
-         Trained for {}, with at most {:.0} MB of tensors in memory\n\n\
+         Trained for {}. {memory}\n\n\
          {}  the best network; try: gridgrad predict {} IMAGE\n\
          {}  loss and accuracy of every epoch\n\
          {}  held-out images and what the network takes them for\n\
@@ -413,7 +414,6 @@ fn conclude(
         100.0 * last,
         100.0 * best,
         human(time),
-        peak_bytes as f64 / 1e6,
         file(BEST_CHECKPOINT),
         folder.display(),
         file(CURVES),

@@ -1,4 +1,4 @@
-//! Clocks, memory, and the limits of the machine.
+//! Medians, and the limits of the machine.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -15,22 +15,6 @@ pub fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     let half = values.len() / 2;
     if values.len() % 2 == 1 { values[half] } else { (values[half - 1] + values[half]) / 2.0 }
-}
-
-/// Processor time of all threads so far, in the system's ticks of 10 ms.
-pub fn cpu_time() -> Option<Duration> {
-    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
-    // The second field, the program's name in brackets, may hold spaces; user and system time are the 14th and 15th.
-    let (_, fields) = stat.rsplit_once(')')?;
-    let ticks = fields.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().ok());
-    ticks.sum::<Option<u64>>().map(|ticks| Duration::from_millis(10 * ticks))
-}
-
-/// Largest resident memory so far.
-pub fn peak_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    line.split_whitespace().next()?.parse::<u64>().ok().map(|kibibytes| 1024 * kibibytes)
 }
 
 /// The most that the processor does with all its threads: the best of several rounds.

@@ -1,5 +1,6 @@
 //! `gridgrad bench`: how fast this machine trains and infers, network by network and op by op.
 
+mod block;
 mod inference;
 mod measure;
 mod network;

@@ -7,9 +7,11 @@ use gridgrad::random::Philox;
 use gridgrad::train::{Classifier, OptimizerConfig, Precision};
 use gridgrad::{DType, Device, Error, Result, Tensor};
 
+use super::block::{self, Block};
 use crate::device::DeviceFlag;
 
 const NETWORK_IN_NETWORK: &str = "network-in-network";
+const BLOCK: &str = "block";
 
 /// What is timed, and how.
 #[derive(Args)]
@@ -44,7 +46,7 @@ pub struct Network {
 
 /// All names, for `--help` and errors.
 pub fn names() -> Vec<&'static str> {
-    crossformer::NAMES.into_iter().chain(resnet::NAMES).chain([NETWORK_IN_NETWORK]).collect()
+    crossformer::NAMES.into_iter().chain(resnet::NAMES).chain([NETWORK_IN_NETWORK, BLOCK]).collect()
 }
 
 impl Network {
@@ -59,6 +61,8 @@ impl Network {
             Self::crossformer(name, side)
         } else if name == NETWORK_IN_NETWORK {
             Self::network_in_network(side)
+        } else if name == BLOCK {
+            Self::block(side)
         } else if resnet::NAMES.contains(&name) {
             Self::resnet(name, side.unwrap_or(32))
         } else {
@@ -94,6 +98,14 @@ impl Network {
         let model = NetworkInNetwork::new(channels, classes, 0, DType::F32)?;
         let (products, optimizer) = (model.products(image), OptimizerConfig::default());
         Ok(Network { model: Box::new(model), image, channels, classes, products, optimizer })
+    }
+
+    /// A transformer block, for maps of the size that CrossFormer-S's first stage has.
+    fn block(side: Option<usize>) -> Result<Self> {
+        let image = [side.unwrap_or(56); 2];
+        let (model, optimizer) = (Box::new(Block::new()?), OptimizerConfig::default());
+        let (channels, classes, products) = (block::CHANNELS, block::CLASSES, Block::products(image));
+        Ok(Network { model, image, channels, classes, products, optimizer })
     }
 
     /// Random images (batch, height, width, channels) in `dtype`.

@@ -12,8 +12,9 @@ use gridgrad::random::Philox;
 use gridgrad::{DType, Error, Result, Tensor};
 use serde::Serialize;
 
-use super::measure::{cpu_time, median, milliseconds};
+use super::measure::{median, milliseconds};
 use super::{line_of_json, print};
+use crate::process::cpu_time;
 
 #[derive(Args)]
 pub struct OpsArgs {

@@ -10,8 +10,9 @@ use gridgrad::train::{Optimizer, Precision};
 use gridgrad::{DType, Device, Result, Tensor};
 use serde::Serialize;
 
-use super::measure::{cpu_time, median, milliseconds, peak_bytes};
+use super::measure::{median, milliseconds};
 use super::network::{Network, Subject};
+use crate::process::{cpu_time, peak_bytes};
 
 #[derive(Args)]
 pub struct StepArgs {
