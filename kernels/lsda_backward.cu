@@ -191,22 +191,11 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, flo
     PairBias pair_bias{table, bias != nullptr, tokens.position, tokens.position, centre(problem)};
     float* staging = reinterpret_cast<float*>(weights_tile);
     u32 summed[2] = {0, 0};  // the shape of the groups whose dS is kept
-    const auto fold_summed = [&] {
-        const u32 count = summed[0] * summed[1];
-        float sums[TILE / 8][4];
-        pair_bias.query_position = pair_bias.key_position = tokens.position;
-        if (row < count) {
-            fetch<THREADS>(sums, parked);
-            fold<TILE>(table_grad, staging, sums, row, count, count, pair_bias);
-        }
-        clear(sums);
-        park<THREADS>(parked, sums);
-    };
-
 #pragma unroll 1
-    for (u64 first = u64(blockIdx.x / problem.heads) * slot.count; first < problem.groups();
-         first += u64(problem.blocks) * slot.count) {
-        const Group group = slot.active() ? group_of(problem, first + slot.number) : Group{0, {0, 0}, {0, 0}};
+    for (u64 first = u64(blockIdx.x / problem.heads) * slot.count;; first += u64(problem.blocks) * slot.count) {
+        const bool after = first >= problem.groups();
+        if (after && !keep) break;
+        const Group group = slot.active() && !after ? group_of(problem, first + slot.number) : Group{0, {0, 0}, {0, 0}};
         const u32 count = group.count(), tiles = count > TILE ? divide_up(count, TILE) : 1;
         const u64 first_token = group.image * image_tokens * problem.heads + head;
         const u64 first_value = first_token * width;
@@ -217,7 +206,18 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, flo
         const auto query_of = [&](auto* tensor) { return tensor + offset(first_query); };
         __syncthreads();  // no warp needs anything of the last group
         if (keep) {
-            if (group.rows.count != summed[0] || group.columns.count != summed[1]) fold_summed();
+            if (after || group.rows.count != summed[0] || group.columns.count != summed[1]) {
+                const u32 count = summed[0] * summed[1];
+                float sums[TILE / 8][4];
+                pair_bias.query_position = pair_bias.key_position = tokens.position;
+                if (row < count) {
+                    fetch<THREADS>(sums, parked);
+                    fold<TILE>(table_grad, staging, sums, row, count, count, pair_bias);
+                }
+                clear(sums);
+                park<THREADS>(parked, sums);
+            }
+            if (after) break;
             summed[0] = group.rows.count;
             summed[1] = group.columns.count;
             __syncthreads();
@@ -302,28 +302,29 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, flo
                     __syncthreads();
                     // dV, then dK: what is done goes out by the warp's lines of the values, which nobody needs any more.
                     if (slot.active() && row < keys) {
-                        const bool last = i + 1 == tiles;
-                        const auto add_up = [&](float* parked, const T* pairs, const T* tile, u32 part, float factor) {
+#pragma unroll 1
+                        for (u32 part = 2; part > 0; --part) {
+                            const bool of_values = part == 2;
+                            const T *pairs = of_values ? weights_tile : grads_tile, *tile = of_values ? output_grad : query;
+                            float* of_part = of_values ? parked : parked + TILE * D;
                             float sums[D / 8][4];
                             if (i == 0) {
                                 clear(sums);
                             } else {
-                                fetch<THREADS>(sums, parked);
+                                fetch<THREADS>(sums, of_part);
                             }
                             multiply_transposed<T, D, TILE>(sums, pairs, row, tile, queries);
-                            if (last) {
-                                multiply(sums, factor);
+                            if (i + 1 == tiles) {
+                                multiply(sums, of_values ? 1 : scale);
                                 __syncwarp();
                                 store_sums<T, D>(value, row, 0, sums);
                                 __syncwarp();
                                 store_tokens<T, D>(query_of(qkv_grad) + part * channels, 3 * channels, key_numbers,
                                                    value, row, keys, width);
                             } else {
-                                park<THREADS>(parked, sums);
+                                park<THREADS>(of_part, sums);
                             }
-                        };
-                        add_up(parked, weights_tile, output_grad, 2, 1);
-                        add_up(parked + TILE * D, grads_tile, query, 1, scale);
+                        }
                     }
                     __syncthreads();
                     if (!busy) continue;
@@ -364,8 +365,6 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, flo
         }
     }
     if (bias == nullptr) return;
-    __syncthreads();
-    if (keep) fold_summed();
     __syncthreads();
     for (u32 i = threadIdx.x; i < problem.table_rows(); i += THREADS) {
         float sum = 0;

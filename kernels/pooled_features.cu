@@ -198,7 +198,7 @@ __device__ __forceinline__ void backward(T* gradient, const float* features, con
         }                                                                                                    \
     }
 #define FUSED_FORM(suffix, T)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(THREADS) add_relu_gap_forward_##suffix(                      \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4) add_relu_gap_forward_##suffix(                   \
         T* output, float* features, const T* input, const T* residual, u32 batch, u32 cells, Map shape) {     \
         SHARED_ARRAY(float, scratch, [WIDEST<T> * THREADS]);                                                  \
         const u32 pitch = cells * cells * shape.channels;                                                     \
