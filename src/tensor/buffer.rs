@@ -79,20 +79,14 @@ pub fn release_cached() {
 
 impl Pool {
     fn take(&mut self, lines: usize) -> Option<Vec<CacheLine>> {
-        if let Some(found) = self.free.get_mut(&lines).and_then(Vec::pop) {
-            return Some(self.taken(found));
-        }
-        let limit = self.limit(lines);
-        if self.stats.live + self.stats.cached + lines * LINE > limit {
-            // Rather than free one buffer and map another, a step that repeats takes what it has: a somewhat larger one.
-            let larger = self.free.range_mut(lines..=2 * lines).find_map(|(_, free)| free.pop());
-            if let Some(found) = larger {
-                return Some(self.taken(found));
-            }
-        }
         self.stats.live += lines * LINE;
         self.stats.peak = self.stats.peak.max(self.stats.live);
+        if let Some(found) = self.free.get_mut(&lines).and_then(Vec::pop) {
+            self.stats.cached -= lines * LINE;
+            return Some(found);
+        }
         self.stats.allocations += 1;
+        let limit = self.stats.peak + self.stats.peak / 4 + SLACK_BYTES;
         while self.stats.live + self.stats.cached > limit {
             let Some(mut largest) = self.free.last_entry() else { break };
             match largest.get_mut().pop() {
@@ -101,19 +95,6 @@ impl Pool {
             }
         }
         None
-    }
-
-    /// What the process may hold with `lines` more in use.
-    fn limit(&self, lines: usize) -> usize {
-        let peak = self.stats.peak.max(self.stats.live + lines * LINE);
-        peak + peak / 4 + SLACK_BYTES
-    }
-
-    fn taken(&mut self, lines: Vec<CacheLine>) -> Vec<CacheLine> {
-        self.stats.cached -= lines.len() * LINE;
-        self.stats.live += lines.len() * LINE;
-        self.stats.peak = self.stats.peak.max(self.stats.live);
-        lines
     }
 
     fn put(&mut self, lines: Vec<CacheLine>) {
@@ -168,7 +149,7 @@ impl Bytes {
 
     pub fn copy(&self) -> Self {
         let mut copy = Bytes::recycled(self.len);
-        copy.raw_mut().copy_from_slice(self.raw());
+        copy.lines.copy_from_slice(&self.lines);
         copy
     }
 }

@@ -114,9 +114,10 @@ pub(super) fn apply<const RELU: bool, T: Float>(input: &[T], affine: &Affine<T>)
         simd::dispatch(
             #[inline(always)]
             || {
+                let mean = &affine.mean[..channels];
+                let (slope, bias) = (&affine.slope[..channels], &affine.bias[..channels]);
                 for (out, row) in piece.chunks_exact_mut(channels).zip(input.chunks_exact(channels)) {
-                    let mean = &affine.mean[..channels];
-                    let (slope, bias) = (&affine.slope[..channels], &affine.bias[..channels]);
+                    let (out, row) = (&mut out[..channels], &row[..channels]);
                     for c in 0..channels {
                         let value = (row[c] - mean[c]).mul_add(slope[c], bias[c]);
                         out[c] = if RELU && value < T::ZERO { T::ZERO } else { value };
@@ -144,14 +145,15 @@ pub(super) fn parameter_gradients<const RELU: bool, T: Float>(
             #[inline(always)]
             || {
                 let (input, grad) = (&input[range.clone()], &grad[range]);
+                let (along, total) = (&mut along[..channels], &mut total[..channels]);
+                let mean = &affine.mean[..channels];
+                let (slope, bias) = (&affine.slope[..channels], &affine.bias[..channels]);
                 for (row, grad) in input.chunks_exact(channels).zip(grad.chunks_exact(channels)) {
-                    let (along, total) = (&mut along[..channels], &mut total[..channels]);
-                    let mean = &affine.mean[..channels];
-                    let (slope, bias) = (&affine.slope[..channels], &affine.bias[..channels]);
+                    let (row, grad) = (&row[..channels], &grad[..channels]);
                     for c in 0..channels {
-                        let distance = row[c] - mean[c];
+                        let (distance, grad) = (row[c] - mean[c], grad[c]);
                         let passes = !RELU || distance.mul_add(slope[c], bias[c]) > T::ZERO;
-                        let grad = if passes { grad[c] } else { T::ZERO };
+                        let grad = if passes { grad } else { T::ZERO };
                         along[c] = distance.mul_add(grad, along[c]);
                         total[c] += grad;
                     }
@@ -183,15 +185,16 @@ pub(super) fn input_gradient<const RELU: bool, T: Float>(
         simd::dispatch(
             #[inline(always)]
             || {
+                let mean = &affine.mean[..channels];
+                let (slope, bias) = (&affine.slope[..channels], &affine.bias[..channels]);
+                let (tilt, offset) = (&tilt[..channels], &offset[..channels]);
                 let rows = input.chunks_exact(channels).zip(grad.chunks_exact(channels));
                 for (out, (row, grad)) in piece.chunks_exact_mut(channels).zip(rows) {
-                    let mean = &affine.mean[..channels];
-                    let (slope, bias) = (&affine.slope[..channels], &affine.bias[..channels]);
-                    let (tilt, offset) = (&tilt[..channels], &offset[..channels]);
+                    let (out, row, grad) = (&mut out[..channels], &row[..channels], &grad[..channels]);
                     for c in 0..channels {
-                        let distance = row[c] - mean[c];
+                        let (distance, grad) = (row[c] - mean[c], grad[c]);
                         let passes = !RELU || distance.mul_add(slope[c], bias[c]) > T::ZERO;
-                        let grad = if passes { grad[c] } else { T::ZERO };
+                        let grad = if passes { grad } else { T::ZERO };
                         out[c] = (grad - offset[c] - distance * tilt[c]) * slope[c];
                     }
                 }

@@ -5,11 +5,13 @@ use pulp::Simd;
 
 use super::Square;
 
-/// `line` as an array of another name for the same length.
+/// `line` as an array whose length has another name.
 #[inline(always)]
-fn sized<V: Copy, const P: usize>(line: &[V]) -> [V; P] {
+fn sized<V: Copy, const N: usize, const P: usize>(line: [V; N]) -> [V; P] {
     let mut values = [line[0]; P];
-    values.copy_from_slice(line);
+    for i in 0..P {
+        values[i] = line[i];
+    }
     values
 }
 
@@ -22,23 +24,23 @@ fn input_line<S: Simd, const T: usize, const P: usize>(simd: S, x: [S::f32s; T])
         let (first, second) = (sub(x[1], x[3]), sub(x[4], x[2]));
         let imaginary = sub(sub(x[2], x[4]), first);
         let ends = [sub(x[0], x[4]), sub(x[5], x[1])];
-        return sized(&[ends[0], add(even, odd), sub(even, odd), sub(second, first), imaginary, first, ends[1]]);
+        return sized([ends[0], add(even, odd), sub(even, odd), sub(second, first), imaginary, first, ends[1]]);
     }
     // The powers of x repeat after six steps, and after three but for the sign.
-    let (p, d) = ([1, 2, 3].map(|i| add(x[i], x[i + 3])), [1, 2, 3].map(|i| sub(x[i + 3], x[i])));
-    let three = simd.splat_f32s(3.0);
+    let (p, d) =
+        ([add(x[1], x[4]), add(x[2], x[5]), add(x[3], x[6])], [sub(x[4], x[1]), sub(x[5], x[2]), sub(x[6], x[3])]);
+    let (more, less) = (simd.splat_f32s(3.0), simd.splat_f32s(-3.0));
     let (sum, alternating) = (add(add(p[0], p[1]), p[2]), add(sub(d[0], d[1]), d[2]));
-    let less = |total, value| simd.sub_f32s(total, simd.mul_f32s(three, value));
-    sized(&[
+    sized([
         sub(x[0], x[6]),
         sum,
         alternating,
-        less(sum, p[1]),
-        less(sum, p[2]),
-        less(sum, p[0]),
-        simd.mul_add_f32s(three, d[1], alternating),
-        less(alternating, d[2]),
-        less(alternating, d[0]),
+        simd.mul_add_f32s(less, p[1], sum),
+        simd.mul_add_f32s(less, p[2], sum),
+        simd.mul_add_f32s(less, p[0], sum),
+        simd.mul_add_f32s(more, d[1], alternating),
+        simd.mul_add_f32s(less, d[2], alternating),
+        simd.mul_add_f32s(less, d[0], alternating),
         sub(x[7], x[1]),
     ])
 }
@@ -59,7 +61,7 @@ fn spread_line<S: Simd, const N: usize, const P: usize>(simd: S, y: [S::f32s; N]
             remainder[i % 2] = if i % 4 < 2 { add(value, y[i]) } else { sub(value, y[i]) };
         }
         let [real, imaginary] = remainder;
-        return sized(&[y[0], plus, minus, real, imaginary, add(real, imaginary), y[N - 1]]);
+        return sized([y[0], plus, minus, real, imaginary, add(real, imaginary), y[N - 1]]);
     }
     // x² + x + 1, where x³ = 1, and x² − x + 1, where x³ = −1.
     let (mut first, mut second) = ([sub(y[0], y[2]), sub(y[1], y[2])], [sub(y[0], y[2]), add(y[1], y[2])]);
@@ -68,7 +70,7 @@ fn spread_line<S: Simd, const N: usize, const P: usize>(simd: S, y: [S::f32s; N]
         second[i - 3] = sub(second[i - 3], y[i]);
     }
     let ([a, b], [c, d]) = (first, second);
-    sized(&[y[0], plus, minus, a, b, sub(a, b), c, d, add(c, d), y[N - 1]])
+    sized([y[0], plus, minus, a, b, sub(a, b), c, d, add(c, d), y[N - 1]])
 }
 
 /// Aᵀ z, N values.
@@ -84,7 +86,7 @@ fn collect_line<S: Simd, const N: usize, const P: usize>(simd: S, z: [S::f32s; P
         let third = add(sub(even, add(a, b)), sub(d, c));
         [add(even, add(a, c)), add(odd, add(b, d)), third, add(odd, sub(a, c)), add(even, sub(b, d))]
     };
-    let mut y: [_; N] = sized(&all[..N]);
+    let mut y: [_; N] = sized(all);
     y[0] = add(y[0], z[0]);
     y[N - 1] = add(y[N - 1], z[P - 1]);
     y
