@@ -216,7 +216,7 @@ template <class T> struct Forward {
 
     __device__ __forceinline__ void stage(u32 slice) const {
         const u32 first_row = slice % t.bands * t.band;
-        stage_pixels<T>(tile(slice), input, e, t, p, at, slice / t.bands, first_row, t.tile_rows);
+        stage_pixels<T, TILE_THREADS>(tile(slice), input, e, t, p, at, slice / t.bands, first_row, t.tile_rows);
     }
 
     // Adds a slice's products: those of the rows of the kernel's windows that the band has.

@@ -1,25 +1,17 @@
-// Cross-scale embedding, backward. With windows and phases as in common/embedding.cuh and dy the output's gradient:
+// Cross-scale embedding, gradient of the input. With windows and phases as in common/embedding.cuh and dy the output's
+// gradient:
 //
-//   input   dx(b, h, c) = sum over kernels i, taps t of h's phase and channels f of dy(b, o_i(h, t), first_i + f) w_i(f, c, t)
-//   weight  dw_i(f, c, t) = sum over positions (b, o) of dy(b, o, first_i + f) x(b, h_i(o, t), c)
-//   bias    dbias_i(f) = sum over positions (b, o) of dy(b, o, first_i + f)
+//   dx(b, h, c) = sum over kernels i, taps t of h's phase and channels f of dy(b, o_i(h, t), first_i + f) w_i(f, c, t)
 //
-// Images as they are stored are first written as normalised channels-last pixels for the weights' gradient; the input's
-// is scaled and placed as they are.
+// Images as they are stored are written as normalised channels-last pixels for the weights' gradient
+// (cross_scale_embedding_weight.cu); the input's is scaled and placed as they are.
 //
-// Tiling (RUN divides what both operands are read along):
-//   input   a block for 128 pixels of a phase by the columns of a tile of input channels, the kernels one after the other
-//           in the same sums. 3 input channels fill 3 of 32 columns: a stem's images rarely need a gradient.
-//   weight  a block for 128 terms of a window by the columns of a tile of output channels, and a part of the positions;
-//           further blocks sum the columns of dy for the bias. Every part stores its sums in f32, laid out as packed
-//           weights of all kernels, then biases; a second kernel adds them in order.
-// One launch each for all kernels. FLOPs: those of the forward pass, each.
-// Bytes from device memory: input: dy, the weights and dx once. weight: x and dy about once for each part's tiles in
-// turn, the second-level cache serving them to each other, and 8 bytes of partial sum for each weight and part.
-// CrossFormer-S's stem in bf16 at batch 256 on an H200, weights: 85 GFLOP, 108 us at 790 TFLOP/s; 231 MB once, 54 us at
-// 4.3 TB/s. 12 to 48 channels fill 38 to 75 % of tiles of 32 columns.
+// Tiling: a block for 128 pixels of a phase by the columns of a tile of input channels, the kernels one after the other
+// in the same sums. RUN divides what both operands are read along. 3 input channels fill 3 of 32 columns: a stem's
+// images rarely need a gradient. One launch for all kernels. FLOPs: those of the forward pass.
+// Bytes from device memory: dy, the weights and dx once.
 //
-// tensor cores: cross_scale_embedding_input_gradient_bf16, cross_scale_embedding_input_gradient_f16, cross_scale_embedding_weight_gradient_bf16, cross_scale_embedding_weight_gradient_f16
+// tensor cores: cross_scale_embedding_input_gradient_bf16, cross_scale_embedding_input_gradient_f16
 
 #include "common/kernel.cuh"
 
@@ -103,83 +95,6 @@ __device__ __forceinline__ void input_gradient(T* input_gradient, const T* gradi
     });
 }
 
-constexpr u32 BIAS_COLUMNS = 32;
-
-// Sums 32 columns of dy over the positions from `first` to before `end`, a column in every fourth thread.
-template <class T>
-__device__ __forceinline__ void bias_gradient(float* sums, const T* gradient, const Embedding& e, u32 block, u32 first,
-                                              u32 end, float* shared) {
-    const u32 column = block * BIAS_COLUMNS + lane();
-    float sum = 0;
-    if (column < e.out_channels) {
-        for (u32 row = first + warp(); row < end; row += 4)
-            sum += to_float(gradient[u64(row) * e.out_channels + column]);
-    }
-    shared[linear_thread()] = sum;
-    __syncthreads();
-    if (warp() > 0 || column >= e.out_channels) return;
-    for (u32 i = 1; i < 4; ++i) sum += shared[i * BIAS_COLUMNS + lane()];
-    sums[column] = sum;
-}
-
-// A part of `part` positions for each blockIdx.y. Blocks along x: row tiles fastest, then column tiles, then kernels, then
-// columns of the bias.
-template <class Tile, class T, u32 RUN>
-__device__ __forceinline__ void weight_gradient(float* partials, const T* input, const T* gradient, u32 part,
-                                                const Embedding& e, void* shared) {
-    const u64 weights = e.packed(e.kernels);
-    partials += blockIdx.y * (weights + e.out_channels);
-    const u32 positions = e.positions(), first = blockIdx.y * part;
-    const u32 end = part < positions - first ? first + part : positions;
-
-    u32 piece = blockIdx.x;
-    const auto row_tiles = [&](u32 i) { return divide_up(e.depth(i), Tile::M); };
-    const u32 number = e.find(piece, [&](u32 i) { return row_tiles(i) * divide_up(e.outs[i], Tile::N); });
-    if (number == e.kernels) {
-        bias_gradient(partials + weights, gradient, e, piece, first, end, static_cast<float*>(shared));
-        return;
-    }
-    const Scale scale = e.scale(number);
-    const u32 row = piece % row_tiles(number) * Tile::M, column = piece / row_tiles(number) * Tile::N;
-    const WindowsByTerm<T, RUN> windows{Windows<T, RUN>(input, e, scale)};
-    const MatrixSource<T, false, RUN> gradients{gradient + scale.first, scale.out, positions, e.out_channels};
-    Tile tile;
-    tile.clear();
-    tile.accumulate(windows, gradients, row, column, first, end, shared);
-
-    partials += scale.packed;
-    tile.for_each_pair(row, column, [&](u32 term, u32 out, float first, float second) {
-        if (term >= scale.depth || out >= scale.out) return;
-        partials[u64(out) * scale.pitch + term] = first;
-        if (out + 1 < scale.out) partials[u64(out + 1) * scale.pitch + term] = second;
-    });
-}
-
-// Adds the parts, in order, for the weight and the bias of the kernel of blockIdx.y.
-template <class T>
-__device__ void add_parts(const PerKernel<T>& weight_gradients, const PerKernel<T>& bias_gradients,
-                          const float* partials, u32 parts, const Embedding& e) {
-    const Scale scale = e.scale(blockIdx.y);
-    const u64 all_weights = e.packed(e.kernels), size = all_weights + e.out_channels;
-    const u64 weights = u64(scale.out) * scale.depth;
-    T *weight_gradient = weight_gradients[scale.number], *bias_gradient = bias_gradients[scale.number];
-    const u32 taps = scale.side * scale.side;
-    for (u64 i = grid_thread(); i < weights + scale.out; i += grid_threads()) {
-        const bool is_weight = i < weights;
-        const u32 out = u32(is_weight ? i / scale.depth : i - weights), term = u32(is_weight ? i % scale.depth : 0);
-        const float* partial =
-            partials + (is_weight ? scale.packed + u64(out) * scale.pitch + term : all_weights + scale.first + out);
-        float sum = 0;
-        for (u32 part = 0; part < parts; ++part) sum += partial[part * size];
-        if (is_weight) {
-            const u32 tap = term / e.channels, channel = term % e.channels;
-            weight_gradient[(u64(out) * e.channels + channel) * taps + tap] = from_float<T>(sum);
-        } else {
-            bias_gradient[out] = from_float<T>(sum);
-        }
-    }
-}
-
 #define ELEMENTWISE(suffix, T)                                                                                       \
     extern "C" __global__ void __launch_bounds__(256)                                                                \
         cross_scale_embedding_turn_weights_##suffix(T* turned, PerKernel<const T> weights, Embedding embedding) {    \
@@ -191,14 +106,6 @@ __device__ void add_parts(const PerKernel<T>& weight_gradients, const PerKernel<
     }
 FOR_EACH_FLOAT(ELEMENTWISE)
 
-#define ADD_PARTS(suffix, T)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256)                                                        \
-        cross_scale_embedding_add_parts_##suffix(PerKernel<T> weight_gradients, PerKernel<T> bias_gradients, \
-                                                 const float* partials, u32 parts, Embedding embedding) {    \
-        add_parts<T>(weight_gradients, bias_gradients, partials, parts, embedding);                          \
-    }
-FOR_EACH_FLOAT(ADD_PARTS)
-
 // Columns of a tile as in src/ops/cross_scale_embedding/gpu.rs.
 #define INPUT_GRADIENT(instance, T, RUN, ...)                                                             \
     extern "C" __global__ void __launch_bounds__(128, 2) cross_scale_embedding_input_gradient_##instance( \
@@ -208,29 +115,16 @@ FOR_EACH_FLOAT(ADD_PARTS)
         SHARED_ARRAY_ALIGNED(128, unsigned char, shared, [Tile::SHARED_BYTES]);                           \
         input_gradient<Tile, T, RUN>(gradient_of_input, gradient, packed, embedding, pixels, shared);     \
     }
-#define WEIGHT_GRADIENT(instance, T, RUN, ...)                                                             \
-    extern "C" __global__ void __launch_bounds__(128, 2) cross_scale_embedding_weight_gradient_##instance( \
-        float* partials, const T* input, const T* gradient, u32 part, Embedding embedding) {               \
-        using Tile = __VA_ARGS__;                                                                          \
-        SHARED_ARRAY_ALIGNED(128, unsigned char, shared, [Tile::SHARED_BYTES]);                            \
-        weight_gradient<Tile, T, RUN>(partials, input, gradient, part, embedding, shared);                 \
-    }
-#define HALF(suffix, T)                                                         \
-    INPUT_GRADIENT(suffix##_vector, T, 8, TensorTile<T, 128, 64, 32, 2, 2, 3>)  \
-    INPUT_GRADIENT(suffix##_scalar, T, 1, TensorTile<T, 128, 32, 32, 4, 1, 3>)  \
-    WEIGHT_GRADIENT(suffix##_vector, T, 8, TensorTile<T, 128, 64, 32, 2, 2, 3>) \
-    WEIGHT_GRADIENT(suffix##_pair, T, 2, TensorTile<T, 128, 32, 32, 4, 1, 3>)   \
-    WEIGHT_GRADIENT(suffix##_scalar, T, 1, TensorTile<T, 128, 32, 32, 4, 1, 3>)
+#define HALF(suffix, T)                                                        \
+    INPUT_GRADIENT(suffix##_vector, T, 8, TensorTile<T, 128, 64, 32, 2, 2, 3>) \
+    INPUT_GRADIENT(suffix##_scalar, T, 1, TensorTile<T, 128, 32, 32, 4, 1, 3>)
 INPUT_GRADIENT(f32, float, 1, SimtTile<128, 32, 8, 8, 4, 4>)
-WEIGHT_GRADIENT(f32, float, 1, SimtTile<128, 32, 8, 8, 4, 4>)
 HALF(bf16, bf16)
 HALF(f16, f16)
 
-#define KERNEL_RUNS(name) KERNEL(name##_vector), KERNEL(name##_pair), KERNEL(name##_scalar)
 KERNELS(cross_scale_embedding_backward, KERNEL_FLOATS(cross_scale_embedding_turn_weights),
-        KERNEL_FLOATS(cross_scale_embedding_normalise), KERNEL_FLOATS(cross_scale_embedding_add_parts),
-        KERNEL(cross_scale_embedding_input_gradient_f32), KERNEL(cross_scale_embedding_input_gradient_bf16_vector),
+        KERNEL_FLOATS(cross_scale_embedding_normalise), KERNEL(cross_scale_embedding_input_gradient_f32),
+        KERNEL(cross_scale_embedding_input_gradient_bf16_vector),
         KERNEL(cross_scale_embedding_input_gradient_bf16_scalar),
         KERNEL(cross_scale_embedding_input_gradient_f16_vector),
-        KERNEL(cross_scale_embedding_input_gradient_f16_scalar), KERNEL(cross_scale_embedding_weight_gradient_f32),
-        KERNEL_RUNS(cross_scale_embedding_weight_gradient_bf16), KERNEL_RUNS(cross_scale_embedding_weight_gradient_f16))
+        KERNEL(cross_scale_embedding_input_gradient_f16_scalar))

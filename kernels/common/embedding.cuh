@@ -74,53 +74,6 @@ struct Embedding {
     }
 };
 
-// Windows as the matrix (output position, term). RUN divides the elements of a map's row, of a window's row, of a stride
-// and of the padding, so that RUN elements are all inside of the map or all outside.
-template <class T, u32 RUN_> struct Windows {
-    using Element = T;
-    static constexpr bool ALONG_K = true;
-    static constexpr u32 RUN = RUN_;
-
-    const T* input;
-    u32 positions, depth, height, line, stride, step, padding, margin;
-    Divisor by_window_row, by_columns, by_rows;
-
-    __device__ __forceinline__ Windows(const T* input, const Embedding& e, const Scale& scale)
-        : input(input),
-          positions(e.positions()),
-          depth(scale.depth),
-          height(e.height),
-          line(e.width * e.channels),
-          stride(e.stride),
-          step(e.stride * e.channels),
-          padding(scale.padding),
-          margin(scale.padding * e.channels),
-          by_window_row(e.channels > 0 ? scale.side * e.channels : 1),
-          by_columns(e.columns()),
-          by_rows(e.rows()) {}
-
-    __device__ __forceinline__ Run<T> operator()(u32 position, u32 term) const {
-        u32 x, y, across;
-        const u32 image = by_rows.divide(by_columns.divide(position, x), y);
-        const u32 down = by_window_row.divide(term, across);
-        // Above and left of the map these wrap around, to beyond its end.
-        const u32 from_y = y * stride + down - padding, from_x = x * step + across - margin;
-        if (position >= positions || term >= depth || from_y >= height || from_x >= line) return {input, 0};
-        return {input + (u64(image) * height + from_y) * line + from_x, RUN};
-    }
-};
-
-// The same as the operand (term, output position) of the weight gradient: here lines are terms, and k counts positions.
-template <class T, u32 RUN_> struct WindowsByTerm {
-    using Element = T;
-    static constexpr bool ALONG_K = false;
-    static constexpr u32 RUN = RUN_;
-
-    Windows<T, RUN_> windows;
-
-    __device__ __forceinline__ Run<T> operator()(u32 term, u32 position) const { return windows(position, term); }
-};
-
 // The taps of one axis of a phase.
 struct PhaseAxis {
     u32 tap, taps;  // the first, and how many there are

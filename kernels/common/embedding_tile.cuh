@@ -21,6 +21,7 @@ constexpr u32 TILE_GROUPS = 128, TILE_WARPS = 8, TILE_THREADS = 32 * TILE_WARPS;
 constexpr u32 STEP = 16;            // terms
 constexpr u32 FRAGMENT = STEP * 8;  // elements of a step's tile of columns
 constexpr u32 MOST_SCALED_CHANNELS = 16;
+constexpr u32 MOST_GROUP = 16;  // positions
 
 // How pixels lie in memory and what they stand for. As `Pixels` in src/ops/cross_scale_embedding/gpu.
 struct Pixels {
@@ -35,10 +36,27 @@ struct Pixels {
         const u64 pixel = (line * e.height + y) * e.width + x;
         return channels_first ? pixel : pixel * e.channels + channel;
     }
-    // Elements from a channel to the next.
+    // Elements from a channel to the next, and from a pixel of a row to the next.
     __device__ __forceinline__ u64 plane(const Embedding& e) const {
         return channels_first ? u64(e.height) * e.width : 1;
     }
+    __device__ __forceinline__ u32 across(const Embedding& e) const { return channels_first ? 1 : e.channels; }
+    // What a stored value stands for.
+    __device__ __forceinline__ float value(float stored, u32 channel) const {
+        return scaled ? fmaf(stored, scale[channel], shift[channel]) : stored;
+    }
+};
+
+// Pixels as the products take them: channels last, in their type.
+struct PlainPixels {
+    static constexpr u32 type = 0;
+
+    __device__ __forceinline__ u64 place(const Embedding& e, u32 image, u32 y, u32 x, u32 channel) const {
+        return ((u64(image) * e.height + y) * e.width + x) * e.channels + channel;
+    }
+    __device__ __forceinline__ u64 plane(const Embedding&) const { return 1; }
+    __device__ __forceinline__ u32 across(const Embedding& e) const { return e.channels; }
+    __device__ __forceinline__ float value(float stored, u32) const { return stored; }
 };
 
 // How a layer is cut. As `Tiling` in src/ops/cross_scale_embedding/tiling.rs.
@@ -167,34 +185,42 @@ __device__ __forceinline__ float pixel_value(const void* input, const Embedding&
     const float value = p.type == 0   ? to_float(static_cast<const T*>(input)[at])
                         : p.type == 1 ? static_cast<const float*>(input)[at]
                                       : to_float(static_cast<const u8*>(input)[at]);
-    return p.scaled ? fmaf(value, p.scale[channel], p.shift[channel]) : value;
+    return p.value(value, channel);
 }
 
 // A chunk's worth of neighbours of a row of the tile from (x, channel) on, as they count; `channels` are staged of each
 // pixel, from `first_channel` on. Zeros outside of the map. `Stored` is what lies in memory.
-template <class Stored, u32 CHUNK>
+template <class Stored, u32 CHUNK, class Format>
 __device__ __forceinline__ void load_pixels(float (&values)[CHUNK], const void* input, const Embedding& e,
-                                            const Pixels& p, u32 image, u32 y, u32 x, u32 channel, u32 first_channel,
+                                            const Format& p, u32 image, u32 y, u32 x, u32 channel, u32 first_channel,
                                             u32 channels) {
-    const u32 across = p.channels_first ? 1 : e.channels;
+    const u32 across = p.across(e);
     const u64 plane = p.plane(e);
     const Stored* row = static_cast<const Stored*>(input) + p.place(e, image, y, 0, first_channel);
 #pragma unroll
     for (u32 j = 0; j < CHUNK; ++j) {
         const bool inside = x < e.width && first_channel + channel < e.channels;
-        values[j] = inside ? to_float(row[x * across + channel * plane]) : 0;
-        if (p.scaled && inside) {
-            values[j] = fmaf(values[j], p.scale[first_channel + channel], p.shift[first_channel + channel]);
-        }
+        values[j] = inside ? p.value(to_float(row[x * across + channel * plane]), first_channel + channel) : 0;
         if (++channel == channels) channel = 0, ++x;
+    }
+}
+
+// Begins to copy 16, 8 or 4 bytes, zeros where none are valid.
+__device__ __forceinline__ void copy_run(void* to, const void* from, u32 bytes, u32 valid) {
+    if (bytes == 16) {
+        async_copy<16>(to, from, valid);
+    } else if (bytes == 8) {
+        async_copy<8>(to, from, valid);
+    } else {
+        async_copy<4>(to, from, valid);
     }
 }
 
 // Stages the rows from `first_row` on of the largest windows, `rows` of them beyond those of one row of positions, and
 // a slice of channels; zeros outside of the map. Complete after `async_commit`, `async_wait` and a barrier.
-template <class T>
+template <class T, u32 THREADS, class Format>
 __device__ __forceinline__ void stage_pixels(T* tile, const void* input, const Embedding& e, const Tiling& t,
-                                             const Pixels& p, const TilePlace& at, u32 channel_slice, u32 first_row,
+                                             const Format& p, const TilePlace& at, u32 channel_slice, u32 first_row,
                                              u32 rows) {
     constexpr u32 CHUNK = 16 / sizeof(T);
     const u32 margin = (e.sides[0] - e.stride) / 2, first_channel = channel_slice * t.slice_channels;
@@ -202,10 +228,10 @@ __device__ __forceinline__ void stage_pixels(T* tile, const void* input, const E
     const u32 origin_x = at.column * t.group * e.stride - margin;
     const bool whole = t.channel_slices == 1 && t.slice_channels == e.channels;
     const Divisor by_pitch(t.pitch), by_rows(rows), by_channels(t.slice_channels);
-    for (u32 i = linear_thread(); i < t.images * rows * t.pitch; i += TILE_THREADS) {
+    for (u32 i = linear_thread(); i < t.images * rows * t.pitch; i += THREADS) {
         u32 chunk, row;
         const u32 block_image = by_rows.divide(by_pitch.divide(i, chunk), row);
-        T* to = tile + t.place((block_image * t.tile_rows + row) * t.pitch + chunk) * CHUNK;
+        T* to = tile + t.place((block_image * rows + row) * t.pitch + chunk) * CHUNK;
         const u32 image = at.image + block_image, y = origin_y + row;
         const bool row_inside = image < e.batch && y < e.height;
         if (t.run == 0) {
@@ -228,23 +254,18 @@ __device__ __forceinline__ void stage_pixels(T* tile, const void* input, const E
             store_from_float(to, values);
             continue;
         }
+        // A run lies in the row where it is staged whole, else in a pixel's channels, as a chunk does.
+        u32 channel;
+        const u32 x = origin_x + by_channels.divide(chunk * CHUNK, channel);
+        const u32 along = whole ? origin_x * e.channels + chunk * CHUNK : first_channel + channel;
+        const u32 end = !row_inside ? 0 : whole ? e.width * e.channels : x < e.width ? e.channels : 0;
         const T* line = static_cast<const T*>(input) + (u64(image) * e.height + y) * e.width * e.channels;
+        if (!whole) line += u64(x) * e.channels;
+        const u32 bytes = t.run * u32(sizeof(T));
 #pragma unroll 1
         for (u32 j = 0; j < CHUNK; j += t.run) {
-            u32 channel;
-            const u32 element = chunk * CHUNK + j, x = origin_x + by_channels.divide(element, channel);
-            const u32 along = whole ? origin_x * e.channels + element : x * e.channels + first_channel + channel;
-            const bool inside = row_inside && (whole ? along < e.width * e.channels
-                                                     : x < e.width && first_channel + channel < e.channels);
-            const T* from = inside ? line + along : static_cast<const T*>(input);
-            const u32 bytes = t.run * u32(sizeof(T)), valid = inside ? bytes : 0;
-            if (bytes == 16) {
-                async_copy<16>(to + j, from, valid);
-            } else if (bytes == 8) {
-                async_copy<8>(to + j, from, valid);
-            } else {
-                async_copy<4>(to + j, from, valid);
-            }
+            const bool inside = along + j < end;
+            copy_run(to + j, inside ? line + (along + j) : static_cast<const T*>(input), bytes, inside ? bytes : 0);
         }
     }
 }

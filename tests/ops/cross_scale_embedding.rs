@@ -338,6 +338,15 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         case([5, 4, 4, 72], &[[2, 6], [4, 9]], 2),
         // More positions than a part of the weight gradient has.
         case([1, 24, 23, 1], &[[1, 2]], 1),
+        // Of the weight gradient: a stem whose largest window is more than a block's, and tiles that do not divide the map;
+        case([1, 52, 44, 3], &[[4, 13], [8, 7], [16, 5], [32, 3]], 4),
+        // several columns of units, the last with a rest, and as many slices of channels;
+        case([1, 5, 7, 37], &[[2, 67], [4, 41]], 2),
+        // images side by side in a tile, and one more;
+        case([17, 2, 3, 5], &[[1, 11], [3, 2]], 1),
+        // a map of one position, and one of one row.
+        case([1, 2, 2, 7], &[[2, 3], [4, 1]], 2),
+        case([1, 1, 131, 1], &[[1, 1], [7, 3]], 1),
     ]
 }
 

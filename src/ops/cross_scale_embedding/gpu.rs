@@ -4,7 +4,7 @@
 use super::EmbeddingNorm;
 use super::cpu::{Kernel as Window, Problem};
 use super::images::{ImageLayout, Images, Scale};
-use super::tiling::{self, MOST_KERNELS, Tiling};
+use super::tiling::{self, MOST_KERNELS, Split, Tiling, WeightTiling};
 use crate::driver::seam::Address;
 use crate::gpu::{FLOATS, Geometry, Gpu, Kernel, Signature};
 use crate::{DType, Error, Result, Tensor};
@@ -20,8 +20,8 @@ type PerKernel = [Address; MOST_KERNELS];
 
 const FORWARD_MODULE: &str = "cross_scale_embedding";
 const BACKWARD_MODULE: &str = "cross_scale_embedding_backward";
-const RUNS: &[&str] = &["f32", "bf16_vector", "bf16_pair", "bf16_scalar", "f16_vector", "f16_pair", "f16_scalar"];
-const LONG_RUNS: &[&str] = &["f32", "bf16_vector", "bf16_scalar", "f16_vector", "f16_scalar"];
+const WEIGHT_MODULE: &str = "cross_scale_embedding_weight";
+const RUNS: &[&str] = &["f32", "bf16_vector", "bf16_scalar", "f16_vector", "f16_scalar"];
 
 /// packed weights, elements, weights, embedding, tiling
 const PACK: Kernel<(Address, u64, PerKernel, Description, tiling::Description)> =
@@ -48,16 +48,17 @@ const TURN_WEIGHTS: Kernel<(Address, PerKernel, Description)> =
     Kernel::new(BACKWARD_MODULE, "cross_scale_embedding_turn_weights", FLOATS);
 /// input gradient, output gradient, turned weights, embedding, pixels
 const INPUT_GRADIENT: Kernel<(Address, Address, Address, Description, Pixels)> =
-    Kernel::new(BACKWARD_MODULE, "cross_scale_embedding_input_gradient", LONG_RUNS);
+    Kernel::new(BACKWARD_MODULE, "cross_scale_embedding_input_gradient", RUNS);
 /// channels-last pixels, input, embedding, pixels
 const NORMALISE: Kernel<(Address, Address, Description, Pixels)> =
     Kernel::new(BACKWARD_MODULE, "cross_scale_embedding_normalise", FLOATS);
-/// partial sums, input, output gradient, positions of a part, embedding
-const WEIGHT_GRADIENT: Kernel<(Address, Address, Address, u32, Description)> =
-    Kernel::new(BACKWARD_MODULE, "cross_scale_embedding_weight_gradient", RUNS);
-/// weight gradients, bias gradients, partial sums, parts, embedding
-const ADD_PARTS: Kernel<(PerKernel, PerKernel, Address, u32, Description)> =
-    Kernel::new(BACKWARD_MODULE, "cross_scale_embedding_add_parts", FLOATS);
+/// partial sums, those of a part's weights, input, output gradient, embedding, tiling, split
+type WeightArguments = (Address, u64, Address, Address, Description, tiling::Description, Split);
+const WEIGHT_GRADIENT: Kernel<WeightArguments> =
+    Kernel::new(WEIGHT_MODULE, "cross_scale_embedding_weight_gradient", FLOATS);
+/// weight gradients, bias gradients, partial sums, those of a part's weights, parts, embedding, tiling
+const ADD_PARTS: Kernel<(PerKernel, PerKernel, Address, u64, u32, Description, tiling::Description)> =
+    Kernel::new(WEIGHT_MODULE, "cross_scale_embedding_add_parts", FLOATS);
 
 pub(crate) static KERNELS: &[Signature] = &[
     PACK.signature(),
@@ -71,55 +72,9 @@ pub(crate) static KERNELS: &[Signature] = &[
 
 /// As in the kernel files.
 const TILE_THREADS: u32 = 256;
-/// Threads of a block that computes a tile of sums, rows of the tile, and columns of `dy` that a block sums.
+/// Threads of a block of the input gradient, and rows of its tile.
 const THREADS: u32 = 128;
 const TILE_ROWS: usize = 128;
-const BIAS_COLUMNS: usize = 32;
-/// A part of the positions is a multiple of what every tile takes at a time, and long enough to be worth its sums.
-const PART_MULTIPLE: usize = 32;
-const SHORTEST_PART: usize = 512;
-/// Blocks that fill every device a few times over. Fixed, so that sums do not depend on the device.
-const PART_BLOCKS: usize = 1024;
-
-/// How many elements the copies into shared memory move at once.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Run {
-    Vector,
-    Pair,
-    Scalar,
-}
-
-impl Run {
-    /// The longest that divides all of `extents`.
-    fn dividing(extents: impl IntoIterator<Item = usize>) -> Self {
-        let (mut by_8, mut by_2) = (true, true);
-        for extent in extents {
-            by_8 &= extent.is_multiple_of(8);
-            by_2 &= extent.is_multiple_of(2);
-        }
-        if by_8 {
-            Run::Vector
-        } else if by_2 {
-            Run::Pair
-        } else {
-            Run::Scalar
-        }
-    }
-
-    fn instance(self, dtype: DType) -> String {
-        match (dtype, self) {
-            (DType::F32, _) => "f32".into(),
-            (_, Run::Vector) => format!("{dtype}_vector"),
-            (_, Run::Pair) => format!("{dtype}_pair"),
-            (_, Run::Scalar) => format!("{dtype}_scalar"),
-        }
-    }
-
-    /// Columns of a tile of sums.
-    fn tile_columns(self, dtype: DType) -> usize {
-        if dtype != DType::F32 && self == Run::Vector { 64 } else { 32 }
-    }
-}
 
 /// An embedding as the kernels see it.
 struct Plan<'a> {
@@ -173,19 +128,6 @@ impl<'a> Plan<'a> {
         self.windows().map(|window| window.out * self.depth(window).next_multiple_of(8)).sum()
     }
 
-    /// Extents that a run along the windows must divide.
-    fn along_windows(&self) -> impl Iterator<Item = usize> {
-        let [_, _, width, channels] = self.problem.extents;
-        let stride = self.problem.stride;
-        let paddings = self.windows().map(move |window| (window.side - stride) / 2);
-        paddings.chain([width, stride]).map(move |pixels| pixels * channels)
-    }
-
-    /// Extents that a run along the output's channels must divide.
-    fn along_outputs(&self) -> impl Iterator<Item = usize> {
-        self.windows().map(|window| window.out)
-    }
-
     /// All weights as (out, row, column, channel).
     fn turn(&self, weights: &[Tensor]) -> Result<Tensor> {
         let turned = Tensor::empty_on(self.gpu, [self.turned_elements()], self.dtype)?;
@@ -194,9 +136,13 @@ impl<'a> Plan<'a> {
         Ok(turned)
     }
 
+    /// As the kernels order them.
+    fn ordered_windows(&self) -> Vec<Window> {
+        self.order.iter().map(|&number| self.problem.kernels[number]).collect()
+    }
+
     fn tiling(&self) -> Result<Tiling<'a>> {
-        let windows = self.order.iter().map(|&number| self.problem.kernels[number]).collect();
-        Tiling::new(self.problem, windows, self.dtype.size())
+        Tiling::new(self.problem, self.ordered_windows(), self.dtype.size())
     }
 
     /// All weights as the products of the forward pass take them.
@@ -383,16 +329,18 @@ pub(super) fn input_gradient(
     };
     let gradient = Tensor::empty_on(gpu, shape, plan.dtype)?;
     let turned = plan.turn(weights)?;
-    let run = match Run::dividing(plan.along_outputs().chain([channels])) {
-        Run::Vector => Run::Vector,
-        Run::Pair | Run::Scalar => Run::Scalar,
+    let vectors = plan.dtype != DType::F32 && channels % 8 == 0 && plan.windows().all(|window| window.out % 8 == 0);
+    let (instance, tile_columns) = match plan.dtype {
+        DType::F32 => ("f32".into(), 32),
+        dtype if vectors => (format!("{dtype}_vector"), 64),
+        dtype => (format!("{dtype}_scalar"), 32),
     };
     let of_phase = batch * height.div_ceil(problem.stride) * width.div_ceil(problem.stride);
-    let tiles = of_phase.div_ceil(TILE_ROWS) * channels.div_ceil(run.tile_columns(plan.dtype));
+    let tiles = of_phase.div_ceil(TILE_ROWS) * channels.div_ceil(tile_columns);
     let geometry = Geometry::blocks(tiles * problem.stride * problem.stride, THREADS);
     let pixels = pixels(images, plan.dtype)?;
     let arguments = (gradient.address()?, grad.address()?, turned.address()?, plan.description, pixels);
-    INPUT_GRADIENT.launch(gpu, &run.instance(plan.dtype), geometry, arguments)?;
+    INPUT_GRADIENT.launch(gpu, &instance, geometry, arguments)?;
     Ok(gradient)
 }
 
@@ -407,29 +355,20 @@ pub(super) fn parameter_gradients(
 ) -> Result<Vec<Tensor>> {
     let plan = Plan::new(gpu, grad.dtype(), problem)?;
     let input = &plan.plain(images, input)?;
-    let run = Run::dividing(plan.along_windows().chain(plan.along_outputs()));
-    let tiles =
-        |window: Window| plan.depth(window).div_ceil(TILE_ROWS) * window.out.div_ceil(run.tile_columns(plan.dtype));
-    let blocks = plan.windows().map(tiles).sum::<usize>() + problem.out_channels().div_ceil(BIAS_COLUMNS);
-    let [part, parts] = split(positions(problem), blocks);
-    let partials = Tensor::empty_on(gpu, [parts, plan.turned_elements() + problem.out_channels()], DType::F32)?;
-    let geometry = Geometry { grid: [blocks as u32, parts as u32, 1], block: [THREADS, 1, 1], shared: 0 };
-    let arguments = (partials.address()?, input.address()?, grad.address()?, part as u32, plan.description);
-    WEIGHT_GRADIENT.launch(gpu, &run.instance(plan.dtype), geometry, arguments)?;
+    let tiling = WeightTiling::new(problem, plan.ordered_windows(), plan.dtype.size())?;
+    let [of_weights, of_biases] = tiling.sums();
+    let (parts, description) = (tiling.part_count(), tiling.description());
+    let partials = Tensor::empty_on(gpu, [parts, of_weights + of_biases], DType::F32)?;
+    let (sums, size) = (partials.address()?, of_weights as u64);
+    let arguments = (sums, size, input.address()?, grad.address()?, plan.description, description, tiling.split());
+    WEIGHT_GRADIENT.launch(gpu, plan.dtype.name(), tiling.geometry(), arguments)?;
 
     let empty = |shape: crate::tensor::Shape| Tensor::empty_on(gpu, shape, plan.dtype);
     let mut gradients = weights.iter().map(|weight| empty(weight.shape().clone())).collect::<Result<Vec<_>>>()?;
     let biases = plan.windows().map(|window| empty([window.out].into())).collect::<Result<Vec<_>>>()?;
-    let (of_weights, of_biases) = (plan.per_kernel(&gradients)?, plan.per_kernel(&biases)?);
-    let arguments = (of_weights, of_biases, partials.address()?, parts as u32, plan.description);
+    let (weights, of_biases) = (plan.per_kernel(&gradients)?, plan.per_kernel(&biases)?);
+    let arguments = (weights, of_biases, sums, size, parts as u32, plan.description, description);
     ADD_PARTS.launch(gpu, plan.dtype.name(), plan.elementwise(1), arguments)?;
     gradients.extend(biases);
     Ok(gradients)
-}
-
-/// Positions of a part, and how many parts there are: at least one.
-fn split(positions: usize, blocks: usize) -> [usize; 2] {
-    let parts = PART_BLOCKS.div_ceil(blocks.max(1)).min(positions.div_ceil(SHORTEST_PART)).max(1);
-    let part = positions.div_ceil(parts).next_multiple_of(PART_MULTIPLE).max(PART_MULTIPLE);
-    [part, positions.div_ceil(part).max(1)]
 }

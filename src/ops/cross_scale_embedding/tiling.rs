@@ -1,8 +1,11 @@
 //! How a layer is cut into blocks, pieces and slices for the products of `kernels/cross_scale_embedding.cu`; terms as in
 //! `kernels/common/embedding_tile.cuh`.
 
+mod weights;
+
 use super::cpu::{Kernel as Window, Problem};
 use crate::{Error, Result};
+pub(super) use weights::{Split, WeightTiling};
 
 /// As `MOST_KERNELS` in the kernel files.
 pub(super) const MOST_KERNELS: usize = 16;
@@ -30,6 +33,8 @@ const FEW_CHANNELS: usize = 16;
 struct Strip {
     kernel: usize,
     columns: usize,
+    /// Of a row of the windows.
+    row_chunks: usize,
     steps: usize,
     /// Chunks from the beginning of a group's largest window to the end of the strip's run.
     reach: usize,
@@ -72,10 +77,7 @@ impl<'a> Tiling<'a> {
             return Ok(tiling);
         }
         let sliced = Self::cut(problem, windows, element, 64 / element, true);
-        sliced.with_block().ok_or_else(|| {
-            let message = format!("kernel {}: a row of its window does not fit into shared memory", problem.largest());
-            Error::argument("cross_scale_embedding", message)
-        })
+        sliced.with_block().ok_or_else(|| too_large(problem))
     }
 
     /// Everything but the block.
@@ -121,11 +123,16 @@ impl<'a> Tiling<'a> {
             return;
         }
         for kernel in 0..self.windows.len() {
-            let wanted = tiles(self.columns(kernel)).max(1);
-            self.tiles[kernel] = wanted.div_ceil(wanted.div_ceil(MOST_TILES));
+            self.tiles[kernel] = self.even_tiles(kernel);
         }
         let shared = self.strips().take_while(|strip| strip.steps >= SHARED_STEPS);
         self.split = shared.map(|strip| self.pieces(&strip)).sum();
+    }
+
+    /// Tiles of a piece, such that pieces are the fewest and equally wide.
+    fn even_tiles(&self, kernel: usize) -> usize {
+        let wanted = tiles(self.columns(kernel)).max(1);
+        wanted.div_ceil(wanted.div_ceil(MOST_TILES))
     }
 
     fn positions(&self, kernel: usize) -> usize {
@@ -165,6 +172,7 @@ impl<'a> Tiling<'a> {
                 Strip {
                     kernel,
                     columns: self.columns(kernel),
+                    row_chunks,
                     steps: (self.windows[kernel].side * row_chunks * self.chunk()).div_ceil(STEP),
                     reach: self.begin(kernel, position) / self.chunk() + row_chunks,
                 }
@@ -235,9 +243,17 @@ impl<'a> Tiling<'a> {
 
     /// As the kernels take it; `run` elements can be copied at once as they are.
     pub fn description(&self, run: usize) -> Description {
+        self.describe(run, self.swizzle())
+    }
+
+    /// So that equal chunks of neighbouring groups lie in different banks.
+    fn swizzle(&self) -> usize {
+        if self.group_chunks().is_multiple_of(2) { 7 } else { 0 }
+    }
+
+    fn describe(&self, run: usize, swizzle: usize) -> Description {
         let Block { images, rows, columns, band } = self.block;
         let (slices, bands) = (self.channel_slices(), self.problem.largest().div_ceil(band));
-        let swizzle = if self.group_chunks().is_multiple_of(2) { 7 } else { 0 };
         let head = [
             self.group,
             images,
@@ -299,6 +315,11 @@ impl<'a> Tiling<'a> {
         let rounds = if self.is_complete() { 1 } else { self.rounds() };
         ([self.blocks(self.block), rounds], self.tile_bytes(self.block) * self.buffers() + exchanged)
     }
+}
+
+fn too_large(problem: &Problem) -> Error {
+    let message = format!("kernel {}: a row of its window does not fit into shared memory", problem.largest());
+    Error::argument("cross_scale_embedding", message)
 }
 
 /// Tiles of 8 columns.
