@@ -6,6 +6,7 @@ use pulp::Simd;
 use super::Square;
 
 /// `line` as an array whose length has another name.
+#[allow(clippy::manual_memcpy, reason = "a call for a copy would take the line out of its registers")]
 #[inline(always)]
 fn sized<V: Copy, const N: usize, const P: usize>(line: [V; N]) -> [V; P] {
     let mut values = [line[0]; P];
@@ -173,9 +174,9 @@ pub(super) fn collect_square<S: Simd, const N: usize, const P: usize>(
 /// S z S.
 #[inline(always)]
 pub(super) fn scale_square<S: Simd, const P: usize>(simd: S, square: &mut Square<S::f32s, P>) {
-    for i in 0..P {
-        for j in 0..P {
-            square[i][j] = simd.mul_f32s(square[i][j], simd.splat_f32s(scale::<P>(i) * scale::<P>(j)));
+    for (i, line) in square.iter_mut().enumerate() {
+        for (j, value) in line.iter_mut().enumerate() {
+            *value = simd.mul_f32s(*value, simd.splat_f32s(scale::<P>(i) * scale::<P>(j)));
         }
     }
 }
