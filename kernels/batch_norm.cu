@@ -138,7 +138,7 @@ __device__ __forceinline__ void apply(T* __restrict__ output, const T* __restric
         slope[i] = scale[channel] * weight.at(channel, 1);
         offset[i] = bias.at(channel, 0);
     }
-#pragma unroll (V == WIDE ? 4 : 1)
+#pragma unroll(V == WIDE ? 4 : 1)
     for (u64 row = walk.begin; row < walk.end; row += blockDim.y) {
         const u64 at = row * channels + walk.channel;
         float values[V];
@@ -173,7 +173,7 @@ __device__ __forceinline__ void partial_sums(Pair* partials, const T* __restrict
         offset[i] = bias.at(channel, 0);
     }
     Pair sums[V] = {};
-#pragma unroll (V == WIDE ? 4 : 1)
+#pragma unroll(V == WIDE ? 4 : 1)
     for (u64 row = walk.begin; row < walk.end; row += blockDim.y) {
         const u64 at = row * channels + walk.channel;
         float values[V], gradients[V];
@@ -218,7 +218,7 @@ __device__ __forceinline__ void input_gradient(T* __restrict__ gradient, const T
         tilt[i] = along == nullptr ? 0 : along[channel] * share * scale[channel];
         offset[i] = total == nullptr ? 0 : total[channel] * share;
     }
-#pragma unroll (V == WIDE ? 4 : 1)
+#pragma unroll(V == WIDE ? 4 : 1)
     for (u64 row = walk.begin; row < walk.end; row += blockDim.y) {
         const u64 at = row * channels + walk.channel;
         float values[V], gradients[V];

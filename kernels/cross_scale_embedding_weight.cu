@@ -19,15 +19,20 @@
 // As in the forward pass zeros meet pixels beside a window, here of dy too, so an infinity or a NaN in the image reaches
 // its neighbours within the group and 16 bytes, and the taps of positions beyond the map in the last tiles.
 //
-// FLOPs: 2 positions sum_i s_i^2 C out_i, and those of the products that are not useful:
-//   stem of CrossFormer-S (224 x 224 x 3, stride 4; 48, 24, 12, 12 channels of windows 4, 8, 16, 32), bf16: 81 % useful;
-//       tiles of 32 columns, as a product of unfolded windows has, would be 46 % full
-//   between its stages (stride 2, half of the channels of windows 2 and 4): all useful
-// Bytes from device memory: x and dy about once, 8 bytes of partial sum for each weight, position of a group and part.
-// Bytes from the second-level cache in bf16, for each position:
-//   stem: 0.9 kB of pixels and 0.3 kB of dy; unfolded, 128 terms by 32 columns at a time, 11 kB
-//   56 x 56 x 96 to 192 channels: BETWEEN
-// On an H200 the stem at batch 256 is 85 GFLOP, 108 us at 790 TFLOP/s; 231 MB once and 59 MB of partial sums, 67 us at
+// FLOPs: 2 positions sum_i s_i^2 C out_i, and those of the products that are not useful. Of CrossFormer-S in bf16, in
+// brackets for windows that every tile of 128 terms by 32 columns (64 from 8 channels on) gathers for itself, and the
+// bytes from the second-level cache for each position:
+//
+//   map             channels                           useful           bytes
+//   224 x 224 x 3   48, 24, 12, 12 of 4, 8, 16, 32     81 % ( 38 %)     1.3 kB ( 11 kB)
+//   56 x 56 x 96    96, 96 of 2, 4                     82 % ( 75 %)     4.8 kB ( 12 kB)
+//   28 x 28 x 192   192, 192                           88 % (100 %)    16.5 kB ( 35 kB)
+//   14 x 14 x 384   384, 384                           77 % (100 %)    57.2 kB (138 kB)
+//
+// The stem loses terms beside the windows of 2 positions, which start at other bytes of 16; the others groups of the last
+// step of a tile (49 of 64 in the last layer).
+// Bytes from device memory: x and dy about once; 8 for each sum of a part, as many as weights packed for the forward.
+// On an H200 the stem at batch 256 is 85 GFLOP, 108 us at 790 TFLOP/s; 231 MB once and 54 MB of partial sums, 66 us at
 // 4.3 TB/s.
 //
 // tensor cores: cross_scale_embedding_weight_gradient_bf16, cross_scale_embedding_weight_gradient_f16
@@ -48,13 +53,12 @@ constexpr u32 ABSENT = ~0u;
 
 // How the work is shared out. As `Split` in src/ops/cross_scale_embedding/tiling/weights.rs.
 struct Split {
-    u32 tiles, part;          // tiles of positions: of all, and of a part
-    u32 block_units;          // units of a block at most
-    u32 buffer;               // chunks of what is staged at a time
-    u32 run;                  // elements of dy that are copied at once, or 0
-    u32 units[MOST_KERNELS];  // of a kernel in a slice of channels
+    u32 tiles, part;                              // tiles of positions: of all, and of a part
+    u32 buffer;                                   // chunks of what is staged at a time
+    u32 run;                                      // elements of dy that are copied at once, or 0
+    u32 units[MOST_KERNELS], each[MOST_KERNELS];  // of a kernel in a slice of channels, and of its blocks at most
 
-    __device__ __forceinline__ u32 blocks(u32 kernel) const { return divide_up(units[kernel], block_units); }
+    __device__ __forceinline__ u32 blocks(u32 kernel) const { return divide_up(units[kernel], each[kernel]); }
 };
 
 // What a warp sums.
@@ -122,14 +126,14 @@ template <class T> struct WeightGradient {
 
     // Of the block.
     u32 slice, units;
-    u32 first_row, rows;       // of the largest window, and how many are staged of each image
-    u32 first_tile, columns;   // of dy
-    u32 pixel_chunks, pitch;   // chunks of the pixels, and of a row of dy: an odd number, so that banks differ
-    u32 steps;                 // of 16 groups
+    u32 first_row, rows;      // of the largest window, and how many are staged of each image
+    u32 first_tile, columns;  // of dy
+    u32 pixel_chunks, pitch;  // chunks of the pixels, and of a row of dy: an odd number, so that banks differ
+    u32 steps;                // of 16 groups
 
     // Finds the units of block `block` of a kernel.
     __device__ __forceinline__ void begin(Sums<T>& product, u32 kernel, u32 block) {
-        const u32 blocks = split.blocks(kernel), all = split.units[kernel], each = divide_up(all, blocks);
+        const u32 blocks = split.blocks(kernel), all = split.units[kernel], each = split.each[kernel];
         slice = block / blocks;
         const u32 first = block % blocks * each;
         units = min(each, all - first);
@@ -333,7 +337,8 @@ template <class T>
 __device__ __forceinline__ void bias_gradient(float* sums, const T* gradient, const Embedding& e, u32 block,
                                               float* shared) {
     const u32 column = block * BIAS_COLUMNS + lane(), parts = gridDim.y;
-    const u32 first = u32(u64(e.positions()) * blockIdx.y / parts), end = u32(u64(e.positions()) * (blockIdx.y + 1) / parts);
+    const u32 first = u32(u64(e.positions()) * blockIdx.y / parts),
+              end = u32(u64(e.positions()) * (blockIdx.y + 1) / parts);
     float sum = 0;
     if (column < e.out_channels) {
         for (u32 row = first + warp(); row < end; row += WARPS)
@@ -350,8 +355,8 @@ __device__ __forceinline__ void bias_gradient(float* sums, const T* gradient, co
 // then columns of the bias.
 template <class T>
 __device__ __forceinline__ void weight_gradient(float* partials, u64 fragments, const T* input, const T* gradient,
-                                                const Embedding& e, const Tiling& t, const Split& split,
-                                                Tables& tables, unsigned char* shared) {
+                                                const Embedding& e, const Tiling& t, const Split& split, Tables& tables,
+                                                unsigned char* shared) {
     partials += blockIdx.y * part_size(fragments, e);
     u32 block = blockIdx.x;
     const u32 kernel = e.find(block, [&](u32 i) { return split.blocks(i) * t.channel_slices; });
@@ -412,19 +417,19 @@ __device__ __forceinline__ void add_parts(const PerKernel<T>& weight_gradients, 
 
 }  // namespace
 
-#define INSTANCES(suffix, T)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) cross_scale_embedding_weight_gradient_##suffix(       \
-        float* partials, u64 fragments, const T* input, const T* gradient, Embedding embedding, Tiling tiling,     \
-        const __grid_constant__ Split split) {                                                                                             \
-        DYNAMIC_SHARED(shared);                                                                                    \
-        SHARED_ARRAY(Tables, tables, [1]);                                                                         \
-        weight_gradient<T>(partials, fragments, input, gradient, embedding, tiling, split, *tables, shared);       \
-    }                                                                                                              \
-    extern "C" __global__ void __launch_bounds__(256) cross_scale_embedding_add_parts_##suffix(                    \
-        PerKernel<T> weight_gradients, PerKernel<T> bias_gradients, const float* partials, u64 fragments,          \
-        u32 parts, Embedding embedding, Tiling tiling) {                                                           \
-        SHARED_ARRAY(Piece, strips, [MOST_GROUP]);                                                                 \
-        add_parts<T>(weight_gradients, bias_gradients, partials, fragments, parts, embedding, tiling, strips);     \
+#define INSTANCES(suffix, T)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) cross_scale_embedding_weight_gradient_##suffix(         \
+        float* partials, u64 fragments, const T* input, const T* gradient, Embedding embedding, Tiling tiling,       \
+        const __grid_constant__ Split split) {                                                                       \
+        DYNAMIC_SHARED(shared);                                                                                      \
+        SHARED_ARRAY(Tables, tables, [1]);                                                                           \
+        weight_gradient<T>(partials, fragments, input, gradient, embedding, tiling, split, *tables, shared);         \
+    }                                                                                                                \
+    extern "C" __global__ void __launch_bounds__(256) cross_scale_embedding_add_parts_##suffix(                      \
+        PerKernel<T> weight_gradients, PerKernel<T> bias_gradients, const float* partials, u64 fragments, u32 parts, \
+        Embedding embedding, Tiling tiling) {                                                                        \
+        SHARED_ARRAY(Piece, strips, [MOST_GROUP]);                                                                   \
+        add_parts<T>(weight_gradients, bias_gradients, partials, fragments, parts, embedding, tiling, strips);       \
     }
 FOR_EACH_FLOAT(INSTANCES)
 

@@ -305,7 +305,8 @@ __device__ void lsda_backward(T* qkv_grad, float* tables, float* query_sums, flo
 #pragma unroll 1
                         for (u32 part = 2; part > 0; --part) {
                             const bool of_values = part == 2;
-                            const T *pairs = of_values ? weights_tile : grads_tile, *tile = of_values ? output_grad : query;
+                            const T *pairs = of_values ? weights_tile : grads_tile,
+                                    *tile = of_values ? output_grad : query;
                             float* of_part = of_values ? parked : parked + TILE * D;
                             float sums[D / 8][4];
                             if (i == 0) {

@@ -141,6 +141,7 @@ template <class T> struct Pass {
     __device__ __forceinline__ void project(const Row& row, u32 number) const {
         const T *weight = parameters.tensors[0], *bias = parameters.tensors[1];
         const float dy = network.offset(number, 0), dx = network.offset(number, 1);
+#pragma unroll 1
         for (u32 i = lane(); i < network.width; i += 32) {
             row.input()[i] =
                 fmaf(to_float(weight[2 * i + 1]), dx, fmaf(to_float(weight[2 * i]), dy, to_float(bias[i])));
@@ -152,11 +153,14 @@ template <class T> struct Pass {
         const float share = 1.0f / float(network.width);
         const float* input = row.input();
         float sum = 0, squares = 0;
+#pragma unroll 1
         for (u32 i = lane(); i < network.width; i += 32) sum += input[i];
         const float mean = warp_sum(sum) * share;
+#pragma unroll 1
         for (u32 i = lane(); i < network.width; i += 32) squares += (input[i] - mean) * (input[i] - mean);
         const float inverse = 1.0f / sqrtf(warp_sum(squares) * share + network.eps);
         const T *scale = parameters.tensors[2 + 4 * LAYER], *shift = parameters.tensors[3 + 4 * LAYER];
+#pragma unroll 1
         for (u32 i = lane(); i < network.width; i += 32) {
             const float normalised = (input[i] - mean) * inverse;
             const float value = fmaf(to_float(scale[i]), normalised, to_float(shift[i]));
@@ -171,6 +175,7 @@ template <class T> struct Pass {
         const Weight<T> weight = this->weight(LAYER);
         const T* bias = parameters.tensors[5 + 4 * LAYER];
         const float* input = row.rectified(LAYER);
+#pragma unroll 1
         for (u32 out = lane(); out < network.out(LAYER); out += 32) {
             float sum = to_float(bias[out]);
             for (u32 i = 0; i < network.width; ++i) sum = fmaf(weight(out, i), input[i], sum);
@@ -195,6 +200,7 @@ template <class T> struct Pass {
         const T* scale = parameters.tensors[2 + 4 * LAYER];
         const float *next = row.gradient(LAYER + 1), *normalised = row.normalised(LAYER);
         float sum = 0, correlation = 0;
+#pragma unroll 1
         for (u32 i = lane(); i < width; i += 32) {
             float gradient = 0;
             for (u32 out = 0; out < network.out(LAYER); ++out) gradient = fmaf(weight(out, i), next[out], gradient);
@@ -205,6 +211,7 @@ template <class T> struct Pass {
         }
         sum = warp_sum(sum) * share;
         correlation = warp_sum(correlation) * share;
+#pragma unroll 1
         for (u32 i = lane(); i < width; i += 32) {
             const float scaled = row.masked(LAYER)[i] * to_float(scale[i]);
             const float gradient = (scaled - sum - normalised[i] * correlation) * inverse;
@@ -300,6 +307,7 @@ __device__ void backward(const Parameters<T>& gradients, float* partials, u32* a
         const float inverse_0 = pass.template hidden_layer<true, 0>(row);
         const float inverse_1 = pass.template hidden_layer<true, 1>(row);
         const float inverse_2 = pass.template normalise<true, 2>(row);
+#pragma unroll 1
         for (u32 head = lane(); head < network.heads; head += 32) {
             row.gradient(3)[head] =
                 number < network.rows() ? to_float(table_gradient[u64(number) * network.heads + head]) : 0;

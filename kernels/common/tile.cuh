@@ -74,7 +74,7 @@ __device__ __forceinline__ void load_tile(typename Source::Element* tile, const 
     static_assert(TOTAL % THREADS == 0, "every thread copies the same number of chunks");
     // Element by element a chunk is long enough as it is.
     constexpr bool COPIED = RUN * sizeof(T) >= 4;
-#pragma unroll (COPIED ? TOTAL / THREADS : 1)
+#pragma unroll(COPIED ? TOTAL / THREADS : 1)
     for (u32 copied = 0; copied < TOTAL; copied += THREADS) {
         const u32 index = copied + linear_thread();
         const u32 across = index / Tile::CHUNKS, chunk = index % Tile::CHUNKS;

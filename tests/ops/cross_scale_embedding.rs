@@ -336,10 +336,11 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         case([1, 3, 11, 1], &[[1, 3], [5, 2]], 1),
         // Slices of channels, more of them than one, with a rest; images side by side in a block.
         case([5, 4, 4, 72], &[[2, 6], [4, 9]], 2),
-        // More positions than a part of the weight gradient has.
-        case([1, 24, 23, 1], &[[1, 2]], 1),
-        // Of the weight gradient: a stem whose largest window is more than a block's, and tiles that do not divide the map;
-        case([1, 52, 44, 3], &[[4, 13], [8, 7], [16, 5], [32, 3]], 4),
+        // Of the weight gradient: parts of one tile each, and a part of several;
+        case([1, 64, 43, 1], &[[1, 2], [3, 3]], 1),
+        case([1, 22, 23, 16], &[[5, 4]], 1),
+        // a stem whose largest window is more than a block's;
+        case([1, 28, 36, 3], &[[4, 13], [8, 7], [16, 5], [32, 3]], 4),
         // several columns of units, the last with a rest, and as many slices of channels;
         case([1, 5, 7, 37], &[[2, 67], [4, 41]], 2),
         // images side by side in a tile, and one more;

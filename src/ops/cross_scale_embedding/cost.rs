@@ -15,6 +15,8 @@ pub(crate) static COSTS: Costs = Costs {
         ("staged", "bytes of pixels that a block stages, at most 76 KiB"),
         ("exchanged", "bytes of sums that warps exchange: 16 KiB where they share pieces, else 0"),
         ("parts", "parts of the positions whose sums are partial"),
+        ("sums", "sums of a part: elements of the packed weights, then of the biases"),
+        ("tile", "bytes of pixels and gradients that a block stages at a time, at most 47 KiB"),
     ],
     kernels: &[
         Cost::new("cross_scale_embedding_pack", "2 weights s", "0"),
@@ -33,13 +35,10 @@ pub(crate) static COSTS: Costs = Costs {
         ),
         Cost::of_products(
             "cross_scale_embedding_weight_gradient",
-            "(pixels channels + positions out) s + 4 parts (weights + out)",
+            "(pixels channels + positions out) s + 4 parts sums",
             "2 positions weights + positions out",
-        ),
-        Cost::new(
-            "cross_scale_embedding_add_parts",
-            "4 parts (weights + out) + (weights + out) s",
-            "parts (weights + out)",
-        ),
+        )
+        .with_shared("2 tile"),
+        Cost::new("cross_scale_embedding_add_parts", "4 parts sums + (weights + out) s", "parts sums"),
     ],
 };
