@@ -8,11 +8,12 @@
 //! cargo run --release --example many_models -- pixels labels 28 4 50 5
 //! ```
 //!
-//! Model i has samples i·n to (i + 1)·n and seed i.
+//! Without arguments four networks read some of the digits that come with the crate, for two epochs. Model i has samples
+//! i·n to (i + 1)·n and seed i.
 
 use std::time::Instant;
 
-use gridgrad::data::InMemory;
+use gridgrad::data::{self, Dataset, InMemory, Split};
 use gridgrad::train::Sgd;
 use gridgrad::train::many::{Recipe, Task, Trainer};
 use gridgrad::{Error, Result};
@@ -21,17 +22,13 @@ const CLASSES: usize = 10;
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [pixels, labels, side, models, samples, epochs] = &arguments[..] else {
-        return Err(Error::Config("expected: pixels labels side models samples epochs".into()));
+    let (train, [models, samples, epochs]) = match &arguments[..] {
+        [] => (digits()?, [4, 50, 2]),
+        [pixels, labels, numbers @ ..] => from_files(pixels, labels, numbers)?,
+        [_] => return Err(usage()),
     };
-    let number = |text: &String| {
-        text.parse::<usize>().map_err(|error| Error::Config(format!("{text}: {error}; expected a whole number")))
-    };
-    let [side, models, samples, epochs] = [number(side)?, number(models)?, number(samples)?, number(epochs)?];
-    let read = |path: &String| std::fs::read(path).map_err(|error| Error::io(path, error));
-    let names: Vec<String> = (0..CLASSES).map(|class| class.to_string()).collect();
-    let labels: Vec<usize> = read(labels)?.into_iter().map(usize::from).collect();
-    let train = InMemory::new("train", names.clone(), [side, side, 1], read(pixels)?, labels)?;
+    let [side, ..] = train.shape();
+    let names = train.class_names().to_vec();
     // One image to score: what is measured is training.
     let test = InMemory::new("test", names, [side, side, 1], train.pixels()[..side * side].to_vec(), vec![0])?;
 
@@ -47,4 +44,33 @@ fn main() -> Result<()> {
     let losses: Vec<f32> = outcomes.iter().map(|outcome| outcome.loss).collect();
     println!("{}", serde_json::json!({ "wall_s": seconds, "losses": losses }));
     Ok(())
+}
+
+fn usage() -> Error {
+    Error::Config("expected: pixels labels side models samples epochs".into())
+}
+
+fn names() -> Vec<String> {
+    (0..CLASSES).map(|class| class.to_string()).collect()
+}
+
+fn digits() -> Result<InMemory> {
+    let set = data::open("builtin", Split::Train, None)?;
+    let samples = (0..set.len()).map(|index| set.sample(index)).collect::<Result<Vec<_>>>()?;
+    let side = samples[0].0.height();
+    let labels = samples.iter().map(|(_, label)| *label).collect();
+    let pixels = samples.into_iter().flat_map(|(image, _)| image.into_grey().pixels().to_vec()).collect();
+    InMemory::new("digits", names(), [side, side, 1], pixels, labels)
+}
+
+/// The set, and the numbers of models, samples and epochs.
+fn from_files(pixels: &str, labels: &str, numbers: &[String]) -> Result<(InMemory, [usize; 3])> {
+    let number = |text: &String| {
+        text.parse::<usize>().map_err(|error| Error::Config(format!("{text}: {error}; expected a whole number")))
+    };
+    let [side, counts @ ..]: [usize; 4] =
+        numbers.iter().map(number).collect::<Result<Vec<_>>>()?.try_into().map_err(|_| usage())?;
+    let read = |path: &str| std::fs::read(path).map_err(|error| Error::io(path, error));
+    let labels = read(labels)?.into_iter().map(usize::from).collect();
+    Ok((InMemory::new("train", names(), [side, side, 1], read(pixels)?, labels)?, counts))
 }
