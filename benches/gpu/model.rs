@@ -85,12 +85,13 @@ pub fn launches(case: &Case, direction: Direction, dtype: DType) -> Result<Vec<L
             extents.extend([("pixels", area(*map)), ("channels", channels), ("positions", positions)]);
             extents.extend([("out", out.iter().sum::<usize>() as f64), ("weights", weights as f64 * channels)]);
             extents.extend([("stored", dtype.size() as f64), ("maps", 1.0)]);
-            // Tiles of the weights' gradient: 128 terms by 32 columns, or 64 where runs are long.
-            let columns = if *image || dtype == DType::F32 { 32 } else { 64 };
-            let terms = |side: usize| ((side * side) as f64 * channels / 128.0).ceil() as usize;
-            let tiles: usize = sides.iter().zip(out).map(|(&side, out)| terms(side) * out.div_ceil(columns)).sum();
-            let blocks = tiles + out.iter().sum::<usize>().div_ceil(32);
-            extents.push(("parts", (positions / 512.0).min(1024.0 / blocks as f64).ceil().max(1.0)));
+            // The weights' gradient: units of 64 terms by 32 columns, 16 in a block, and blocks for the bias.
+            let terms = |side: usize| ((side * side) as f64 * channels / 64.0).ceil() as usize;
+            let units = sides.iter().zip(out).map(|(&side, &out)| terms(side) * out.div_ceil(32));
+            let out: usize = out.iter().sum();
+            let blocks = units.map(|units| units.div_ceil(16)).sum::<usize>() + out.div_ceil(32);
+            extents.push(("parts", (positions / 512.0).min(512.0 / blocks as f64).ceil().max(1.0)));
+            extents.push(("sums", weights as f64 * channels + out as f64));
             match (forward, image) {
                 (true, _) => &["cross_scale_embedding_pack", "cross_scale_embedding_forward"],
                 (false, true) => &["cross_scale_embedding_weight_gradient", "cross_scale_embedding_add_parts"],
