@@ -15,7 +15,8 @@ use crate::output::{print, table};
 /// Which answers, how they were trained, and where results go.
 #[derive(Args)]
 pub struct Certify {
-    /// The folder of a run of `gridgrad train finite-aggregation`, `dpa`, `bagging` or `random-subsets`, or those of all its shards.
+    /// The folder of a run of `gridgrad train finite-aggregation`, `dpa`, `bagging` or `random-subsets`, or those of all
+    /// its shards.
     #[arg(value_name = "RUN", required_unless_present = "votes")]
     runs: Vec<PathBuf>,
     /// Answers of an ensemble made elsewhere: `votes` (samples, classifiers) or `scores` (samples, classifiers, classes), optionally

@@ -1,4 +1,5 @@
-//! `gridgrad train finite-aggregation`, `dpa`, `bagging` and `random-subsets`: the base classifiers of a certified ensemble.
+//! `gridgrad train finite-aggregation`, `dpa`, `bagging` and `random-subsets`: the base classifiers of a certified
+//! ensemble.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
