@@ -113,6 +113,14 @@ fn size_class(lines: usize) -> usize {
     lines.next_multiple_of(step)
 }
 
+/// Zeros in memory that was not in the pool.
+fn fresh(lines: usize) -> Vec<CacheLine> {
+    let mut memory = Vec::with_capacity(lines);
+    super::pages::prefer_huge(memory.spare_capacity_mut());
+    memory.resize(lines, bytemuck::Zeroable::zeroed());
+    memory
+}
+
 /// Untyped aligned memory.
 pub(crate) struct Bytes {
     lines: Vec<CacheLine>,
@@ -124,7 +132,7 @@ impl Bytes {
         let lines = size_class(len.div_ceil(LINE));
         let pooled = if lines >= POOLED_LINES { pool().take(lines) } else { None };
         #[allow(unused_mut)]
-        let mut lines = pooled.unwrap_or_else(|| bytemuck::zeroed_vec(lines));
+        let mut lines = pooled.unwrap_or_else(|| fresh(lines));
         // An element that an op forgets to write shows up as NaN in debug builds.
         #[cfg(debug_assertions)]
         bytemuck::cast_slice_mut::<CacheLine, u8>(&mut lines).fill(0xFF);

@@ -13,6 +13,7 @@
 mod buffer;
 mod device;
 mod dtype;
+mod pages;
 mod shape;
 mod storage;
 

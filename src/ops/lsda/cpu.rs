@@ -1,8 +1,9 @@
 //! One task per run of groups. Each group owns the rows of its tokens in the output, so tasks write without sharing.
 //!
-//! Per group of N tokens and head of width d, everything lies in scratch of a few ten KiB: Q (N × d, scaled), Kᵀ
-//! (d × N), V (N × d) and the scores of up to 64 queries. Widths are rounded up to whole vectors; the padding of a score
-//! row is −∞, which the softmax turns into 0.
+//! A group's rows of Q, K and V are gathered for a run of heads at once, since only reads of long runs are ones that a
+//! processor fetches ahead. Per head of width d and group of N tokens, everything lies in scratch of a few ten KiB: Q
+//! (N × d, scaled), Kᵀ (d × N), V (N × d) and the scores of up to 64 queries. Widths are rounded up to whole vectors; the
+//! padding of a score row is −∞, which the softmax turns into 0.
 
 use rayon::prelude::*;
 
@@ -14,6 +15,8 @@ use crate::tensor::Buffer;
 
 /// Queries whose scores are in scratch at once.
 const QUERIES: usize = 64;
+/// Elements of Q (and of K, and of V) that are gathered at once: together they stay in the L2 cache.
+const GATHERED: usize = 12 << 10;
 
 #[derive(Clone, Copy)]
 pub(super) struct Problem {
@@ -91,6 +94,17 @@ impl Problem {
         dy * (2 * gw - 1) + dx
     }
 
+    /// Heads that are gathered at once.
+    fn heads_per_run(&self) -> usize {
+        (GATHERED / (self.most_tokens() * self.padded_width()).max(1)).clamp(1, self.heads.max(1))
+    }
+
+    /// The elements of q, k or v (`number`) of some heads from `first` on in a row of qkv.
+    fn part(&self, number: usize, first: usize) -> Part {
+        let channels = self.channels();
+        Part { row: 3 * channels, channel: number * channels + first * self.head_width, width: self.head_width }
+    }
+
     /// Groups that one task takes, by the problem's size alone: about a millisecond of work.
     fn groups_per_task(&self, groups: usize) -> usize {
         let tokens = self.grouping.group[0] * self.grouping.group[1];
@@ -138,22 +152,40 @@ fn size_number<T>(biases: &[ExpandedBias<T>], group: &Group) -> usize {
     biases.partition_point(|bias| bias.size < size(group))
 }
 
-/// Copies a head's channels of a group's tokens to rows of `padded` elements, times `scale`; the padding becomes 0.
+/// Where the elements of heads lie in the rows of a tensor.
+#[derive(Clone, Copy)]
+struct Part {
+    /// Elements of a row.
+    row: usize,
+    /// The first element of the first head.
+    channel: usize,
+    /// Elements of a head.
+    width: usize,
+}
+
+/// Copies some heads' channels of a group's tokens to `out` (head, token, padded width), times `scale`; the padding
+/// becomes 0.
 #[inline(always)]
-fn gather<T: Float>(
-    source: &[T],
-    (row, channel, width): (usize, usize, usize),
-    tokens: &[usize],
-    padded: usize,
-    scale: T,
-    out: &mut [T],
-) {
-    for (&token, out) in tokens.iter().zip(out.chunks_exact_mut(padded)) {
-        let source = &source[token * row + channel..][..width];
-        for (out, &value) in out[..width].iter_mut().zip(source) {
-            *out = value * scale;
+fn gather<T: Float>(source: &[T], part: Part, heads: usize, tokens: &[usize], padded: usize, scale: T, out: &mut [T]) {
+    let Part { row, channel, width } = part;
+    for (place, &token) in tokens.iter().enumerate() {
+        let source = source[token * row + channel..][..heads * width].chunks_exact(width);
+        for (source, out) in source.zip(out[place * padded..].chunks_mut(tokens.len() * padded)) {
+            if width == padded {
+                // Whole vectors, without a loop over what is left.
+                let out = out[..padded].as_chunks_mut::<LANES>().0;
+                for (out, source) in out.iter_mut().zip(source.as_chunks::<LANES>().0) {
+                    for (out, &value) in out.iter_mut().zip(source) {
+                        *out = value * scale;
+                    }
+                }
+            } else {
+                for (out, &value) in out[..width].iter_mut().zip(source) {
+                    *out = value * scale;
+                }
+                out[width..padded].fill(T::ZERO);
+            }
         }
-        out[width..].fill(T::ZERO);
     }
 }
 
@@ -199,6 +231,7 @@ fn multiply_elements<T: Float>(values: &mut [T], factors: &[T]) {
 /// Scratch of one task, for groups of up to `tokens` tokens.
 struct Scratch<T> {
     tokens: Vec<usize>,
+    /// Of a run of heads, as the next two: (head, token, padded width).
     query: Buffer<T>,
     key: Buffer<T>,
     value: Buffer<T>,
@@ -213,15 +246,16 @@ impl<T: Float> Scratch<T> {
     fn new(problem: &Problem) -> Self {
         let most = problem.sizes().iter().map(|size| size[0] * size[1]).max().unwrap_or(0);
         let padded = most.next_multiple_of(LANES);
-        let rows = || Buffer::recycled(most * problem.padded_width());
+        let rows = |heads: usize| Buffer::recycled(heads * most * problem.padded_width());
+        let run = problem.heads_per_run();
         Scratch {
             tokens: Vec::with_capacity(most),
-            query: rows(),
-            key: rows(),
-            value: rows(),
+            query: rows(run),
+            key: rows(run),
+            value: rows(run),
             transposed: Buffer::recycled(padded * problem.head_width),
             scores: Buffer::recycled(QUERIES.min(most) * padded),
-            output: rows(),
+            output: rows(1),
             factors: Buffer::recycled(padded),
         }
     }
@@ -264,17 +298,25 @@ fn forward_group<T: Float>(
     let scale = T::ONE / T::from_f64(d as f64).sqrt();
     scratch.tokens.clear();
     scratch.tokens.extend(work.group.tokens(width));
+    let run = problem.heads_per_run();
     for head in 0..problem.heads {
-        let part = |number: usize| (3 * channels, number * channels + head * d, d);
-        gather(qkv, part(0), &scratch.tokens, padded_d, scale, &mut scratch.query);
-        gather(qkv, part(1), &scratch.tokens, padded_d, T::ONE, &mut scratch.key);
-        gather(qkv, part(2), &scratch.tokens, padded_d, T::ONE, &mut scratch.value);
-        transpose(&scratch.key, tokens, padded_d, d, padded, &mut scratch.transposed);
+        let in_run = head % run;
+        if in_run == 0 {
+            let heads = run.min(problem.heads - head);
+            for (number, factor, out) in
+                [(0, scale, &mut scratch.query), (1, T::ONE, &mut scratch.key), (2, T::ONE, &mut scratch.value)]
+            {
+                gather(qkv, problem.part(number, head), heads, &scratch.tokens, padded_d, factor, out);
+            }
+        }
+        let of_head = in_run * tokens * padded_d..(in_run + 1) * tokens * padded_d;
+        let (query, value) = (&scratch.query[of_head.clone()], &scratch.value[of_head.clone()]);
+        transpose(&scratch.key[of_head], tokens, padded_d, d, padded, &mut scratch.transposed);
         for first in (0..tokens).step_by(QUERIES) {
             let queries = QUERIES.min(tokens - first);
             let scores = &mut scratch.scores[..queries * padded];
             scores.copy_from_slice(&bias[(head * tokens + first) * padded..][..queries * padded]);
-            let query = Left::rows(&scratch.query[first * padded_d..], padded_d);
+            let query = Left::rows(&query[first * padded_d..], padded_d);
             multiply::<T, true>(query, [queries, d, padded], &scratch.transposed, scores);
             let mut shares = [T::ZERO; QUERIES];
             for (row, (scores, share)) in scores.chunks_exact_mut(padded).zip(&mut shares).enumerate() {
@@ -286,7 +328,7 @@ fn forward_group<T: Float>(
                 }
             }
             let product = [queries, tokens, padded_d];
-            multiply::<T, false>(Left::rows(scores, padded), product, &scratch.value, &mut scratch.output);
+            multiply::<T, false>(Left::rows(scores, padded), product, value, &mut scratch.output);
             let rows = work.rows[first..first + queries].iter_mut().zip(scratch.output.chunks_exact(padded_d));
             for ((row, result), share) in rows.zip(shares) {
                 let out = &mut row[head * d..][..d];
@@ -301,6 +343,7 @@ fn forward_group<T: Float>(
 /// Scratch that only the backward pass needs.
 struct BackwardScratch<T> {
     forward: Scratch<T>,
+    /// Of a run of heads, as the query.
     grad: Buffer<T>,
     transposed_value: Buffer<T>,
     score_grads: Buffer<T>,
@@ -319,9 +362,9 @@ impl<T: Float> BackwardScratch<T> {
             grad: like(&forward.query),
             transposed_value: like(&forward.transposed),
             score_grads: like(&forward.scores),
-            query_grad: like(&forward.query),
-            key_grad: like(&forward.query),
-            value_grad: like(&forward.query),
+            query_grad: like(&forward.output),
+            key_grad: like(&forward.output),
+            value_grad: like(&forward.output),
             bias_grads: if with_bias {
                 biases.iter().map(|b| Buffer::zeroed(b.values.len())).collect()
             } else {
@@ -415,14 +458,24 @@ fn backward_group<T: Float>(
     let BackwardScratch { forward, query_grad, key_grad, value_grad, .. } = scratch;
     forward.tokens.clear();
     forward.tokens.extend(work.group.tokens(width));
+    let run = problem.heads_per_run();
     for head in 0..problem.heads {
-        let part = |number: usize| (3 * channels, number * channels + head * d, d);
-        gather(qkv, part(0), &forward.tokens, padded_d, scale, &mut forward.query);
-        gather(qkv, part(1), &forward.tokens, padded_d, T::ONE, &mut forward.key);
-        gather(qkv, part(2), &forward.tokens, padded_d, T::ONE, &mut forward.value);
-        gather(grad, (channels, head * d, d), &forward.tokens, padded_d, T::ONE, &mut scratch.grad);
-        transpose(&forward.key, tokens, padded_d, d, padded, &mut forward.transposed);
-        transpose(&forward.value, tokens, padded_d, d, padded, &mut scratch.transposed_value);
+        let in_run = head % run;
+        if in_run == 0 {
+            let heads = run.min(problem.heads - head);
+            for (number, factor, out) in
+                [(0, scale, &mut forward.query), (1, T::ONE, &mut forward.key), (2, T::ONE, &mut forward.value)]
+            {
+                gather(qkv, problem.part(number, head), heads, &forward.tokens, padded_d, factor, out);
+            }
+            let part = Part { row: channels, channel: head * d, width: d };
+            gather(grad, part, heads, &forward.tokens, padded_d, T::ONE, &mut scratch.grad);
+        }
+        let of_head = in_run * tokens * padded_d..(in_run + 1) * tokens * padded_d;
+        let (query, grad) = (&forward.query[of_head.clone()], &scratch.grad[of_head.clone()]);
+        let (key, value) = (&forward.key[of_head.clone()], &forward.value[of_head]);
+        transpose(key, tokens, padded_d, d, padded, &mut forward.transposed);
+        transpose(value, tokens, padded_d, d, padded, &mut scratch.transposed_value);
         key_grad[..tokens * padded_d].fill(T::ZERO);
         value_grad[..tokens * padded_d].fill(T::ZERO);
         for first in (0..tokens).step_by(QUERIES) {
@@ -430,7 +483,7 @@ fn backward_group<T: Float>(
             let probabilities = &mut forward.scores[..queries * padded];
             let bias_rows = (head * tokens + first) * padded..(head * tokens + first + queries) * padded;
             probabilities.copy_from_slice(&bias[bias_rows.clone()]);
-            let (query, grad) = (&forward.query[first * padded_d..], &scratch.grad[first * padded_d..]);
+            let (query, grad) = (&query[first * padded_d..], &grad[first * padded_d..]);
             let to_scores = [queries, d, padded];
             multiply::<T, true>(Left::rows(query, padded_d), to_scores, &forward.transposed, probabilities);
             let score_grads = &mut scratch.score_grads[..queries * padded];
@@ -452,7 +505,7 @@ fn backward_group<T: Float>(
             multiply::<T, true>(Left::transposed(score_grads, padded), over_queries, query, key_grad);
             let over_keys = [queries, tokens, padded_d];
             let query_grad = &mut query_grad[first * padded_d..];
-            multiply::<T, false>(Left::rows(score_grads, padded), over_keys, &forward.key, query_grad);
+            multiply::<T, false>(Left::rows(score_grads, padded), over_keys, key, query_grad);
             if let Some(sums) = scratch.bias_grads.get_mut(number) {
                 for (sum, &grad) in sums[bias_rows].iter_mut().zip(&*score_grads) {
                     *sum += grad;
