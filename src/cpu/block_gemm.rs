@@ -23,13 +23,26 @@ pub struct Rows<'a> {
     pub starts: &'a [usize],
 }
 
-/// What a product does with its destination.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Onto {
+/// What a product is added to.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Onto<'a> {
     /// destination = product
     Nothing,
     /// destination += product
     Itself,
+    /// Every row of the destination = this row + product: sums begin with a bias.
+    Row(&'a [f32]),
+}
+
+/// How a product that does not read its destination writes it. The bits are the same.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Writes {
+    /// The destination is in a cache near the core.
+    Near,
+    /// The destination is anywhere: its lines are asked for before the product begins.
+    Fetched,
+    /// The destination is large and read much later: vectors that begin on a line go past the caches.
+    Streamed,
 }
 
 /// `destination = rows · panel` or `destination += rows · panel`: `panel` is row-major, of `width` columns, which is
@@ -38,10 +51,23 @@ pub enum Onto {
 /// # Panics
 /// Where extents do not match or a row leaves its slice.
 #[inline(never)]
-pub fn multiply(rows: Rows<'_>, panel: &[f32], width: usize, to: (&mut [f32], &[usize]), onto: Onto) {
+pub fn multiply(
+    rows: Rows<'_>,
+    panel: &[f32],
+    width: usize,
+    to: (&mut [f32], &[usize]),
+    onto: Onto<'_>,
+    writes: Writes,
+) {
     assert!((width == LANES || width == PANEL) && panel.len().is_multiple_of(width), "panel");
     assert_eq!(rows.starts.len(), to.1.len(), "rows");
-    simd::with_vectors(Multiply { rows, panel, width, data: to.0, places: to.1, onto });
+    if let Onto::Row(row) = onto {
+        assert_eq!(row.len(), width, "row to begin with");
+    }
+    simd::with_vectors(Multiply { rows, panel, width, data: to.0, places: to.1, onto, writes });
+    if writes == Writes::Streamed {
+        simd::finish_streaming();
+    }
 }
 
 /// Rows of `columns` contiguous elements, `stride` apart.
@@ -94,7 +120,8 @@ struct Multiply<'a> {
     width: usize,
     data: &'a mut [f32],
     places: &'a [usize],
-    onto: Onto,
+    onto: Onto<'a>,
+    writes: Writes,
 }
 
 impl WithSimd for Multiply<'_> {
@@ -136,7 +163,20 @@ impl Multiply<'_> {
             *row = &self.rows.data[self.rows.starts[first + r]..][..depth];
         }
         for column in (0..self.width).step_by(V * S::F32_LANES) {
+            if self.writes == Writes::Fetched {
+                for place in &self.places[first..first + R] {
+                    simd::prefetch_to_write(&self.data[place + column..][..V * S::F32_LANES]);
+                }
+            }
             let mut sums = [[simd.splat_f32s(0.0); V]; R];
+            if let Onto::Row(row) = self.onto {
+                for v in 0..V {
+                    let start = load::<S>(row, column + v * S::F32_LANES);
+                    for r in 0..R {
+                        sums[r][v] = start;
+                    }
+                }
+            }
             for (at, right) in self.panel.chunks_exact(self.width).enumerate() {
                 let right = &S::as_simd_f32s(&right[column..]).0[..V];
                 for r in 0..R {
@@ -150,10 +190,14 @@ impl Multiply<'_> {
                 for (v, sum) in sums.into_iter().enumerate() {
                     let at = self.places[first + r] + column + v * S::F32_LANES;
                     let sum = match self.onto {
-                        Onto::Nothing => sum,
+                        Onto::Nothing | Onto::Row(_) => sum,
                         Onto::Itself => simd.add_f32s(load::<S>(self.data, at), sum),
                     };
-                    store::<S>(self.data, at, sum);
+                    if self.writes == Writes::Streamed {
+                        simd::stream::<S>(&mut self.data[at..at + S::F32_LANES], sum);
+                    } else {
+                        store::<S>(self.data, at, sum);
+                    }
                 }
             }
         }
@@ -247,9 +291,15 @@ mod tests {
             let starts: Vec<usize> = (0..rows).map(|row| row * depth).collect();
             let places: Vec<usize> = (0..rows).map(|row| row * width).collect();
             let mut data = vec![1.0; rows * width];
-            for onto in [Onto::Nothing, Onto::Itself] {
+            let start = vec![0.25; width];
+            for (onto, writes) in [
+                (Onto::Nothing, Writes::Fetched),
+                (Onto::Row(&start), Writes::Streamed),
+                (Onto::Row(&start), Writes::Near),
+                (Onto::Itself, Writes::Near),
+            ] {
                 let rows = Rows { data: left, starts: &starts };
-                Multiply { rows, panel, width, data: &mut data, places: &places, onto }.with_simd(simd);
+                Multiply { rows, panel, width, data: &mut data, places: &places, onto, writes }.with_simd(simd);
             }
             data
         }
@@ -282,7 +332,10 @@ mod tests {
                             f64::from(left[index / width * depth + i]) * f64::from(right[i * width + index % width])
                         };
                         let exact: f64 = (0..depth).map(term).sum();
-                        assert!((f64::from(*got) - 2.0 * exact).abs() < 1e-5, "{rows} × {depth} × {width} at {index}");
+                        assert!(
+                            (f64::from(*got) - 2.0 * exact - 0.25).abs() < 1e-5,
+                            "{rows} × {depth} × {width} at {index}"
+                        );
                     }
                 }
                 let columns = rows.next_multiple_of(GROUP);

@@ -23,6 +23,7 @@ pub mod block_gemm;
 mod float;
 pub mod gemm;
 pub mod lanes;
+pub(crate) mod packed;
 pub mod parallel;
 mod peak;
 pub mod simd;

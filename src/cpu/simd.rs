@@ -42,6 +42,54 @@ pub(crate) fn with_vectors<W: pulp::WithSimd>(work: W) -> W::Output {
     pulp::Simd::vectorize(pulp::Scalar128b, work)
 }
 
+/// Asks for the cache lines under `data`, which will be written.
+#[inline(always)]
+#[allow(unsafe_code, reason = "an instruction that has no safe form")]
+pub(crate) fn prefetch_to_write(data: &[f32]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in data.chunks(16) {
+        // SAFETY: a prefetch reads and writes nothing, wherever it points; x86-64 always has it (without effect on
+        // processors that know no such hint).
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_ET0 }>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = data;
+}
+
+/// Writes a vector of a loop that [`with_vectors`] runs past the caches, where the processor can and `data` begins on a
+/// multiple of the vector's size. Whoever is done calls [`finish_streaming`].
+#[inline(always)]
+#[allow(unsafe_code, reason = "an instruction that has no safe form")]
+pub(crate) fn stream<S: pulp::Simd>(data: &mut [f32], value: S::f32s) {
+    assert_eq!(data.len(), S::F32_LANES, "a vector");
+    #[cfg(target_arch = "x86_64")]
+    if (data.as_ptr() as usize).is_multiple_of(size_of::<S::f32s>()) {
+        use std::arch::x86_64::{_mm256_loadu_ps, _mm256_stream_ps, _mm512_loadu_ps, _mm512_stream_ps};
+        let (to, from) = (data.as_mut_ptr(), (&raw const value).cast());
+        // SAFETY: `data` is as long as the vector and aligned to it, as was just checked; a vector of this size exists
+        // only where `S` stands for the instruction set that has it.
+        unsafe {
+            match size_of::<S::f32s>() {
+                64 => return _mm512_stream_ps(to, _mm512_loadu_ps(from)),
+                32 => return _mm256_stream_ps(to, _mm256_loadu_ps(from)),
+                _ => {}
+            }
+        }
+    }
+    S::as_mut_simd_f32s(data).0[0] = value;
+}
+
+/// Orders what [`stream`] wrote before everything that follows.
+#[inline(always)]
+#[allow(unsafe_code, reason = "an instruction that has no safe form")]
+pub(crate) fn finish_streaming() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a fence touches no memory, and x86-64 always has it.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
+}
+
 /// The name of the instruction set that [`with_vectors`] uses here: the widest of this machine, in every build.
 pub(crate) fn widest_instruction_set() -> &'static str {
     #[cfg(target_arch = "x86_64")]

@@ -7,9 +7,9 @@
 //! used once, and no two tiles write to the same place. Depthwise convolutions and gradients of images have ways of
 //! their own.
 
-use super::packed::{Packed, add_product, patch_stride, sum_place, sums_len};
 use super::{Geometry, depthwise, scatter, winograd};
 use crate::cpu::gemm::Into;
+use crate::cpu::packed::{Packed, add_product, patch_stride, start, sum_place, sums_len};
 use crate::cpu::{Float, parallel, simd};
 use crate::tensor::Buffer;
 
@@ -142,17 +142,6 @@ fn repack<T: Float>(weight: &[T], extents: [usize; 2], strides: [usize; 2], orde
             }
         }
     });
-}
-
-/// How a product enters a result that begins with `bias`.
-fn after<T>(bias: Option<&[T]>) -> Into {
-    if bias.is_some() { Into::Add } else { Into::Overwrite }
-}
-
-/// Begins rows with the bias, if there is one.
-pub(super) fn start<T: Float>(rows: &mut [T], bias: Option<&[T]>) -> Into {
-    bias.iter().for_each(|bias| rows.chunks_mut(bias.len()).for_each(|row| row.copy_from_slice(bias)));
-    after(bias)
 }
 
 pub(super) fn output<T: Float>(g: &Geometry, input: &[T], weight: &[T], bias: Option<&[T]>) -> Buffer<T> {

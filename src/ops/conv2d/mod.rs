@@ -12,7 +12,6 @@ pub(crate) mod depthwise_gpu;
 mod each;
 mod geometry;
 pub(crate) mod gpu;
-mod packed;
 mod scatter;
 mod winograd;
 

@@ -25,7 +25,9 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 
 use super::Geometry;
-use crate::cpu::block_gemm::{GROUP, LANES, Onto, PANEL, Rows, Strided, load, multiply, multiply_transposed, store};
+use crate::cpu::block_gemm::{
+    GROUP, LANES, Onto, PANEL, Rows, Strided, Writes, load, multiply, multiply_transposed, store,
+};
 use crate::cpu::{Float, parallel, simd};
 use crate::tensor::{Buffer, DType};
 use transforms::{collect_square, input_square, scale_square, spread_square};
@@ -226,7 +228,14 @@ impl Map<'_> {
                     let start = p * depth + chunk * chunk_depth;
                     starts.iter_mut().enumerate().for_each(|(t, place)| *place = start + t * P * P * depth);
                     let onto = if chunk == 0 { Onto::Nothing } else { Onto::Itself };
-                    multiply(Rows { data: &inputs, starts: &starts }, panel, width, (&mut products, &places), onto);
+                    multiply(
+                        Rows { data: &inputs, starts: &starts },
+                        panel,
+                        width,
+                        (&mut products, &places),
+                        onto,
+                        Writes::Near,
+                    );
                 }
             }
             let (tiles, products) = (tiles.clone(), &products[..count * P * P * width]);

@@ -42,7 +42,7 @@ pub(super) fn unary<T: Float>(function: Unary, input: &[T]) -> Buffer<T> {
             map!(x => if x < T::ZERO { slope * x } else { x })
         }
         Unary::Silu => map!(x => x.nan_max(T::from_f64(-LIMIT)) * x.sigmoid()),
-        Unary::Gelu => map!(x => x.nan_max(T::from_f64(-LIMIT)) * x.normal_cdf()),
+        Unary::Gelu => map!(x => scalar::gelu(x)),
         Unary::Softplus => map!(x => softplus(x)),
         Unary::Scale(factor) => {
             let factor = constant(factor);
@@ -62,6 +62,24 @@ pub(super) fn unary<T: Float>(function: Unary, input: &[T]) -> Buffer<T> {
         }
     }
     output
+}
+
+/// Functions that others apply to what they have just computed.
+pub(crate) mod scalar {
+    use super::{Float, LIMIT, limited};
+
+    /// x Φ(x)
+    #[inline(always)]
+    pub(crate) fn gelu<T: Float>(x: T) -> T {
+        x.nan_max(T::from_f64(-LIMIT)) * x.normal_cdf()
+    }
+
+    /// Φ(x) + x φ(x)
+    #[inline(always)]
+    pub(crate) fn gelu_derivative<T: Float>(x: T) -> T {
+        let x = limited(x);
+        x.mul_add(x.normal_pdf(), x.normal_cdf())
+    }
 }
 
 #[inline(always)]
@@ -121,10 +139,7 @@ pub(super) fn unary_backward<T: Float>(function: Unary, saved: &[T], grad: &[T])
             let (x, sigmoid) = (limited(x), x.sigmoid());
             sigmoid * (T::ONE + x * (T::ONE - sigmoid)) * grad
         }),
-        Unary::Gelu => map!(x, grad => {
-            let x = limited(x);
-            x.mul_add(x.normal_pdf(), x.normal_cdf()) * grad
-        }),
+        Unary::Gelu => map!(x, grad => scalar::gelu_derivative(x) * grad),
         Unary::Softplus => map!(x, grad => x.sigmoid() * grad),
         Unary::Scale(factor) => {
             let factor = constant(factor);

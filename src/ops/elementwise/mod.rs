@@ -4,6 +4,8 @@ pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
 
+pub(crate) use cpu::scalar;
+
 use crate::autograd::{Backward, Function, SavedOutput, record};
 use crate::tensor::{Place, place};
 use crate::{Error, Result, Tensor, dispatch_float};

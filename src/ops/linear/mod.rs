@@ -5,7 +5,6 @@ mod cpu;
 pub(crate) mod gpu;
 
 use crate::autograd::{Backward, Function, record, records};
-use crate::gpu::Gpu;
 use crate::ops::elementwise::{Unary, derivative};
 use crate::ops::matmul::Transposed;
 use crate::tensor::{Place, Shape, place};
@@ -28,8 +27,8 @@ pub fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<
     Ok(record(output, &inputs, |_| LinearRule { input: input.clone(), weight: weight.clone() }))
 }
 
-/// The exact GELU of [`linear`]: one kernel on a GPU, which stores the sums before the GELU for the backward pass only
-/// where there will be one. Derivatives of any order.
+/// The exact GELU of [`linear`] in one pass, which stores the sums before the GELU only where there will be a backward
+/// pass. Derivatives of any order.
 ///
 /// ```
 /// use gridgrad::{DType, Tensor, ops, random::Philox};
@@ -44,12 +43,20 @@ pub fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<
 /// As [`linear`].
 pub fn linear_gelu(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let Call { extents, shape, inputs, place } = Call::new("linear_gelu", input, weight, bias)?;
-    let Place::Gpu(gpu) = place else { return linear(input, weight, bias)?.gelu() };
-    let (output, sums) = gpu::linear_gelu(gpu, [input, weight], bias, extents, records(&inputs))?;
+    let keeps_sums = records(&inputs);
+    let (output, sums) = match place {
+        Place::Gpu(gpu) => gpu::linear_gelu(gpu, [input, weight], bias, extents, keeps_sums)?,
+        Place::Host => dispatch_float!("linear_gelu", input.dtype(), T => {
+            let bias = bias.map(|bias| bias.floats::<T>("linear_gelu")).transpose()?;
+            let (x, w) = (input.floats::<T>("linear_gelu")?, weight.floats::<T>("linear_gelu")?);
+            let (output, sums) = cpu::forward_gelu(&x, &w, bias.as_deref(), extents, keeps_sums);
+            let of_rows = |values| Tensor::from_floats(values, Shape::from([extents[0], extents[2]]), input.dtype());
+            Ok::<_, Error>((of_rows(output)?, sums.map(of_rows).transpose()?))
+        })?,
+    };
     let output = output.reshape(shape)?;
     let Some(sums) = sums else { return Ok(output) };
     Ok(record(output, &inputs, |_| LinearGeluRule {
-        gpu,
         input: input.clone(),
         weight: weight.clone(),
         bias: bias.cloned(),
@@ -116,6 +123,37 @@ fn rows_of(grad: &Tensor) -> Result<Tensor> {
     grad.reshape([outer.iter().product(), *last])
 }
 
+/// What a backward pass finds, of that which was wanted.
+struct Gradients<G> {
+    input: Option<G>,
+    weight: Option<G>,
+    bias: Option<G>,
+}
+
+/// All gradients on the processor by `grad` (rows, out), off the tape; `sums` are those before a GELU.
+fn host_gradients(
+    backward: &Backward<'_>,
+    grad: &Tensor,
+    sums: Option<&Tensor>,
+    [input, weight]: [&Tensor; 2],
+) -> Result<Vec<Option<Tensor>>> {
+    const OP: &str = "linear";
+    let [out_features, in_features] = weight.dims::<2>(OP, "weight (out, in)")?;
+    let extents = [grad.shape()[0], in_features, out_features];
+    let needs = [backward.needs(0), backward.needs(1), backward.needs(2)];
+    dispatch_float!(OP, grad.dtype(), T => {
+        let sums = sums.map(|sums| sums.floats::<T>(OP)).transpose()?;
+        let (grad, x, w) = (grad.floats::<T>(OP)?, input.floats::<T>(OP)?, weight.floats::<T>(OP)?);
+        let gradients = cpu::backward(&grad, sums.as_deref(), &x, &w, extents, needs);
+        let tensor = |values, shape: &Shape| Tensor::from_floats(values, shape.clone(), input.dtype());
+        Ok(vec![
+            gradients.input.map(|values| tensor(values, input.shape())).transpose()?,
+            gradients.weight.map(|values| tensor(values, weight.shape())).transpose()?,
+            gradients.bias.map(|values| tensor(values, &Shape::from([out_features]))).transpose()?,
+        ])
+    })
+}
+
 struct LinearRule {
     input: Tensor,
     weight: Tensor,
@@ -129,6 +167,9 @@ impl Function for LinearRule {
     /// db = Σ dy; the others as [`product_gradients`].
     fn backward(&self, backward: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
         let grad = rows_of(backward.grad())?;
+        if grad.gpu().is_none() && !backward.create_graph() {
+            return host_gradients(backward, &grad, None, [&self.input, &self.weight]);
+        }
         let [dx, dw] = product_gradients(backward, &grad, &self.input, &self.weight)?;
         let db = match grad.gpu() {
             _ if !backward.needs(2) => None,
@@ -140,7 +181,6 @@ impl Function for LinearRule {
 }
 
 struct LinearGeluRule {
-    gpu: &'static Gpu,
     input: Tensor,
     weight: Tensor,
     bias: Option<Tensor>,
@@ -162,7 +202,11 @@ impl Function for LinearGeluRule {
             let db = if backward.needs(2) { Some(dz.sum(&[0], false)?) } else { None };
             (dz, db)
         } else {
-            let (dz, db) = gpu::gelu_backward(self.gpu, &self.sums, &rows_of(backward.grad())?)?;
+            let grad = rows_of(backward.grad())?;
+            let Some(gpu) = grad.gpu() else {
+                return host_gradients(backward, &grad, Some(&self.sums), [&self.input, &self.weight]);
+            };
+            let (dz, db) = gpu::gelu_backward(gpu, &self.sums, &grad)?;
             (dz, backward.needs(2).then_some(db))
         };
         let [dx, dw] = product_gradients(backward, &dz, &self.input, &self.weight)?;

@@ -1,16 +1,20 @@
-//! Products of patches and weights, in `f32` by the blocks of [`block_gemm`], in `f64` by the general product.
+//! Products with a packed weight, and sums of products over rows: in `f32` by the blocks of [`block_gemm`], in `f64` by the
+//! general product. One thread each: convolutions and linear layers share their rows among threads.
 
-use crate::cpu::Float;
-use crate::cpu::block_gemm::{self, GROUP, LANES, Onto, PANEL, Rows, Strided};
-use crate::cpu::gemm::{Into, Matrix, Threads, gemm};
+use super::Float;
+use super::block_gemm::{self, GROUP, LANES, Onto, PANEL, Rows, Strided, Writes};
+use super::gemm::{Into, Matrix, Threads, gemm};
+use super::parallel;
 use crate::tensor::{Buffer, DType};
 
 /// Terms that are summed before they join a longer sum, which keeps errors small.
 const DEPTH: usize = 128;
+/// The same for [`Packed::rows`], whose short sums are written once.
+const ROW_DEPTH: usize = 256;
 
 /// A weight, depth × columns, as products read it: for `f32` in panels, each row-major, its columns filled up with
 /// zeros; else row-major.
-pub(super) struct Packed<T> {
+pub(crate) struct Packed<T> {
     data: Buffer<T>,
     depth: usize,
     columns: usize,
@@ -41,6 +45,56 @@ impl<T: Float> Packed<T> {
             }
         }
         Packed { data, depth, columns }
+    }
+
+    /// Packs the transpose of a row-major weight (columns, depth), in parallel.
+    pub fn transposed(weight: &[T], depth: usize, columns: usize) -> Self {
+        let filled = if is_f32::<T>() { columns.next_multiple_of(LANES) } else { columns };
+        let width = if is_f32::<T>() { PANEL } else { columns };
+        let mut data = Buffer::recycled(depth * filled);
+        parallel::pieces_mut(&mut data, depth * width, |index, panel| {
+            let first = index * width;
+            let width = panel.len() / depth;
+            for column in 0..width {
+                let panel = panel[column..].iter_mut().step_by(width);
+                match weight.get((first + column) * depth..(first + column + 1) * depth) {
+                    Some(weight) => panel.zip(weight).for_each(|(packed, &weight)| *packed = weight),
+                    None => panel.for_each(|packed| *packed = T::ZERO),
+                }
+            }
+        });
+        Packed { data, depth, columns }
+    }
+
+    /// `to = rows · weight + bias` for dense rows of the weight's depth, written as `writes` says where sums are short
+    /// enough to be written once.
+    pub fn rows(&self, rows: &[T], bias: Option<&[T]>, to: &mut [T], writes: Writes) {
+        let count = to.len() / self.columns.max(1);
+        let (depth, columns) = (self.depth, self.columns);
+        if !is_f32::<T>() || !columns.is_multiple_of(LANES) {
+            let into = start(to, bias);
+            return self.multiply((rows, depth), (0, depth), count, (to, columns, into));
+        }
+        let (data, to) = (bytemuck::cast_slice(rows), bytemuck::cast_slice_mut(to));
+        let bias: Option<&[f32]> = bias.map(bytemuck::cast_slice);
+        let weight: &[f32] = bytemuck::cast_slice(&self.data);
+        let chunk = depth.div_ceil(depth.div_ceil(ROW_DEPTH));
+        let writes = if chunk < depth && writes == Writes::Streamed { Writes::Fetched } else { writes };
+        let (mut starts, mut places) = (vec![0; count], vec![0; count]);
+        for column in (0..columns).step_by(PANEL) {
+            let width = panel_width(columns, column);
+            places.iter_mut().enumerate().for_each(|(row, place)| *place = row * columns + column);
+            let panel = &weight[column * depth..][..depth * width];
+            for (index, panel) in panel.chunks(chunk * width).enumerate() {
+                starts.iter_mut().enumerate().for_each(|(row, start)| *start = row * depth + index * chunk);
+                let (onto, writes) = match bias {
+                    _ if index > 0 => (Onto::Itself, Writes::Near),
+                    Some(bias) => (Onto::Row(&bias[column..][..width]), writes),
+                    None => (Onto::Nothing, writes),
+                };
+                block_gemm::multiply(Rows { data, starts: &starts }, panel, width, (to, &places), onto, writes);
+            }
+        }
     }
 
     /// The product of rows of `depth` elements, from `data` and `stride` apart, with the weight's rows from `first` on,
@@ -78,7 +132,7 @@ impl<T: Float> Packed<T> {
                 let add = if direct { into == Into::Add || chunk > 0 } else { chunk > 0 };
                 let onto = if add { Onto::Itself } else { Onto::Nothing };
                 let to: &mut [f32] = if direct { to } else { &mut scratch };
-                block_gemm::multiply(Rows { data, starts: &starts }, panel, width, (to, &places), onto);
+                block_gemm::multiply(Rows { data, starts: &starts }, panel, width, (to, &places), onto, Writes::Near);
             }
             if !direct {
                 for (row, values) in scratch.chunks_exact(width).take(rows).enumerate() {
@@ -93,18 +147,29 @@ impl<T: Float> Packed<T> {
     }
 }
 
+/// How a product enters a result that begins with `bias`.
+pub(crate) fn after<T>(bias: Option<&[T]>) -> Into {
+    if bias.is_some() { Into::Add } else { Into::Overwrite }
+}
+
+/// Begins rows with the bias, if there is one.
+pub(crate) fn start<T: Float>(rows: &mut [T], bias: Option<&[T]>) -> Into {
+    bias.iter().for_each(|bias| rows.chunks_mut(bias.len()).for_each(|row| row.copy_from_slice(bias)));
+    after(bias)
+}
+
 /// Elements between the rows of a panel of patches of which [`add_product`] takes products.
-pub(super) fn patch_stride<T: Float>(columns: usize) -> usize {
+pub(crate) fn patch_stride<T: Float>(columns: usize) -> usize {
     if is_f32::<T>() { columns.next_multiple_of(GROUP) } else { columns }
 }
 
 /// Length of the sums of [`add_product`].
-pub(super) fn sums_len<T: Float>(columns: usize, features: usize) -> usize {
+pub(crate) fn sums_len<T: Float>(columns: usize, features: usize) -> usize {
     patch_stride::<T>(columns) * if is_f32::<T>() { features.next_multiple_of(LANES) } else { features }
 }
 
 /// Where the sum of a patch's column and a feature is.
-pub(super) fn sum_place<T: Float>(columns: usize, features: usize, (column, feature): (usize, usize)) -> usize {
+pub(crate) fn sum_place<T: Float>(columns: usize, features: usize, (column, feature): (usize, usize)) -> usize {
     if !is_f32::<T>() {
         return feature * columns + column;
     }
@@ -114,7 +179,7 @@ pub(super) fn sum_place<T: Float>(columns: usize, features: usize, (column, feat
 
 /// `sums += patchesᵀ · grad`: rows of patches are [`patch_stride`] apart, of which those of `f32` are filled up with
 /// zeros, rows of the gradient `grad_stride`.
-pub(super) fn add_product<T: Float>(
+pub(crate) fn add_product<T: Float>(
     (patches, columns): (&[T], usize),
     (grad, grad_stride, features): (&[T], usize, usize),
     rows: usize,
