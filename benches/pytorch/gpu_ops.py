@@ -8,9 +8,9 @@ harness runs it itself:
 
 For attention: the partition into groups, then scaled_dot_product_attention under each of its backends with the bias as a mask,
 the same compiled, and FlexAttention with the bias as a score modification. For the embedding: separate convolutions, eager and
-compiled. For the position bias: the networks of a stage one after the other, with parameters in f32 and tables in the dtype, as
-the harness has them. For the rest: the library's op. On a GPU times are between events on its stream, elsewhere the host's; inputs rotate
-among copies that are together larger than the second-level cache.
+compiled. For the position bias: the networks of a stage one after the other, eager and compiled, in float32 with tables in the
+dtype, as the harness has them. For the rest: the library's op. On a GPU times are between events on its stream, elsewhere the
+host's; inputs rotate among copies that are together larger than the second-level cache.
 """
 
 import argparse
