@@ -19,7 +19,8 @@
 // The backward pass recomputes the activations, and its blocks add the products of their rows, in order, to sums of
 // their own in device memory; the block of a network that is last to finish adds these up, in order, so that it does not
 // matter which one that is.
-// FLOPs of a row: 2 (2 p^2 + 2 p + p heads) forward, three times that backward, without the forward pass repeated.
+// FLOPs of a row: 2 (2 p^2 + 2 p + p heads) forward; 4 (3 p^2 + 2 p + p heads) backward, which repeats all layers but the
+// last and has no gradient for offsets.
 // Bytes: the parameters once per block of 8 rows and heads values per row; backward also 4 bytes per parameter and
 // block, twice.
 // Roofline: the six tables of CrossFormer-S's third stage (p = 24, 12 heads, 169 rows) are 3.0 MFLOP and 0.1 MB from

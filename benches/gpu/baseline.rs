@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use gridgrad::autograd::{GradOptions, grad};
+use gridgrad::autograd::{Backward, Function, GradOptions, grad, record};
 use gridgrad::random::Philox;
 use gridgrad::{DType, Device, Result, Tensor};
 
@@ -51,13 +51,23 @@ impl Bench<'_> {
         values.reshape([repeats * elements.min(DRAWN)])?.narrow(0, 0, elements)?.reshape(shape)
     }
 
-    /// Runs an op of the crate: forward without a tape, backward on one that is kept, from a random gradient. Gradients
-    /// are wanted of all inputs but the first `constants`.
+    /// [`of_outputs`](Self::of_outputs) of an op that has one.
     pub fn of_op(
         &self,
         shapes: &[Vec<usize>],
         constants: usize,
         op: impl Fn(&[Tensor]) -> Result<Tensor> + 'static,
+    ) -> Result<Run> {
+        self.of_outputs(shapes, constants, move |inputs| Ok(vec![op(inputs)?]))
+    }
+
+    /// Runs an op of the crate: forward without a tape, backward on one that is kept, from random gradients of all
+    /// outputs. Gradients are wanted of all inputs but the first `constants`.
+    pub fn of_outputs(
+        &self,
+        shapes: &[Vec<usize>],
+        constants: usize,
+        op: impl Fn(&[Tensor]) -> Result<Vec<Tensor>> + 'static,
     ) -> Result<Run> {
         let elements = shapes.iter().map(|shape| shape.iter().product::<usize>()).sum();
         let inputs = |copy: usize| -> Result<Vec<Tensor>> {
@@ -75,21 +85,40 @@ impl Bench<'_> {
             let variable =
                 |(number, input): (usize, Tensor)| if number < constants { Ok(input) } else { input.variable() };
             let inputs: Vec<Tensor> = inputs.into_iter().enumerate().map(variable).collect::<Result<_>>()?;
-            let output = op(&inputs)?;
-            let options = GradOptions {
-                retain_graph: true,
-                grad_output: Some(self.random(output.shape(), (1 << 32) + copy as u64)?),
-                ..GradOptions::default()
-            };
-            recorded.push((inputs, output, options));
+            let end = self.end(&op(&inputs)?, (1 << 32) + copy as u64)?;
+            let options = GradOptions { retain_graph: true, grad_output: Some(end.detach()), ..GradOptions::default() };
+            recorded.push((inputs, end, options));
         }
         let backward = move |copy: usize| {
-            let (inputs, output, options) = &recorded[copy % recorded.len()];
+            let (inputs, end, options) = &recorded[copy % recorded.len()];
             let wanted: Vec<&Tensor> = inputs.iter().skip(constants).collect();
-            grad(output, &wanted, options.clone()).map(drop)
+            grad(end, &wanted, options.clone()).map(drop)
         };
         backward(0)?;
         Ok(Box::new(backward))
+    }
+
+    /// A tensor whose backward pass gives each of the outputs a random gradient.
+    fn end(&self, outputs: &[Tensor], number: u64) -> Result<Tensor> {
+        let gradient = |(at, output): (usize, &Tensor)| {
+            self.random_as(output.shape(), number + ((at as u64) << 32), output.dtype())
+        };
+        let gradients = outputs.iter().enumerate().map(gradient).collect::<Result<_>>()?;
+        let end = Tensor::zeros([], DType::F32)?.to_device(self.device)?;
+        Ok(record(end, &outputs.iter().collect::<Vec<_>>(), |_| End(gradients)))
+    }
+}
+
+/// Where the backward pass of several outputs begins. It hands out their gradients as they are, at no cost.
+struct End(Vec<Tensor>);
+
+impl Function for End {
+    fn name(&self) -> &'static str {
+        "end"
+    }
+
+    fn backward(&self, _: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        Ok(self.0.iter().cloned().map(Some).collect())
     }
 }
 

@@ -21,9 +21,13 @@ pub fn run(bench: &Bench<'_>) -> Result<Option<Run>> {
             let rows = attention.table_rows(bench)?;
             bench.of_op(&shapes, constants, move |inputs| attention.attend(&inputs[0], &inputs[1], &rows))
         }
-        Op::PositionBias { group, .. } => {
-            let offsets = offsets(bench, group)?;
-            bench.of_op(&shapes, constants, move |inputs| position_bias(inputs, &offsets))
+        Op::PositionBias { groups, .. } => {
+            let (dtype, bench) = (bench.dtype, Bench { dtype: ours::BIAS_DTYPE, ..*bench });
+            let offsets = groups.into_iter().map(|group| offsets(&bench, group)).collect::<Result<Vec<_>>>()?;
+            bench.of_outputs(&shapes, constants, move |inputs| {
+                let networks = inputs.chunks(ours::BIAS_PARAMETERS).zip(&offsets);
+                networks.map(|(network, offsets)| position_bias(network, offsets)?.cast(dtype)).collect()
+            })
         }
         Op::LayerNorm { .. } => norm(bench, &[-1]),
         Op::LinearGelu { .. } => {

@@ -111,14 +111,14 @@ pub fn launches(case: &Case, direction: Direction, dtype: DType) -> Result<Vec<L
             extents.push(("blocks", (tokens / (group[0] * group[1]) as f64).min(SPLIT)));
             if forward { &["lsda_forward"] } else { &["lsda_backward", "lsda_table_gradient"] }
         }
-        Op::PositionBias { group, width, heads } => {
-            let (p, heads) = (*width as f64, *heads as f64);
-            let rows = ((2 * group[0] - 1) * (2 * group[1] - 1)) as f64;
-            let parameters = 3.0 * p + 6.0 * p + 2.0 * (p * p + p) + heads * p + heads;
-            extents.extend([("rows", rows), ("p", p), ("heads", heads), ("parameters", parameters)]);
-            extents.push(("networks", 1.0));
-            extents.push(("blocks", (rows / 8.0).ceil().min(64.0)));
-            if forward { &["position_bias_forward"] } else { &["position_bias_backward"] }
+        Op::PositionBias { groups, width, heads } => {
+            let kernel = if forward { "position_bias_forward" } else { "position_bias_backward" };
+            let units = [*width as f64, *heads as f64];
+            let mut work = Work::default();
+            for &group in groups {
+                work = work + bias_network(kernel, group, units, dtype)?;
+            }
+            return Ok(vec![Launch { kernel, work, products: false }]);
         }
         Op::LayerNorm { rows, width } => {
             extents.extend([("rows", *rows as f64 * batch), ("width", *width as f64), ("parts", SPLIT)]);
@@ -148,6 +148,16 @@ pub fn launches(case: &Case, direction: Direction, dtype: DType) -> Result<Vec<L
         }
     };
     kernels.iter().map(|kernel| launch(kernel, &extents)).collect()
+}
+
+/// One network's part of the launch for all of a stage. Its parameters are `f32` in any case.
+fn bias_network(kernel: &'static str, group: [usize; 2], [p, heads]: [f64; 2], dtype: DType) -> Result<Work> {
+    let rows = ((2 * group[0] - 1) * (2 * group[1] - 1)) as f64;
+    let parameters = 3.0 * p + 6.0 * p + 2.0 * (p * p + p) + heads * p + heads;
+    let sizes = [("s", dtype.size() as f64), ("stored", DType::F32.size() as f64), ("parameters", parameters)];
+    let extents = [("networks", 1.0), ("rows", rows), ("p", p), ("heads", heads)];
+    let blocks = ("blocks", (rows / 8.0).ceil().min(64.0));
+    launch(kernel, &[&sizes[..], &extents, &[blocks]].concat()).map(|launch| launch.work)
 }
 
 /// The product with the GELU behind it, which keeps what went in; backward that of the GELU and two products.

@@ -26,8 +26,8 @@ pub enum Op {
     },
     /// Attention within groups, `interval` apart.
     Lsda { map: [usize; 2], heads: usize, head_width: usize, group: [usize; 2], interval: [usize; 2] },
-    /// The bias network for all offsets of a group; the same for any batch.
-    PositionBias { group: [usize; 2], width: usize, heads: usize },
+    /// The bias networks of a stage, one for each block with its group, for all offsets; the same for any batch.
+    PositionBias { groups: Vec<[usize; 2]>, width: usize, heads: usize },
     /// Rows of tokens.
     LayerNorm { rows: usize, width: usize },
     /// A linear layer with a GELU behind it.
@@ -74,7 +74,11 @@ impl fmt::Display for Op {
             Op::Lsda { map: [h, w], heads, head_width, group, interval } => {
                 write!(f, "{h}×{w}, {heads} heads of {head_width}, G {}, I {}", group[0], interval[0])
             }
-            Op::PositionBias { group, width, heads } => write!(f, "G {}, width {width}, {heads} heads", group[0]),
+            Op::PositionBias { groups, width, heads } => {
+                let mut sides: Vec<String> = groups.iter().map(|group| group[0].to_string()).collect();
+                sides.dedup();
+                write!(f, "{} of G {}, width {width}, {heads} heads", groups.len(), sides.join(", "))
+            }
             Op::LayerNorm { rows, width } | Op::Softmax { rows, width } => write!(f, "{rows} × {width}"),
             Op::LinearGelu { rows, input, output } => write!(f, "{rows} × {input} to {output}"),
             Op::MaxPool { map: [h, w], channels } | Op::BatchNorm { map: [h, w], channels } => {
@@ -129,14 +133,16 @@ fn collect(config: &CrossFormerConfig, initial: char, batch: usize, cases: &mut 
     for (stage, &map) in maps.iter().enumerate() {
         let (channels, heads) = (config.channels(stage), config.num_heads[stage]);
         let rows = map[0] * map[1];
+        let mut groups = Vec::new();
         for block in 0..config.depths[stage] {
             let grouping = config.block_grouping(stage, block, map).grouping;
             let (group, interval) = (grouping.group, grouping.interval);
             push(Op::Lsda { map, heads, head_width: channels / heads, group, interval });
-            push(Op::PositionBias { group, width: channels / 16, heads });
+            groups.push(group);
             // The scores of all groups, which unfused attention keeps in memory.
             push(Op::Softmax { rows: rows * heads, width: group[0] * group[1] });
         }
+        push(Op::PositionBias { groups, width: channels / 16, heads });
         push(Op::LayerNorm { rows, width: channels });
         let hidden = (channels as f64 * config.mlp_ratio[stage]) as usize;
         push(Op::LinearGelu { rows, input: channels, output: hidden });

@@ -8,8 +8,9 @@ harness runs it itself:
 
 For attention: the partition into groups, then scaled_dot_product_attention under each of its backends with the bias as a mask,
 the same compiled, and FlexAttention with the bias as a score modification. For the embedding: separate convolutions, eager and
-compiled. For the rest: the library's op. On a GPU times are between events on its stream, elsewhere the host's; inputs rotate
-among copies that are together larger than the second-level cache.
+compiled. For the position bias: the networks of a stage one after the other, eager and compiled, in float32 with tables in the
+dtype, as the harness has them. For the rest: the library's op. On a GPU times are between events on its stream, elsewhere the
+host's; inputs rotate among copies that are together larger than the second-level cache.
 """
 
 import argparse
@@ -91,14 +92,21 @@ def with_backend(function, backend):
     return run
 
 
-def position_bias(offsets):
-    def run(weight, bias, *layers):
-        hidden = functional.linear(offsets, weight, bias)
-        for at in range(0, 12, 4):
-            scale, shift, weight, bias = layers[at : at + 4]
-            hidden = functional.layer_norm(hidden, scale.shape, scale, shift).relu()
-            hidden = functional.linear(hidden, weight, bias)
-        return hidden
+def position_bias(offsets, weight, bias, *layers):
+    hidden = functional.linear(offsets, weight, bias)
+    for at in range(0, 12, 4):
+        scale, shift, weight, bias = layers[at : at + 4]
+        hidden = functional.layer_norm(hidden, scale.shape, scale, shift).relu()
+        hidden = functional.linear(hidden, weight, bias)
+    return hidden
+
+
+def position_biases(offsets: list, dtype: torch.dtype):
+    """A function of 14 parameters for each network."""
+
+    def run(*inputs):
+        networks = (inputs[at : at + 14] for at in range(0, len(inputs), 14))
+        return tuple(position_bias(rows, *network).to(dtype) for rows, network in zip(offsets, networks))
 
     return run
 
@@ -131,12 +139,13 @@ def implementations(problem: dict, device: torch.device, dtype: torch.dtype):
         shapes += [(o, channels, side, side) for side, o in zip(sides, out)] + [(o,) for o in out]
         return shapes, int(problem["image"]), both("convolutions", embed)
     if op == "position_bias":
-        (gh, gw), width, heads = problem["group"], problem["width"], problem["heads"]
-        offsets = torch.cartesian_prod(torch.arange(1 - gh, gh), torch.arange(1 - gw, gw)).to(device, dtype)
+        groups, width, heads = problem["groups"], problem["width"], problem["heads"]
+        grids = [(torch.arange(1 - gh, gh), torch.arange(1 - gw, gw)) for gh, gw in groups]
+        offsets = [torch.cartesian_prod(*grid).to(device, torch.float32) for grid in grids]
         shapes = [(width, 2), (width,)]
         for out in (width, width, heads):
             shapes += [(width,), (width,), (out, width), (out,)]
-        return shapes, 0, both("layers", position_bias(offsets))
+        return shapes * len(groups), 0, both("layers", position_biases(offsets, dtype))
     if op == "layer_norm":
         width = problem["width"]
         shapes = [(batch * problem["rows"], width), (width,), (width,)]
@@ -177,7 +186,8 @@ def bench(function, shapes, constants: int, backward: bool, device: torch.device
         for tensor in inputs[constants:]:
             tensor.requires_grad_()
     outputs = [function(*inputs) for inputs in sets]
-    grads = [torch.randn_like(output) for output in outputs]
+    outputs = [output if isinstance(output, tuple) else (output,) for output in outputs]
+    grads = [tuple(torch.randn_like(part) for part in output) for output in outputs]
 
     def run(copy):
         copy %= copies
@@ -231,7 +241,8 @@ def measure(problem: dict, args: argparse.Namespace, device: torch.device, dtype
                 continue
             try:
                 torch.compiler.reset()
-                run = bench(function, shapes, constants, direction == "backward", device, dtype)
+                stored = torch.float32 if problem["op"] == "position_bias" else dtype
+                run = bench(function, shapes, constants, direction == "backward", device, stored)
                 budget = (0.01, 0.05, 5) if args.short else (0.3, 1.0, 30)
                 rows.append(row(problem, direction, name, samples(run, device, *budget), None))
             except Exception as error:  # A backend that does not take the problem says so in many types.
