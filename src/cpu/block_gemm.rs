@@ -45,6 +45,14 @@ pub enum Writes {
     Streamed,
 }
 
+impl Writes {
+    /// For a result of so many elements, written once: what no cache holds until it is read goes past them.
+    pub fn of_large<T>(elements: usize) -> Self {
+        const CACHED_BYTES: usize = 16 << 20;
+        if elements * size_of::<T>() > CACHED_BYTES { Writes::Streamed } else { Writes::Fetched }
+    }
+}
+
 /// `destination = rows · panel` or `destination += rows · panel`: `panel` is row-major, of `width` columns, which is
 /// [`LANES`] or [`PANEL`]; the destination's rows begin at `places`.
 ///

@@ -56,6 +56,19 @@ pub(crate) fn prefetch_to_write(data: &[f32]) {
     let _ = data;
 }
 
+/// Asks for the cache lines under `data`, which will be read.
+#[inline(always)]
+#[allow(unsafe_code, reason = "an instruction that has no safe form")]
+pub(crate) fn prefetch<T>(data: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in data.chunks((64 / size_of::<T>().max(1)).max(1)) {
+        // SAFETY: a prefetch reads and writes nothing, wherever it points; x86-64 always has it.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = data;
+}
+
 /// Writes a vector of a loop that [`with_vectors`] runs past the caches, where the processor can and `data` begins on a
 /// multiple of the vector's size. Whoever is done calls [`finish_streaming`].
 #[inline(always)]

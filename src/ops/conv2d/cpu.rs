@@ -8,6 +8,7 @@
 //! their own.
 
 use super::{Geometry, depthwise, scatter, winograd};
+use crate::cpu::block_gemm::Writes;
 use crate::cpu::gemm::Into;
 use crate::cpu::packed::{Packed, add_product, patch_stride, start, sum_place, sums_len};
 use crate::cpu::{Float, parallel, simd};
@@ -162,13 +163,14 @@ pub(super) fn output<T: Float>(g: &Geometry, input: &[T], weight: &[T], bias: Op
     let weights: Vec<Packed<T>> =
         weight.chunks(group).map(|weight| packed(weight, extents, [taps, group_inputs * taps], &order)).collect();
     let taps = forward_taps(g);
+    let writes = Writes::of_large::<T>(output.len());
     parallel::pieces_mut(&mut output, tile * features, |index, out| {
-        let into = start(out, bias);
         let (first, rows) = (index * tile, out.len() / features);
         if g.is_pointwise() {
-            let depth = g.in_channels;
-            return weights[0].multiply((&input[first * depth..], depth), (0, depth), rows, (out, features, into));
+            let input = &input[first * g.in_channels..][..rows * g.in_channels];
+            return weights[0].rows(input, bias, out, writes);
         }
+        let into = start(out, bias);
         let anchors: Vec<Anchor> = (first..first + rows).map(|row| forward_anchor(g, row)).collect();
         for (group, weight) in weights.iter().enumerate() {
             let destination = (&mut out[group * group_outputs..], features, into);
@@ -265,10 +267,10 @@ pub(super) fn input_gradient<T: Float>(g: &Geometry, grad: &[T], weight: &[T], b
         let (rows, depth) = (g.batch * g.input[0] * g.input[1], g.out_channels);
         let tile = tile_rows(rows);
         let weight = Packed::new(Buffer::copy_of(weight), depth, channels);
+        let writes = Writes::of_large::<T>(output.len());
         parallel::pieces_mut(&mut output, tile * channels, |index, out| {
-            let into = start(out, bias);
-            let grad = (&grad[index * tile * depth..], depth);
-            weight.multiply(grad, (0, depth), out.len() / channels, (out, channels, into));
+            let grad = &grad[index * tile * depth..][..out.len() / channels * depth];
+            weight.rows(grad, bias, out, writes);
         });
         return output;
     }

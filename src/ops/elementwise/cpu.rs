@@ -78,7 +78,8 @@ pub(crate) mod scalar {
     #[inline(always)]
     pub(crate) fn gelu_derivative<T: Float>(x: T) -> T {
         let x = limited(x);
-        x.mul_add(x.normal_pdf(), x.normal_cdf())
+        let [cdf, pdf] = x.normal_cdf_and_pdf();
+        x.mul_add(pdf, cdf)
     }
 }
 

@@ -23,12 +23,6 @@ fn block_rows([_, in_features, out_features]: Extents) -> usize {
     (ELEMENTS / (in_features + out_features)).clamp(32, 256) / GROUP * GROUP
 }
 
-/// A result that no cache holds until it is read is written past them.
-fn writes<T>(elements: usize) -> Writes {
-    const CACHED_BYTES: usize = 16 << 20;
-    if elements * size_of::<T>() > CACHED_BYTES { Writes::Streamed } else { Writes::Fetched }
-}
-
 pub(super) fn forward<T: Float>(input: &[T], weight: &[T], bias: Option<&[T]>, extents: Extents) -> Buffer<T> {
     let [rows, in_features, out_features] = extents;
     let mut output = Buffer::recycled(rows * out_features);
@@ -54,7 +48,7 @@ pub(super) fn forward<T: Float>(input: &[T], weight: &[T], bias: Option<&[T]>, e
 
 fn tall_product<T: Float>(input: &[T], weight: &Packed<T>, bias: Option<&[T]>, extents: Extents, output: &mut [T]) {
     let [_, depth, columns] = extents;
-    let (block, writes) = (block_rows(extents), writes::<T>(output.len()));
+    let (block, writes) = (block_rows(extents), Writes::of_large::<T>(output.len()));
     parallel::pieces_mut(output, block * columns, |index, piece| {
         let input = &input[index * block * depth..][..piece.len() / columns * depth];
         weight.rows(input, bias, piece, writes);
@@ -265,7 +259,7 @@ impl<T: Float> OnePass<'_, T> {
 
     fn part(&self, part: &mut Part<'_, T>, weight: Option<&Packed<T>>) {
         let [rows, in_features, out_features] = self.extents;
-        let (block, writes) = (block_rows(self.extents), writes::<T>(rows * in_features));
+        let (block, writes) = (block_rows(self.extents), Writes::of_large::<T>(rows * in_features));
         let mut scratch = Buffer::recycled(if self.sums.is_some() { block.min(part.rows) * out_features } else { 0 });
         for first in (0..part.rows).step_by(block) {
             let count = block.min(part.rows - first);

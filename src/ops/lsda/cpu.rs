@@ -189,15 +189,36 @@ fn gather<T: Float>(source: &[T], part: Part, heads: usize, tokens: &[usize], pa
     }
 }
 
-/// (rows, padded width) to (width, padded rows), with 0 in the padding.
+/// Like [`gather`], to (head, width, padded tokens): the transposes of every head's rows.
 #[inline(always)]
-fn transpose<T: Float>(source: &[T], rows: usize, padded: usize, width: usize, padded_rows: usize, out: &mut [T]) {
-    for (column, out) in out[..width * padded_rows].chunks_exact_mut(padded_rows).enumerate() {
-        let column = source[column..].iter().step_by(padded);
-        for (out, &value) in out[..rows].iter_mut().zip(column) {
+fn gather_transposed<T: Float>(
+    source: &[T],
+    part: Part,
+    heads: usize,
+    tokens: &[usize],
+    padded_tokens: usize,
+    out: &mut [T],
+) {
+    let Part { row, channel, width } = part;
+    let out = &mut out[..heads * width * padded_tokens];
+    for (place, &token) in tokens.iter().enumerate() {
+        let source = &source[token * row + channel..][..heads * width];
+        for (out, &value) in out[place..].iter_mut().step_by(padded_tokens).zip(source) {
             *out = value;
         }
-        out[rows..].fill(T::ZERO);
+    }
+    for out in out.chunks_exact_mut(padded_tokens) {
+        out[tokens.len()..].fill(T::ZERO);
+    }
+}
+
+/// Asks for the rows of the next group's tokens, a share of them with each of `heads` heads of this one: they come while
+/// this one is computed.
+#[inline(always)]
+fn prefetch<T>(source: &[T], row: usize, next: &[usize], head: usize, heads: usize) {
+    let share = next.len().div_ceil(heads);
+    for &token in next.iter().skip(head * share).take(share) {
+        simd::prefetch(&source[token * row..][..row]);
     }
 }
 
@@ -214,7 +235,7 @@ fn exponentials<T: Float>(scores: &mut [T]) -> T {
     let mut sums = [T::ZERO; LANES];
     for chunk in scores.as_chunks_mut::<LANES>().0 {
         for (sum, score) in sums.iter_mut().zip(chunk) {
-            *score = (*score - largest).exp();
+            *score = (*score - largest).exp_negative();
             *sum += *score;
         }
     }
@@ -231,11 +252,13 @@ fn multiply_elements<T: Float>(values: &mut [T], factors: &[T]) {
 /// Scratch of one task, for groups of up to `tokens` tokens.
 struct Scratch<T> {
     tokens: Vec<usize>,
-    /// Of a run of heads, as the next two: (head, token, padded width).
+    /// Those of the group that comes next.
+    next: Vec<usize>,
+    /// Of a run of heads: (head, token, padded width).
     query: Buffer<T>,
-    key: Buffer<T>,
     value: Buffer<T>,
-    transposed: Buffer<T>,
+    /// Of a run of heads: (head, width, padded tokens).
+    transposed_key: Buffer<T>,
     scores: Buffer<T>,
     output: Buffer<T>,
     /// Of the probabilities of one query, by dropout.
@@ -243,6 +266,17 @@ struct Scratch<T> {
 }
 
 impl<T: Float> Scratch<T> {
+    /// Takes the tokens of `work`, numbered over the batch, and those of the group behind it.
+    fn take_tokens(&mut self, problem: &Problem, work: &Work<'_, T>, next: Option<&Work<'_, T>>) {
+        let [_, height, width] = problem.extents;
+        for (tokens, work) in [(&mut self.tokens, Some(work)), (&mut self.next, next)] {
+            tokens.clear();
+            if let Some(work) = work {
+                tokens.extend(work.group.tokens(width).map(|token| work.image * height * width + token));
+            }
+        }
+    }
+
     fn new(problem: &Problem) -> Self {
         let most = problem.sizes().iter().map(|size| size[0] * size[1]).max().unwrap_or(0);
         let padded = most.next_multiple_of(LANES);
@@ -250,10 +284,10 @@ impl<T: Float> Scratch<T> {
         let run = problem.heads_per_run();
         Scratch {
             tokens: Vec::with_capacity(most),
+            next: Vec::with_capacity(most),
             query: rows(run),
-            key: rows(run),
             value: rows(run),
-            transposed: Buffer::recycled(padded * problem.head_width),
+            transposed_key: Buffer::recycled(run * padded * problem.head_width),
             scores: Buffer::recycled(QUERIES.min(most) * padded),
             output: rows(1),
             factors: Buffer::recycled(padded),
@@ -269,11 +303,14 @@ pub(super) fn forward<T: Float>(problem: &Problem, qkv: &[T], table: Option<&[T]
     let per_task = problem.groups_per_task(work.len());
     let body = |task: &mut [Work<'_, T>]| {
         let mut scratch = Scratch::new(problem);
-        for work in task {
+        let mut rest = task;
+        while let Some((work, behind)) = rest.split_first_mut() {
+            scratch.take_tokens(problem, work, behind.first());
             simd::dispatch(
                 #[inline(always)]
                 || forward_group(problem, qkv, &biases, work, &mut scratch),
             );
+            rest = behind;
         }
     };
     work.par_chunks_mut(per_task).for_each(body);
@@ -289,40 +326,37 @@ fn forward_group<T: Float>(
     work: &mut Work<'_, T>,
     scratch: &mut Scratch<T>,
 ) {
-    let [_, height, width] = problem.extents;
     let (channels, d, padded_d) = (problem.channels(), problem.head_width, problem.padded_width());
     let tokens = work.group.len();
     let padded = tokens.next_multiple_of(LANES);
-    let qkv = &qkv[work.image * height * width * 3 * channels..];
     let bias = &biases[size_number(biases, &work.group)].values;
     let scale = T::ONE / T::from_f64(d as f64).sqrt();
-    scratch.tokens.clear();
-    scratch.tokens.extend(work.group.tokens(width));
+    let image_start = work.image * problem.extents[1] * problem.extents[2];
     let run = problem.heads_per_run();
     for head in 0..problem.heads {
         let in_run = head % run;
         if in_run == 0 {
             let heads = run.min(problem.heads - head);
-            for (number, factor, out) in
-                [(0, scale, &mut scratch.query), (1, T::ONE, &mut scratch.key), (2, T::ONE, &mut scratch.value)]
-            {
-                gather(qkv, problem.part(number, head), heads, &scratch.tokens, padded_d, factor, out);
-            }
+            let [query, key, value] = [0, 1, 2].map(|number| problem.part(number, head));
+            gather(qkv, query, heads, &scratch.tokens, padded_d, scale, &mut scratch.query);
+            gather_transposed(qkv, key, heads, &scratch.tokens, padded, &mut scratch.transposed_key);
+            gather(qkv, value, heads, &scratch.tokens, padded_d, T::ONE, &mut scratch.value);
         }
+        prefetch(qkv, 3 * channels, &scratch.next, head, problem.heads);
         let of_head = in_run * tokens * padded_d..(in_run + 1) * tokens * padded_d;
-        let (query, value) = (&scratch.query[of_head.clone()], &scratch.value[of_head.clone()]);
-        transpose(&scratch.key[of_head], tokens, padded_d, d, padded, &mut scratch.transposed);
+        let (query, value) = (&scratch.query[of_head.clone()], &scratch.value[of_head]);
+        let transposed_key = &scratch.transposed_key[in_run * d * padded..][..d * padded];
         for first in (0..tokens).step_by(QUERIES) {
             let queries = QUERIES.min(tokens - first);
             let scores = &mut scratch.scores[..queries * padded];
             scores.copy_from_slice(&bias[(head * tokens + first) * padded..][..queries * padded]);
             let query = Left::rows(&query[first * padded_d..], padded_d);
-            multiply::<T, true>(query, [queries, d, padded], &scratch.transposed, scores);
+            multiply::<T, true>(query, [queries, d, padded], transposed_key, scores);
             let mut shares = [T::ZERO; QUERIES];
             for (row, (scores, share)) in scores.chunks_exact_mut(padded).zip(&mut shares).enumerate() {
                 *share = T::ONE / exponentials(scores);
                 if let Some(dropout) = &problem.dropout {
-                    let query = problem.query_number(work.image, head, scratch.tokens[first + row]);
+                    let query = problem.query_number(work.image, head, scratch.tokens[first + row] - image_start);
                     dropout.factors(query, problem.most_tokens(), &mut scratch.factors[..padded]);
                     multiply_elements(scores, &scratch.factors);
                 }
@@ -345,6 +379,8 @@ struct BackwardScratch<T> {
     forward: Scratch<T>,
     /// Of a run of heads, as the query.
     grad: Buffer<T>,
+    /// Of a run of heads, as the query and as the transposed key.
+    key: Buffer<T>,
     transposed_value: Buffer<T>,
     score_grads: Buffer<T>,
     query_grad: Buffer<T>,
@@ -360,7 +396,8 @@ impl<T: Float> BackwardScratch<T> {
         let like = |buffer: &Buffer<T>| Buffer::recycled(buffer.len());
         BackwardScratch {
             grad: like(&forward.query),
-            transposed_value: like(&forward.transposed),
+            key: like(&forward.query),
+            transposed_value: like(&forward.transposed_key),
             score_grads: like(&forward.scores),
             query_grad: like(&forward.output),
             key_grad: like(&forward.output),
@@ -392,11 +429,14 @@ pub(super) fn backward<T: Float>(
     let mut partial = Buffer::<T>::zeroed(tasks * table_len);
     let body = |(task, dtable): (&mut [Work<'_, T>], &mut [T])| {
         let mut scratch = BackwardScratch::new(problem, &biases, table_len > 0);
-        for work in task {
+        let mut rest = task;
+        while let Some((work, behind)) = rest.split_first_mut() {
+            scratch.forward.take_tokens(problem, work, behind.first());
             simd::dispatch(
                 #[inline(always)]
                 || backward_group(problem, qkv, grad, &biases, work, &mut scratch),
             );
+            rest = behind;
         }
         fold_bias_grads(problem, &biases, &scratch.bias_grads, dtable);
     };
@@ -441,41 +481,40 @@ fn fold_bias_grads<T: Float>(
 fn backward_group<T: Float>(
     problem: &Problem,
     qkv: &[T],
-    grad: &[T],
+    grad_rows: &[T],
     biases: &[ExpandedBias<T>],
     work: &mut Work<'_, T>,
     scratch: &mut BackwardScratch<T>,
 ) {
-    let [_, height, width] = problem.extents;
     let (channels, d, padded_d) = (problem.channels(), problem.head_width, problem.padded_width());
     let tokens = work.group.len();
     let padded = tokens.next_multiple_of(LANES);
-    let image = work.image * height * width;
-    let (qkv, grad) = (&qkv[image * 3 * channels..], &grad[image * channels..]);
+    let image_start = work.image * problem.extents[1] * problem.extents[2];
     let number = size_number(biases, &work.group);
     let bias = &biases[number].values;
     let scale = T::ONE / T::from_f64(d as f64).sqrt();
     let BackwardScratch { forward, query_grad, key_grad, value_grad, .. } = scratch;
-    forward.tokens.clear();
-    forward.tokens.extend(work.group.tokens(width));
     let run = problem.heads_per_run();
     for head in 0..problem.heads {
         let in_run = head % run;
         if in_run == 0 {
             let heads = run.min(problem.heads - head);
-            for (number, factor, out) in
-                [(0, scale, &mut forward.query), (1, T::ONE, &mut forward.key), (2, T::ONE, &mut forward.value)]
-            {
-                gather(qkv, problem.part(number, head), heads, &forward.tokens, padded_d, factor, out);
-            }
+            let [query, key, value] = [0, 1, 2].map(|number| problem.part(number, head));
+            gather(qkv, query, heads, &forward.tokens, padded_d, scale, &mut forward.query);
+            gather(qkv, key, heads, &forward.tokens, padded_d, T::ONE, &mut scratch.key);
+            gather_transposed(qkv, key, heads, &forward.tokens, padded, &mut forward.transposed_key);
+            gather_transposed(qkv, value, heads, &forward.tokens, padded, &mut scratch.transposed_value);
             let part = Part { row: channels, channel: head * d, width: d };
-            gather(grad, part, heads, &forward.tokens, padded_d, T::ONE, &mut scratch.grad);
+            gather(grad_rows, part, heads, &forward.tokens, padded_d, T::ONE, &mut scratch.grad);
         }
         let of_head = in_run * tokens * padded_d..(in_run + 1) * tokens * padded_d;
         let (query, grad) = (&forward.query[of_head.clone()], &scratch.grad[of_head.clone()]);
-        let (key, value) = (&forward.key[of_head.clone()], &forward.value[of_head]);
-        transpose(key, tokens, padded_d, d, padded, &mut forward.transposed);
-        transpose(value, tokens, padded_d, d, padded, &mut scratch.transposed_value);
+        let key = &scratch.key[of_head];
+        let of_head = in_run * d * padded..(in_run + 1) * d * padded;
+        let transposed_key = &forward.transposed_key[of_head.clone()];
+        let transposed_value = &scratch.transposed_value[of_head];
+        prefetch(qkv, 3 * channels, &forward.next, head, problem.heads);
+        prefetch(grad_rows, channels, &forward.next, head, problem.heads);
         key_grad[..tokens * padded_d].fill(T::ZERO);
         value_grad[..tokens * padded_d].fill(T::ZERO);
         for first in (0..tokens).step_by(QUERIES) {
@@ -485,16 +524,16 @@ fn backward_group<T: Float>(
             probabilities.copy_from_slice(&bias[bias_rows.clone()]);
             let (query, grad) = (&query[first * padded_d..], &grad[first * padded_d..]);
             let to_scores = [queries, d, padded];
-            multiply::<T, true>(Left::rows(query, padded_d), to_scores, &forward.transposed, probabilities);
+            multiply::<T, true>(Left::rows(query, padded_d), to_scores, transposed_key, probabilities);
             let score_grads = &mut scratch.score_grads[..queries * padded];
-            multiply::<T, false>(Left::rows(grad, padded_d), to_scores, &scratch.transposed_value, score_grads);
+            multiply::<T, false>(Left::rows(grad, padded_d), to_scores, transposed_value, score_grads);
             let rows = probabilities.chunks_exact_mut(padded).zip(score_grads.chunks_exact_mut(padded));
             for (number, (row, grads)) in rows.enumerate() {
                 let Some(dropout) = &problem.dropout else {
                     softmax_backward(row, grads);
                     continue;
                 };
-                let query = problem.query_number(work.image, head, forward.tokens[first + number]);
+                let query = problem.query_number(work.image, head, forward.tokens[first + number] - image_start);
                 dropout.factors(query, problem.most_tokens(), &mut forward.factors[..padded]);
                 multiply_elements(grads, &forward.factors);
                 softmax_backward(row, grads);
