@@ -218,7 +218,13 @@ impl Common {
             });
         }
         let settings = self.settings(ensemble()?);
-        let folder = self.out.clone().map_or_else(|| free_folder(method, &self.data), Ok)?;
+        let shard = self.shard.unwrap_or(Shard::WHOLE);
+        // Shards are started side by side: each has a name of its own.
+        let name = match shard.count {
+            1 => method.to_owned(),
+            count => format!("{method}-shard-{}-of-{count}", shard.index),
+        };
+        let folder = self.out.clone().map_or_else(|| free_folder(&name, &self.data), Ok)?;
         if folder.join(MANIFEST).exists() {
             let message = format!(
                 "{0} holds a run already; go on with it by --resume {0}, or choose another --out",
@@ -228,7 +234,6 @@ impl Common {
         }
         let learner = self.learner(device)?;
         with_sources(&settings, &*learner, |sources| {
-            let shard = self.shard.unwrap_or(Shard::WHOLE);
             train(Run::create(&folder, settings.clone(), shard, sources)?, &folder, device)
         })
     }
