@@ -146,7 +146,7 @@ fn kill_after_some(folder: &Path, arguments: &[&str], votes: &Path) {
 fn what_makes_no_sense_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let cases: [(&[&str], &[&str]); 13] = [
-        (&["finite-aggregation", "--k", "0"], &["k = 0 and d = 4", "at least 1"]),
+        (&["finite-aggregation", "--k", "0"], &["k = 0 and d = 3", "at least 1"]),
         (&["finite-aggregation", "--k", "3", "--d", "0"], &["k = 3 and d = 0"]),
         (&["dpa", "--k", "1443"], &["1443", "1442 samples"]),
         (&["finite-aggregation", "--k", "99999999999", "--d", "9999999999"], &["k = 99999999999"]),
@@ -257,6 +257,23 @@ fn random_subsets_are_certified_as_the_infinite_limit() {
             &["certify", "run", "--method", method],
             &["of random subsets", "does not certify"],
         );
+    }
+}
+
+#[test]
+fn the_digits_have_a_recipe_of_their_own_that_flags_change() {
+    let folder = tempfile::tempdir().unwrap();
+    let few = ["train", "dpa", "--k", "2", "--train-fraction", "0.01", "--limit-test", "3", "--epochs", "1"];
+    for (flags, batch, padding, out) in [(&[][..], 8, 0, "own"), (&["--augment", "crop"], 8, 1, "crop")] {
+        succeeds(folder.path(), &[&few[..], flags, &["--out", out]].concat());
+        let manifest: Value = serde_json::from_slice(&bytes(&folder.path().join(out), "manifest.json")).unwrap();
+        let training = &manifest["run"]["recipe"]["training"];
+        assert_eq!(
+            (&training["batch_size"], &training["crop_padding"]),
+            (&batch.into(), &padding.into()),
+            "{training}"
+        );
+        assert_eq!((&training["epochs"], &training["flip"]), (&1.into(), &false.into()), "{training}");
     }
 }
 

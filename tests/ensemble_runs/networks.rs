@@ -1,6 +1,5 @@
 //! Runs of Network-in-Networks, tiny ones: what holds for nearest neighbours holds for what is really trained.
 
-use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use gridgrad::methods::finite_aggregation::learner::{BaseLearner, NetworkInNetwork, from_recipe};
@@ -73,16 +72,6 @@ fn scores_of_versions_are_added() {
         let report = boosted.certify(&method).unwrap();
         assert_eq!(report, Report { versions: Some(2), ..expected });
     }
-    let refused = |runs: &[&PathBuf], parts: &[&str]| {
-        let error = Answers::boosted(runs).err().unwrap().to_string();
-        assert!(parts.iter().all(|part| error.contains(part)), "{error}");
-    };
-    let votes_only = Settings { seed: 7, keep_scores: false, ..settings.clone() };
-    let votes_only = version("votes", votes_only.clone());
-    refused(&[], &["got 0 runs"]);
-    refused(&[&first], &["got 1 runs", "two or more"]);
-    refused(&[&first, &first], &["both have the seed 0"]);
-    refused(&[&first, &second, &votes_only], &["not versions of one run", "settings.keep_scores: true, now false"]);
 }
 
 #[test]

@@ -360,6 +360,9 @@ impl FromStr for Report {
     fn from_str(json: &str) -> Result<Self> {
         let report: Report =
             serde_json::from_str(json).map_err(|error| Error::Config(format!("not a report of certify: {error}")))?;
+        if report.certified_fraction.is_empty() {
+            return Err(Error::Config("not a report of certify: it has no certified fraction".into()));
+        }
         let is_share = |share: &f64| (0.0..=1.0).contains(share);
         if !report.certified_fraction.iter().chain(&report.stable_fraction).all(is_share) {
             return Err(Error::Config("not a report of certify: a fraction is not between 0 and 1".into()));

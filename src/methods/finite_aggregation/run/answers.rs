@@ -75,7 +75,11 @@ impl Answers {
         for [(one, a), (other, b)] in versions.array_windows() {
             check_versions((one, &a.run), (other, &b.run))?;
         }
-        let (_, mut first) = versions.remove(0);
+        let (folder, mut first) = versions.remove(0);
+        if !first.run.settings.keep_scores {
+            let message = format!("boosting adds scores, and {} kept votes alone", folder.display());
+            return Err(Error::Config(message));
+        }
         first.other_versions = versions.into_iter().map(|(_, answers)| answers).collect();
         first.table.votes = Some(Votes::from_scores(&first.scores()?)?);
         Ok(first)
@@ -100,9 +104,7 @@ impl Answers {
 
     fn own_scores(&self) -> Result<Scores> {
         if !self.run.settings.keep_scores {
-            return Err(Error::Config(
-                "run-off election and boosting need scores, and this run kept votes alone".into(),
-            ));
+            return Err(Error::Config("run-off election needs scores, and this run kept votes alone".into()));
         }
         let shape = [self.run.data.test_labels.len(), self.run.data.classes.len()];
         let files = self.folders.par_iter().zip(&self.classifiers);
