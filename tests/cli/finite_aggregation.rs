@@ -146,7 +146,7 @@ fn kill_after_some(folder: &Path, arguments: &[&str], votes: &Path) {
 fn what_makes_no_sense_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let cases: [(&[&str], &[&str]); 13] = [
-        (&["finite-aggregation", "--k", "0"], &["k = 0 and d = 3", "at least 1"]),
+        (&["finite-aggregation", "--k", "0"], &["k = 0 and d = 2", "at least 1"]),
         (&["finite-aggregation", "--k", "3", "--d", "0"], &["k = 3 and d = 0"]),
         (&["dpa", "--k", "1443"], &["1443", "1442 samples"]),
         (&["finite-aggregation", "--k", "99999999999", "--d", "9999999999"], &["k = 99999999999"]),

@@ -27,7 +27,7 @@ pub struct TrainFiniteAggregation {
     /// 50 for CIFAR-10 and GTSRB where absent
     #[arg(short, long, value_name = "K", conflicts_with = "resume")]
     k: Option<usize>,
-    /// Spreading degree: every image is in the training sets of D classifiers, of which there are K·D; 3 for the built-in
+    /// Spreading degree: every image is in the training sets of D classifiers, of which there are K·D; 2 for the built-in
     /// digits, 16 for others where absent
     #[arg(short, long, value_name = "D", conflicts_with = "resume")]
     d: Option<usize>,
@@ -159,7 +159,7 @@ impl TrainFiniteAggregation {
     pub fn run(&self) -> Result<()> {
         let ensemble = || {
             let data = &self.common.data;
-            let d = self.d.unwrap_or(if data == "builtin" { 3 } else { 16 });
+            let d = self.d.unwrap_or(if data == "builtin" { 2 } else { 16 });
             Ok(Ensemble::FiniteAggregation { spread: Spread::new(default_k(self.k, data)?, d)?, hash: self.hash })
         };
         self.common.run("finite-aggregation", ensemble)
