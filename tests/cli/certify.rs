@@ -105,6 +105,14 @@ fn every_method_runs_and_every_output_is_written() {
     std::fs::write(folder.join("bad.json"), "{}").unwrap();
     std::fs::remove_file(folder.join("out.json")).unwrap();
     refuses(folder, "--k 3 --d 2 --method fa --plot both.svg --beside bad.json", &["bad.json", "not a report"]);
+    let mut empty: Value = serde_json::from_slice(&std::fs::read(folder.join("dpa.json")).unwrap()).unwrap();
+    empty["certified_fraction"] = json!([]);
+    std::fs::write(folder.join("bad.json"), empty.to_string()).unwrap();
+    refuses(
+        folder,
+        "--k 3 --d 2 --method fa --plot both.svg --beside bad.json",
+        &["bad.json", "no certified fraction"],
+    );
 }
 
 #[test]
