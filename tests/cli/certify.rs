@@ -67,22 +67,30 @@ fn every_method_runs_and_every_output_is_written() {
     let scores = Scores::new(3, 6, 4, ScoreValues::F32(values)).unwrap();
     let file = VoteFile { scores: Some(scores), labels: Some(vec![0, 1, 2]), ..VoteFile::default() };
     file.write(folder.join("v.safetensors")).unwrap();
-    for flags in [
-        "--k 3 --d 2 --method fa",
-        "--k 3 --d 2 --method fa-roe --num-classes 4",
-        "--k 6 --d 1 --method fa-roe",
-        "--k 6 --method dpa",
-        "--k 3 --d 2 --method exact",
-        "--method bagging --subset-size 30 --train-size 60000",
-        "--k 3 --method infinite-estimate",
-        "--k 3 --method infinite-bound --alpha 0.01",
+    for (flags, title) in [
+        ("--k 3 --d 2 --method fa", "fa, k = 3, d = 2: 3 samples, 6 classifiers"),
+        ("--k 3 --d 2 --method fa-roe --num-classes 4", "fa-roe, k = 3, d = 2: 3 samples, 6 classifiers"),
+        ("--k 6 --d 1 --method fa-roe", "fa-roe, k = 6, d = 1: 3 samples, 6 classifiers"),
+        ("--k 6 --method dpa", "dpa, k = 6, d = 1: 3 samples, 6 classifiers"),
+        ("--k 3 --d 2 --method exact", "exact, k = 3, d = 2: 3 samples, 6 classifiers"),
+        ("--k 3 --d 2 --method bagging", "hash-bagging, k = 3, d = 2: 3 samples, 6 classifiers"),
+        // What has no spread is not called by one.
+        ("--method bagging --subset-size 30 --train-size 60000", "bagging, 6 classifiers of 30 samples: 3 samples"),
+        ("--k 3 --method infinite-estimate", "infinite-estimate, k = 3, 6 classifiers: 3 samples"),
+        ("--k 3 --method infinite-bound --alpha 0.01", "infinite-bound, k = 3, 6 classifiers: 3 samples"),
+        ("--k 3 --d 2 --method infinite-bound", "infinite-bound, k = 3, 6 classifiers: 3 samples"),
     ] {
         let (printed, report) = certify(folder, &format!("{flags} --csv out.csv --plot out.svg"));
         assert_eq!(report["samples"].as_array().unwrap().len(), 3, "{flags}");
         let fractions = report["certified_fraction"].as_array().unwrap();
         let lines = std::fs::read_to_string(folder.join("out.csv")).unwrap();
         assert_eq!(lines.lines().count(), 1 + fractions.len(), "{flags}: {lines}");
-        assert!(printed.contains("guarantee: "), "{printed}");
+        let heading = format!("{title}, 4 classes\nguarantee: ");
+        assert!(printed.starts_with(&heading), "{heading}: {printed}");
+        let (name, _) = title.split_once(':').unwrap();
+        let picture = std::fs::read_to_string(folder.join("out.svg")).unwrap();
+        assert!(picture.contains(&format!("{name}: ")), "{name}: {picture}");
+        assert_eq!(report["spread"].is_null(), !name.contains("d = "), "{flags}");
     }
     succeeds(
         folder,
@@ -97,6 +105,14 @@ fn every_method_runs_and_every_output_is_written() {
     std::fs::write(folder.join("bad.json"), "{}").unwrap();
     std::fs::remove_file(folder.join("out.json")).unwrap();
     refuses(folder, "--k 3 --d 2 --method fa --plot both.svg --beside bad.json", &["bad.json", "not a report"]);
+    let mut empty: Value = serde_json::from_slice(&std::fs::read(folder.join("dpa.json")).unwrap()).unwrap();
+    empty["certified_fraction"] = json!([]);
+    std::fs::write(folder.join("bad.json"), empty.to_string()).unwrap();
+    refuses(
+        folder,
+        "--k 3 --d 2 --method fa --plot both.svg --beside bad.json",
+        &["bad.json", "no certified fraction"],
+    );
 }
 
 #[test]

@@ -145,13 +145,15 @@ fn kill_after_some(folder: &Path, arguments: &[&str], votes: &Path) {
 #[test]
 fn what_makes_no_sense_is_refused() {
     let folder = tempfile::tempdir().unwrap();
-    let cases: [(&[&str], &[&str]); 12] = [
-        (&["finite-aggregation", "--k", "0"], &["k = 0 and d = 4", "at least 1"]),
+    let cases: [(&[&str], &[&str]); 13] = [
+        (&["finite-aggregation", "--k", "0"], &["k = 0 and d = 2", "at least 1"]),
         (&["finite-aggregation", "--k", "3", "--d", "0"], &["k = 3 and d = 0"]),
         (&["dpa", "--k", "1443"], &["1443", "1442 samples"]),
         (&["finite-aggregation", "--k", "99999999999", "--d", "9999999999"], &["k = 99999999999"]),
         (&["bagging", "--models", "0"], &["bagging of 0 classifiers"]),
         (&["random-subsets", "--k", "0"], &["k = 0 for 100 classifiers"]),
+        // More than certify takes.
+        (&["random-subsets", "--k", "16777217"], &["k = 16777217 for 100 classifiers", "1 to 16777216"]),
         (&["dpa", "--data", "absent"], &["\"absent\" is neither a folder nor one of"]),
         (&["dpa", "--data", "mnist"], &["GRIDGRAD_DATA"]),
         (&["dpa", "--train-fraction", "-1"], &["train fraction of -1"]),
@@ -222,7 +224,11 @@ fn bagging_is_certified_by_its_own_method_alone() {
     let printed = train(folder.path(), "bagging", &options);
     assert!(printed.contains("Bagging: 60 classifiers of 30 draws each"), "{printed}");
     let printed = succeeds(folder.path(), &["certify", "run"]);
-    assert!(printed.contains("bagging, 60 classifiers") && printed.contains("with probability 0.999"), "{printed}");
+    assert!(
+        printed.contains("bagging, 60 classifiers of 30 samples: 40 samples, 10")
+            && printed.contains("with probability 0.999"),
+        "{printed}"
+    );
     for method in ["fa", "dpa", "infinite-estimate"] {
         refused_in_one_line(
             folder.path(),
@@ -241,9 +247,10 @@ fn random_subsets_are_certified_as_the_infinite_limit() {
         train(folder.path(), "random-subsets", &["--k", "25", "--models", "200", "--votes-only", "--out", "run"]);
     assert!(printed.contains("Random subsets: k = 25, 200 classifiers"), "{printed}");
     let printed = succeeds(folder.path(), &["certify", "run"]);
-    assert!(printed.contains("infinite-bound") && printed.contains("with probability 0.999"), "{printed}");
+    assert!(printed.starts_with("infinite-bound, k = 25, 200 classifiers: 40 samples, 10 classes"), "{printed}");
+    assert!(printed.contains("with probability 0.999"), "{printed}");
     let printed = succeeds(folder.path(), &["certify", "run", "--method", "infinite-estimate"]);
-    assert!(printed.contains("infinite-estimate"), "{printed}");
+    assert!(printed.starts_with("infinite-estimate, k = 25, 200 classifiers: 40 samples"), "{printed}");
     for method in ["fa", "dpa", "fa-roe"] {
         refused_in_one_line(
             folder.path(),
@@ -251,6 +258,63 @@ fn random_subsets_are_certified_as_the_infinite_limit() {
             &["of random subsets", "does not certify"],
         );
     }
+}
+
+#[test]
+fn the_digits_have_a_recipe_of_their_own_that_flags_change() {
+    let folder = tempfile::tempdir().unwrap();
+    let few = ["train", "dpa", "--k", "2", "--train-fraction", "0.01", "--limit-test", "3", "--epochs", "1"];
+    for (flags, batch, padding, out) in [(&[][..], 8, 0, "own"), (&["--augment", "crop"], 8, 1, "crop")] {
+        succeeds(folder.path(), &[&few[..], flags, &["--out", out]].concat());
+        let manifest: Value = serde_json::from_slice(&bytes(&folder.path().join(out), "manifest.json")).unwrap();
+        let training = &manifest["run"]["recipe"]["training"];
+        assert_eq!(
+            (&training["batch_size"], &training["crop_padding"]),
+            (&batch.into(), &padding.into()),
+            "{training}"
+        );
+        assert_eq!((&training["epochs"], &training["flip"]), (&1.into(), &false.into()), "{training}");
+    }
+}
+
+/// DPA*: the scores of versions with different seeds are added. Nearest neighbours do not depend on the seed, so that
+/// their sums answer as one of them.
+#[test]
+fn versions_of_a_run_are_certified_as_one() {
+    let folder = tempfile::tempdir().unwrap();
+    for seed in ["0", "7", "3"] {
+        train(folder.path(), "dpa", &["--k", "10", "--seed", seed, "--out", seed]);
+    }
+    train(folder.path(), "bagging", &["--models", "5", "--samples", "30", "--out", "bag"]);
+    for method in ["dpa", "fa-roe"] {
+        succeeds(folder.path(), &["certify", "0", "--method", method, "--json", "one.json"]);
+        let boosted = ["certify", "7", "0", "3", "--boosted", "--method", method];
+        let printed = succeeds(folder.path(), &[&boosted[..], &["--json", "all.json", "--plot", "all.svg"]].concat());
+        let title = format!("{method}, k = 10, d = 1, 3 versions: ");
+        assert!(printed.starts_with(&format!("{title}40 samples, 10 classifiers")), "{printed}");
+        assert!(text(&bytes(folder.path(), "all.svg")).contains(&title));
+        let report = |name| serde_json::from_slice::<Value>(&bytes(folder.path(), name)).unwrap();
+        let (one, all) = (report("one.json"), report("all.json"));
+        assert_eq!((&one["samples"], &one["versions"]), (&all["samples"], &Value::Null));
+        assert_eq!(all["versions"], 3);
+    }
+    refused_in_one_line(folder.path(), &["certify", "0", "--boosted"], &["got 1 runs", "two or more"]);
+    refused_in_one_line(folder.path(), &["certify", "3", "0", "3", "--boosted"], &["3 and 3 both have the seed 3"]);
+    refused_in_one_line(folder.path(), &["certify", "bag", "0", "--boosted"], &["its seed decides the subsets"]);
+    let file = ["certify", "--votes", "v.safetensors", "--method", "dpa", "--boosted"];
+    refused(folder.path(), &file, &["cannot be used with"]);
+}
+
+/// Tasks that start at the same time find the same folders free.
+#[test]
+fn shards_have_folders_of_their_own() {
+    let folder = tempfile::tempdir().unwrap();
+    for shard in ["1/2", "2/2"] {
+        train(folder.path(), "dpa", &["--k", "4", "--shard", shard]);
+    }
+    let shards = ["runs/dpa-shard-1-of-2-builtin", "runs/dpa-shard-2-of-2-builtin"];
+    let printed = succeeds(folder.path(), &[&["certify"], &shards[..]].concat());
+    assert!(printed.starts_with("dpa, k = 4, d = 1: 40 samples, 4 classifiers"), "{printed}");
 }
 
 /// Pictures of different sizes become one size, and are hashed before.

@@ -2,9 +2,9 @@
 
 use std::sync::atomic::AtomicBool;
 
-use gridgrad::methods::finite_aggregation::Spread;
 use gridgrad::methods::finite_aggregation::learner::{BaseLearner, NetworkInNetwork, from_recipe};
 use gridgrad::methods::finite_aggregation::run::{Answers, Run, Settings, Shard, weights_path};
+use gridgrad::methods::finite_aggregation::{Method, Report, Scores, Spread, VoteFile, Votes, certify_table};
 use gridgrad::train::many::{Recipe, Trainer};
 use gridgrad::{Device, nn::state_dict};
 
@@ -49,6 +49,29 @@ fn a_sample_changes_the_networks_of_its_bucket_and_no_other() {
     let differ: Vec<usize> = (0..6).filter(|&one| before[one].trained != after[one].trained).collect();
     // Weights and all: a network that lost a sample is another one, and the others are the same bits.
     assert_eq!(differ, fed);
+}
+
+/// DPA*, and the same for `d > 1`.
+#[test]
+fn scores_of_versions_are_added() {
+    let ((small, settings, learner), folder) = (small(), tempfile::tempdir().unwrap());
+    let version = |name: &str, settings: Settings| train(&folder.path().join(name), settings, &small.sources(&learner));
+    let first = version("first", settings.clone());
+    let second = version("second", Settings { seed: 1000, ..settings.clone() });
+    let [a, b] = [&first, &second].map(|run| Answers::read(&[run]).unwrap().scores().unwrap());
+    assert_ne!(a, b);
+    let sum = Scores::boosted(&[a, b]).unwrap();
+    // Whatever the order of the folders.
+    let boosted = Answers::boosted(&[&second, &first]).unwrap();
+    assert_eq!((boosted.versions(), boosted.run.settings.seed), (2, 0));
+    assert_eq!(boosted.scores().unwrap(), sum);
+    assert_eq!(boosted.table.votes, Some(Votes::from_scores(&sum).unwrap()));
+    for method in [Method::FiniteAggregation, Method::RunOff] {
+        let table = VoteFile { scores: Some(sum.clone()), ..boosted.table.clone() };
+        let expected = certify_table(&table, &Spread::new(3, 2).unwrap(), &method).unwrap();
+        let report = boosted.certify(&method).unwrap();
+        assert_eq!(report, Report { versions: Some(2), ..expected });
+    }
 }
 
 #[test]

@@ -213,6 +213,31 @@ fn shards_that_do_not_belong_together() {
 }
 
 #[test]
+fn versions_that_do_not_belong_together() {
+    let (small, folder) = (Small::new(), tempfile::tempdir().unwrap());
+    let version = |name: &str, settings| small.run(&folder.path().join(name), settings);
+    let [first, second] = [0, 9].map(|seed| version(&format!("seed {seed}"), Settings { seed, ..settings(5, 2) }));
+    let other = version("other", Settings { seed: 1, ..settings(10, 1) });
+    let [votes, more_votes] =
+        [2, 3].map(|seed| version(&format!("votes {seed}"), Settings { seed, keep_scores: false, ..settings(5, 2) }));
+    let bagging = Ensemble::Bagging { classifiers: 4, samples: 9 };
+    let bagging = version("bagging", Settings { ensemble: bagging, ..settings(5, 2) });
+    let cases: [(&[&std::path::PathBuf], &[&str]); 7] = [
+        (&[], &["got 0 runs"]),
+        (&[&first], &["got 1 runs", "two or more"]),
+        (&[&first, &second, &first], &["both have the seed 0"]),
+        (&[&first, &other], &["not versions of one run", "spread.k: 5, now 10"]),
+        (&[&first, &votes], &["not versions of one run", "settings.keep_scores: true, now false"]),
+        (&[&votes, &more_votes], &["votes 2 kept votes alone"]),
+        (&[&second, &bagging], &["bagging", "its seed decides the subsets"]),
+    ];
+    for (versions, parts) in cases {
+        refusal(Answers::boosted(versions), parts);
+    }
+    assert_eq!(Answers::boosted(&[&first, &second]).unwrap().versions(), 2);
+}
+
+#[test]
 fn a_place_where_nothing_can_be_written() {
     let small = Small::new();
     let run = Run::create(Path::new("/dev/null/run"), settings(5, 2), Shard::WHOLE, &small.sources(&NearestNeighbour));

@@ -19,6 +19,9 @@ pub struct Certify {
     /// its shards.
     #[arg(value_name = "RUN", required_unless_present = "votes")]
     runs: Vec<PathBuf>,
+    /// DPA*: the runs are versions of one, trained with different --seed, and a classifier's scores are added over them.
+    #[arg(long, conflicts_with = "votes")]
+    boosted: bool,
     /// Answers of an ensemble made elsewhere: `votes` (samples, classifiers) or `scores` (samples, classifiers, classes), optionally
     /// `offsets` (d) and `labels` (samples).
     #[arg(long, value_name = "FILE.safetensors", conflicts_with = "runs")]
@@ -98,7 +101,7 @@ pub fn run(mut args: Certify) -> Result<()> {
     if let ([folder, ..], true) = (&args.runs[..], args.outputs.beside.is_empty() && improves_on_dpa(&report)) {
         match dpa_beside(folder)? {
             Some(dpa) => companions.push(dpa),
-            None => hint = Some(hint_at_dpa(&report, &args.runs)),
+            None => hint = Some(args.hint_at_dpa(&report)),
         }
     }
     if let [folder] = &args.runs[..] {
@@ -141,16 +144,6 @@ fn dpa_beside(folder: &Path) -> Result<Option<Report>> {
     Ok(siblings.iter().filter(|path| is_comparable(path)).find_map(|path| certified_run(path).ok()))
 }
 
-/// How to get the curve of Deep Partition Aggregation.
-fn hint_at_dpa(report: &Report, runs: &[PathBuf]) -> String {
-    let k = report.spread.as_ref().map_or(0, Spread::k);
-    let runs: Vec<String> = runs.iter().map(|run| run.display().to_string()).collect();
-    let runs = runs.join(" ");
-    format!(
-        "DPA is not beside it: gridgrad train dpa --k {k} --out DPA, with this run's data, learner and hash, then gridgrad certify {runs} --beside DPA\n"
-    )
-}
-
 /// The reports that are drawn beside that of `method`: what it improves on.
 fn companions(method: &Method, spread: &Spread, certify: impl Fn(&Method) -> Result<Report>) -> Result<Vec<Report>> {
     Ok(match method {
@@ -178,7 +171,7 @@ impl Certify {
     }
 
     fn of_runs(&self) -> Result<(Report, Vec<Report>)> {
-        let answers = Answers::read(&self.runs)?;
+        let answers = if self.boosted { Answers::boosted(&self.runs)? } else { Answers::read(&self.runs)? };
         let own = answers.method(self.alpha);
         let method = match self.method {
             None => own,
@@ -194,6 +187,17 @@ impl Certify {
             None => Vec::new(),
         };
         Ok((report, beside))
+    }
+
+    /// How to get the curve of Deep Partition Aggregation.
+    fn hint_at_dpa(&self, report: &Report) -> String {
+        let k = report.spread.as_ref().map_or(0, Spread::k);
+        let runs: Vec<String> = self.runs.iter().map(|run| run.display().to_string()).collect();
+        let (runs, boosted) = (runs.join(" "), if self.boosted { " --boosted" } else { "" });
+        format!(
+            "DPA is not beside it: gridgrad train dpa --k {k} --out DPA, with this run's data, learner and hash, then \
+             gridgrad certify {runs}{boosted} --beside DPA\n"
+        )
     }
 
     fn method(&self, name: MethodName) -> Result<Method> {
@@ -305,11 +309,13 @@ fn read_report(path: &Path) -> Result<Report> {
 /// The report in words, and the curve at about ten sizes.
 fn summary(report: &Report) -> String {
     let percent = |share: f64| format!("{:.2} %", 100.0 * share);
+    // Titles of methods without a spread have the number of classifiers.
+    let classifiers =
+        report.spread.as_ref().map_or_else(String::new, |_| format!(", {} classifiers", report.classifiers));
     let mut text = format!(
-        "{}: {} samples, {} classifiers, {} classes\nguarantee: {}\n",
+        "{}: {} samples{classifiers}, {} classes\nguarantee: {}\n",
         report.title(),
         report.samples.len(),
-        report.classifiers,
         report.classes,
         report.guarantee
     );

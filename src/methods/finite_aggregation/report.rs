@@ -128,10 +128,17 @@ pub struct Report {
     pub method: String,
     /// What the radii promise.
     pub guarantee: Guarantee,
-    /// The spread, where the method has one.
+    /// The spread, where the certificate follows it.
     pub spread: Option<Spread>,
+    /// Inverse sensitivity: that of the spread, or of random subsets, each sample in one with probability `1/k`. `None`
+    /// for bagging.
+    pub k: Option<usize>,
+    /// Samples that each classifier drew; `None` for anything but bagging.
+    pub subset_size: Option<usize>,
     /// Number of classifiers.
     pub classifiers: usize,
+    /// How many versions of each classifier were added up, as DPA* does; `None` where there was one.
+    pub versions: Option<usize>,
     /// Number of classes.
     pub classes: usize,
     /// Share of samples that the ensemble classifies right.
@@ -237,11 +244,18 @@ fn report(
         _ => None,
     };
     let right = |sample: &&SampleReport| sample.correct == Some(true);
+    let subset_size = match method {
+        Method::Bagging(options) => Some(options.subset_size),
+        _ => None,
+    };
     Ok(Report {
         method: method.name().into(),
         guarantee: method.guarantee(),
-        spread: (!matches!(method, Method::Bagging(_))).then(|| spread.clone()),
+        spread: method.follows_spread().then(|| spread.clone()),
+        k: subset_size.is_none().then_some(spread.k()),
+        subset_size,
         classifiers: votes.classifiers(),
+        versions: None,
         classes: votes.classes(),
         clean_accuracy: labels.map(|_| share(samples.iter().filter(right).count())),
         base_accuracy: labels.map(|labels| base_accuracy(votes, labels)),
@@ -324,13 +338,19 @@ impl Report {
         Ok(text.map_err(|error| Error::Config(format!("a report cannot be written as JSON: {error}")))? + "\n")
     }
 
-    /// What the curve of this report is called beside others: method, `k` and `d`.
+    /// What the curve of this report is called beside others: the method and what it depends on, which is `k` and `d` for
+    /// a spread, and else the number of classifiers with what says how large their subsets are.
     pub fn title(&self) -> String {
         let method = if self.method == "coarse" { "coarse bound" } else { &self.method };
-        match &self.spread {
-            Some(spread) => format!("{method}, k = {}, d = {}", spread.k(), spread.d()),
-            None => format!("{method}, {} classifiers", self.classifiers),
-        }
+        let classifiers = self.classifiers;
+        let of = match (&self.spread, self.k, self.subset_size) {
+            (Some(spread), ..) => format!("k = {}, d = {}", spread.k(), spread.d()),
+            (None, Some(k), _) => format!("k = {k}, {classifiers} classifiers"),
+            (None, None, Some(size)) => format!("{classifiers} classifiers of {size} samples"),
+            (None, None, None) => format!("{classifiers} classifiers"),
+        };
+        let versions = self.versions.map_or_else(String::new, |versions| format!(", {versions} versions"));
+        format!("{method}, {of}{versions}")
     }
 }
 
@@ -340,6 +360,9 @@ impl FromStr for Report {
     fn from_str(json: &str) -> Result<Self> {
         let report: Report =
             serde_json::from_str(json).map_err(|error| Error::Config(format!("not a report of certify: {error}")))?;
+        if report.certified_fraction.is_empty() {
+            return Err(Error::Config("not a report of certify: it has no certified fraction".into()));
+        }
         let is_share = |share: &f64| (0.0..=1.0).contains(share);
         if !report.certified_fraction.iter().chain(&report.stable_fraction).all(is_share) {
             return Err(Error::Config("not a report of certify: a fraction is not between 0 and 1".into()));

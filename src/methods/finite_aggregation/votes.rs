@@ -233,7 +233,11 @@ impl Scores {
         Ok(sum)
     }
 
-    fn add(&mut self, other: &Scores) -> Result<()> {
+    /// Adds another version.
+    ///
+    /// # Errors
+    /// As [`boosted`](Scores::boosted).
+    pub(super) fn add(&mut self, other: &Scores) -> Result<()> {
         let extents = |scores: &Scores| [scores.samples, scores.classifiers, scores.classes];
         let (own, theirs) = (extents(self), extents(other));
         let differ = || Error::shape("boosted", format!("got scores {theirs:?} after {own:?}, or of another type"));

@@ -9,7 +9,7 @@ use super::super::{Method, Report, Scores, Spread, VoteFile, Votes, certify_tabl
 use super::files;
 use super::identity_differences;
 use super::manifest::{Identity, MANIFEST, Manifest, Record};
-use super::settings::{Ensemble, Shard};
+use super::settings::{Ensemble, Settings, Shard};
 use crate::file::write_atomically;
 use crate::{Error, Result};
 
@@ -24,6 +24,8 @@ pub struct Answers {
     pub table: VoteFile,
     /// The folder of each classifier.
     folders: Vec<PathBuf>,
+    /// Runs of the same classifiers with other seeds, whose scores are added.
+    other_versions: Vec<Answers>,
 }
 
 impl Answers {
@@ -51,14 +53,56 @@ impl Answers {
         };
         let (folders, classifiers) =
             shards.classifiers.into_iter().map(|(folder, record)| (folder.to_owned(), record)).unzip();
-        Ok(Answers { run, classifiers, table, folders })
+        Ok(Answers { run, classifiers, table, folders, other_versions: Vec::new() })
     }
 
-    /// Reads the scores of all classifiers, comparing every file with its digest again.
+    /// Boosted DPA (DPA*, Rezaei et al., ICML 2023): the folders are of whole runs that differ in their seed alone, and
+    /// the sum of a classifier's scores over them counts as one classifier's. It depends on that classifier's buckets as
+    /// each of its versions does, so that every certificate of a spread holds for the sums, for `d > 1` as well. Scores
+    /// are added in the order of the seeds; [`run`](Answers::run) is the run with the smallest.
+    ///
+    /// # Errors
+    /// As [`read`](Answers::read) for each folder; `Config` where there are fewer than two, runs differ in more than their
+    /// seed or not in that, kept votes alone, or are of an ensemble whose subsets the seed decides.
+    pub fn boosted<P: AsRef<Path>>(folders: &[P]) -> Result<Self> {
+        if folders.len() < 2 {
+            let message = format!("got {} runs to boost, expected two or more with different seeds", folders.len());
+            return Err(Error::Config(message));
+        }
+        let read = |folder: &P| Ok((folder.as_ref().to_owned(), Answers::read(&[folder])?));
+        let mut versions = folders.iter().map(read).collect::<Result<Vec<(PathBuf, Answers)>>>()?;
+        versions.sort_by_key(|(_, answers)| answers.run.settings.seed);
+        for [(one, a), (other, b)] in versions.array_windows() {
+            check_versions((one, &a.run), (other, &b.run))?;
+        }
+        let (folder, mut first) = versions.remove(0);
+        if !first.run.settings.keep_scores {
+            let message = format!("boosting adds scores, and {} kept votes alone", folder.display());
+            return Err(Error::Config(message));
+        }
+        first.other_versions = versions.into_iter().map(|(_, answers)| answers).collect();
+        first.table.votes = Some(Votes::from_scores(&first.scores()?)?);
+        Ok(first)
+    }
+
+    /// How many versions of each classifier there are: 1, but for [`boosted`](Answers::boosted) answers.
+    pub fn versions(&self) -> usize {
+        1 + self.other_versions.len()
+    }
+
+    /// Reads the scores of all classifiers, comparing every file with its digest again. Those of versions are added.
     ///
     /// # Errors
     /// `Config` where the run kept votes alone; as [`read`](Answers::read).
     pub fn scores(&self) -> Result<Scores> {
+        let mut sum = self.own_scores()?;
+        for version in &self.other_versions {
+            sum.add(&version.own_scores()?)?;
+        }
+        Ok(sum)
+    }
+
+    fn own_scores(&self) -> Result<Scores> {
         if !self.run.settings.keep_scores {
             return Err(Error::Config("run-off election needs scores, and this run kept votes alone".into()));
         }
@@ -89,6 +133,11 @@ impl Answers {
     /// `Config` where the certificate of `method` does not hold for classifiers that were trained in this way, or needs
     /// scores that were not kept; and as [`certify_table`].
     pub fn certify(&self, method: &Method) -> Result<Report> {
+        let versions = Some(self.versions()).filter(|&versions| versions > 1);
+        Ok(Report { versions, ..self.report(method)? })
+    }
+
+    fn report(&self, method: &Method) -> Result<Report> {
         let refuse = |message: String| Err(Error::Config(message));
         match &self.run.settings.ensemble {
             Ensemble::FiniteAggregation { spread, .. } => match method {
@@ -151,7 +200,7 @@ impl<'a> Shards<'a> {
             let manifest = Manifest::read(folder)?;
             match &run {
                 None => run = Some((folder, manifest.run)),
-                Some((first, identity)) => same_run((first, identity), (folder, &manifest.run))?,
+                Some((first, identity)) => same_run("shards", (first, identity), (folder, &manifest.run))?,
             }
             classifiers.extend(manifest.classifiers.into_iter().map(|record| (folder, record)));
         }
@@ -164,14 +213,33 @@ impl<'a> Shards<'a> {
     }
 }
 
-fn same_run((first, a): (&Path, &Identity), (second, b): (&Path, &Identity)) -> Result<()> {
+/// `what` they are to be of one run, for errors.
+fn same_run(what: &str, (first, a): (&Path, &Identity), (second, b): (&Path, &Identity)) -> Result<()> {
     let differences = identity_differences(a, b, second)?;
     if differences.is_empty() {
         return Ok(());
     }
     let list: String = differences.iter().map(|line| format!("\n  {line}")).collect();
-    let message = format!("{} and {} are not shards of one run:{list}", first.display(), second.display());
+    let message = format!("{} and {} are not {what} of one run:{list}", first.display(), second.display());
     Err(Error::Config(message))
+}
+
+/// Checks that two runs, sorted by seed, are versions of one and the same spread's classifiers.
+fn check_versions((one, a): (&Path, &Identity), (other, b): (&Path, &Identity)) -> Result<()> {
+    if !matches!(a.settings.ensemble, Ensemble::FiniteAggregation { .. }) {
+        let message = format!(
+            "{} is not of Deep Partition or Finite Aggregation: its seed decides the subsets, so that runs with other seeds \
+             are no versions of it",
+            one.display()
+        );
+        return Err(Error::Config(message));
+    }
+    if a.settings.seed == b.settings.seed {
+        let (one, other, seed) = (one.display(), other.display(), a.settings.seed);
+        return Err(Error::Config(format!("{one} and {other} both have the seed {seed}, expected different ones")));
+    }
+    let same_seed = Settings { seed: a.settings.seed, ..b.settings.clone() };
+    same_run("versions", (one, a), (other, &Identity { settings: same_seed, ..b.clone() }))
 }
 
 /// Checks that each of `expected` classifiers is there once, and trained. `classifiers` are sorted.

@@ -98,8 +98,13 @@ pub(super) fn all_bytes(folder: &Path, record: &Record) -> Result<Vec<(PathBuf, 
 
 /// Reads the votes of a trained classifier, one class for each held-out sample.
 pub(super) fn read_votes(folder: &Path, record: &Record, samples: usize) -> Result<Vec<u16>> {
-    let votes = read_tensor(folder, record, "votes", &[samples])?;
-    Ok(votes.to_f64_vec()?.into_iter().map(|vote| vote as u16).collect())
+    let votes = read_tensor(folder, record, "votes", &[samples])?.to_f64_vec()?;
+    let is_class = |vote: &f64| vote.fract() == 0.0 && (0.0..=f64::from(u16::MAX)).contains(vote);
+    if let Some(vote) = votes.iter().find(|vote| !is_class(vote)) {
+        let path = votes_path(folder, record.classifier);
+        return Err(Error::format(path, format!("votes have the value {vote}, expected a class")));
+    }
+    Ok(votes.into_iter().map(|vote| vote as u16).collect())
 }
 
 /// Reads the scores of a trained classifier, (samples, classes).
@@ -118,5 +123,32 @@ fn read_tensor(folder: &Path, record: &Record, name: &str, shape: &[usize]) -> R
         Some(tensor) if **tensor.shape() == *shape => Ok(tensor),
         Some(tensor) => Err(Error::format(&path, format!("{name} have shape {}, expected {shape:?}", tensor.shape()))),
         None => Err(Error::format(&path, format!("has no {name}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The digest tells what is damaged, but not what was written wrong.
+    #[test]
+    fn votes_that_are_no_class_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        make_folders(folder.path(), false).unwrap();
+        let written = |votes: Tensor| {
+            let votes =
+                write_tensors(&votes_path(folder.path(), 3), &StateDict::from([("votes".into(), votes)])).unwrap();
+            let trained = TrainedRecord { votes, weights: None, mean: vec![], deviation: vec![], loss: None };
+            let record = Record { classifier: 3, seed: 0, samples: 1, subset: "".into(), trained: Some(trained) };
+            read_votes(folder.path(), &record, 2).map_err(|error| error.to_string())
+        };
+        assert_eq!(written(Tensor::new(&[0i64, 65_535], [2]).unwrap()), Ok(vec![0, 65_535]));
+        for (votes, wrong) in [([0i64, -1], "value -1"), ([65_536, 0], "value 65536")] {
+            let error = written(Tensor::new(&votes, [2]).unwrap()).unwrap_err();
+            assert!(error.contains("000003.safetensors") && error.contains(wrong), "{error}");
+        }
+        for wrong in [0.5f32, f32::NAN] {
+            assert!(written(Tensor::new(&[0.0, wrong], [2]).unwrap()).unwrap_err().contains("expected a class"));
+        }
     }
 }

@@ -73,11 +73,10 @@ impl Ensemble {
                 Err(Error::Config(message))
             }
             Ensemble::RandomSubsets { k, classifiers }
-                if *k == 0 || *classifiers == 0 || *classifiers > MAX_CLASSIFIERS =>
+                if !(1..=MAX_CLASSIFIERS).contains(k) || !(1..=MAX_CLASSIFIERS).contains(classifiers) =>
             {
                 let message = format!(
-                    "random subsets with k = {k} for {classifiers} classifiers: expected at least 1 and 1, and at most \
-                     {MAX_CLASSIFIERS} classifiers"
+                    "random subsets with k = {k} for {classifiers} classifiers: expected both to be 1 to {MAX_CLASSIFIERS}"
                 );
                 Err(Error::Config(message))
             }
