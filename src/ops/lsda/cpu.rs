@@ -172,12 +172,14 @@ fn gather<T: Float>(source: &[T], part: Part, heads: usize, tokens: &[usize], pa
         let source = source[token * row + channel..][..heads * width].chunks_exact(width);
         for (source, out) in source.zip(out[place * padded..].chunks_mut(tokens.len() * padded)) {
             if width == padded {
-                // Whole vectors, without a loop over what is left.
+                // Whole vectors by value: a loop over elements of two slices is compiled into gathers.
                 let out = out[..padded].as_chunks_mut::<LANES>().0;
                 for (out, source) in out.iter_mut().zip(source.as_chunks::<LANES>().0) {
-                    for (out, &value) in out.iter_mut().zip(source) {
-                        *out = value * scale;
+                    let mut values = *source;
+                    for value in &mut values {
+                        *value *= scale;
                     }
+                    *out = values;
                 }
             } else {
                 for (out, &value) in out[..width].iter_mut().zip(source) {
@@ -199,16 +201,33 @@ fn gather_transposed<T: Float>(
     padded_tokens: usize,
     out: &mut [T],
 ) {
+    const SIDE: usize = 4;
     let Part { row, channel, width } = part;
-    let out = &mut out[..heads * width * padded_tokens];
-    for (place, &token) in tokens.iter().enumerate() {
-        let source = &source[token * row + channel..][..heads * width];
-        for (out, &value) in out[place..].iter_mut().step_by(padded_tokens).zip(source) {
-            *out = value;
+    for (head, out) in out.chunks_exact_mut(width * padded_tokens).take(heads).enumerate() {
+        let channel = channel + head * width;
+        let (fours, rest) = tokens.as_chunks::<SIDE>();
+        for (number, four) in fours.iter().enumerate() {
+            let mut rows: [&[[T; SIDE]]; SIDE] = [&[]; SIDE];
+            for (row_out, &token) in rows.iter_mut().zip(four) {
+                *row_out = source[token * row + channel..][..width].as_chunks::<SIDE>().0;
+            }
+            for at in 0..width / SIDE {
+                let square = [rows[0][at], rows[1][at], rows[2][at], rows[3][at]];
+                for column in 0..SIDE {
+                    let transposed = [square[0][column], square[1][column], square[2][column], square[3][column]];
+                    let to = (at * SIDE + column) * padded_tokens + number * SIDE;
+                    out[to..to + SIDE].copy_from_slice(&transposed);
+                }
+            }
         }
-    }
-    for out in out.chunks_exact_mut(padded_tokens) {
-        out[tokens.len()..].fill(T::ZERO);
+        for column in 0..width {
+            let out = &mut out[column * padded_tokens..][..padded_tokens];
+            let first = if column < width / SIDE * SIDE { tokens.len() - rest.len() } else { 0 };
+            for (out, &token) in out[first..].iter_mut().zip(&tokens[first..]) {
+                *out = source[token * row + channel + column];
+            }
+            out[tokens.len()..].fill(T::ZERO);
+        }
     }
 }
 
