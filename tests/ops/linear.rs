@@ -137,7 +137,7 @@ fn bad_shapes_are_errors() {
     }
 }
 
-/// On the processor `linear_gelu` is two ops, so the harness does not see its rule for second derivatives.
+/// The device's rule against the processor's two ops.
 #[test]
 fn second_derivatives_of_the_fused_op_are_those_of_its_parts() {
     let Some(device) = test_device() else { return };
@@ -159,5 +159,50 @@ fn second_derivatives_of_the_fused_op_are_those_of_its_parts() {
     assert_eq!((parts.len(), fused.len()), (35, 35));
     for (part, fused) in parts.iter().zip(&fused) {
         assert!((part - fused).abs() < 1e-5 * scale, "{part} and {fused}");
+    }
+}
+
+/// The output and all gradients, with a gradient of the output that differs at every element.
+fn with_gradients(case: &Linear, dtype: DType) -> Vec<Vec<f64>> {
+    let results = || -> Result<Vec<Vec<f64>>> {
+        let variable = |input: &Tensor| -> Result<Tensor> { input.cast(DType::F32)?.cast(dtype)?.variable() };
+        let inputs = case.inputs().iter().map(variable).collect::<Result<Vec<Tensor>>>()?;
+        let output = case.run(&inputs)?;
+        let loss = output.mul(&randn(output.shape(), 7).cast(DType::F32)?.cast(dtype)?)?.sum_all()?;
+        let gradients = autograd::grad(&loss, &inputs.iter().collect::<Vec<_>>(), GradOptions::default())?;
+        gradients.iter().flatten().chain([&output]).map(Tensor::to_f64_vec).collect()
+    };
+    results().unwrap()
+}
+
+/// In `f32`, rows from 1024 on take ways of their own, which depend on the weight's size and widths.
+#[test]
+fn tall_products_agree_with_double_precision_for_any_number_of_threads() {
+    for (rows, in_features, out_features, bias) in [
+        (1024, 16, 24, true),
+        (1031, 40, 17, false),
+        (1100, 32, 48, true),
+        (1037, 600, 32, true),
+        (1025, 300, 560, true),
+        (2050, 96, 64, false),
+    ] {
+        for gelu in [false, true] {
+            let case = Linear { outer: vec![rows], in_features, out_features, bias, gelu };
+            let exact = with_gradients(&case, DType::F64);
+            let single = with_gradients(&case, DType::F32);
+            for (number, (exact, single)) in exact.iter().zip(&single).enumerate() {
+                let size = exact.iter().fold(1.0, |size: f64, value| size.max(value.abs()));
+                for (index, (exact, single)) in exact.iter().zip(single).enumerate() {
+                    assert!(
+                        (exact - single).abs() < 5e-6 * size,
+                        "{case}, result {number} at {index}: {single} for {exact}"
+                    );
+                }
+            }
+            for threads in [1, 3] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                assert_eq!(pool.install(|| with_gradients(&case, DType::F32)), single, "{case} with {threads} threads");
+            }
+        }
     }
 }

@@ -146,12 +146,15 @@ pub(super) fn backward<T: Float>(
             gemm(packed_grad, window, left, right, Into::Add, Threads::All);
         }
         if let Some(input_grad) = &mut input_grad {
-            patches.fill(T::ZERO);
-            for ((kernel, first), packed) in parts.zip(&packed) {
+            // The window of the largest kernel is a whole row: it overwrites, the others are added.
+            let mut kernels: Vec<_> = parts.zip(&packed).collect();
+            kernels.sort_by_key(|((kernel, _), _)| std::cmp::Reverse(kernel.side));
+            for (number, ((kernel, first), packed)) in kernels.into_iter().enumerate() {
                 let window = kernel.side * kernel.side * channels;
                 let left = Matrix::strided(&grad[first..], count, kernel.out, out_channels, 1);
                 let right = Matrix::row_major(packed, kernel.out, window);
-                gemm(&mut patches, depth, left, right, Into::Add, Threads::All);
+                let into = if number == 0 { Into::Overwrite } else { Into::Add };
+                gemm(&mut patches, depth, left, right, into, Threads::All);
             }
             let run_grad = &mut input_grad[number * run * height * width * channels..][..input.len()];
             scatter(problem, &taps, &patches, run_grad);

@@ -163,30 +163,25 @@ struct Part {
     width: usize,
 }
 
-/// Copies some heads' channels of a group's tokens to `out` (head, token, padded width), times `scale`; the padding
-/// becomes 0.
+/// Copies some heads' channels of a group's tokens to `out` (head, token, padded width); the padding becomes 0.
 #[inline(always)]
-fn gather<T: Float>(source: &[T], part: Part, heads: usize, tokens: &[usize], padded: usize, scale: T, out: &mut [T]) {
+fn gather<T: Float>(source: &[T], part: Part, heads: usize, tokens: &[usize], padded: usize, out: &mut [T]) {
     let Part { row, channel, width } = part;
     for (place, &token) in tokens.iter().enumerate() {
         let source = source[token * row + channel..][..heads * width].chunks_exact(width);
         for (source, out) in source.zip(out[place * padded..].chunks_mut(tokens.len() * padded)) {
+            // Whole vectors by value, where there are some: a call to copy a few of them costs more.
+            let ((vectors, _), (out, rest)) = (source.as_chunks::<LANES>(), out[..padded].as_chunks_mut::<LANES>());
             if width == padded {
-                // Whole vectors by value: a loop over elements of two slices is compiled into gathers.
-                let out = out[..padded].as_chunks_mut::<LANES>().0;
-                for (out, source) in out.iter_mut().zip(source.as_chunks::<LANES>().0) {
-                    let mut values = *source;
-                    for value in &mut values {
-                        *value *= scale;
-                    }
-                    *out = values;
+                for (out, &source) in out.iter_mut().zip(vectors) {
+                    *out = source;
                 }
             } else {
-                for (out, &value) in out[..width].iter_mut().zip(source) {
-                    *out = value * scale;
-                }
-                out[width..padded].fill(T::ZERO);
+                let out = out.as_flattened_mut();
+                out[..width].copy_from_slice(source);
+                out[width..].fill(T::ZERO);
             }
+            debug_assert!(rest.is_empty(), "padded widths are whole vectors");
         }
     }
 }
@@ -259,6 +254,13 @@ fn exponentials<T: Float>(scores: &mut [T]) -> T {
         }
     }
     sums.into_iter().sum()
+}
+
+#[inline(always)]
+fn scale_elements<T: Float>(values: &mut [T], factor: T) {
+    for value in values {
+        *value *= factor;
+    }
 }
 
 #[inline(always)]
@@ -357,9 +359,10 @@ fn forward_group<T: Float>(
         if in_run == 0 {
             let heads = run.min(problem.heads - head);
             let [query, key, value] = [0, 1, 2].map(|number| problem.part(number, head));
-            gather(qkv, query, heads, &scratch.tokens, padded_d, scale, &mut scratch.query);
+            gather(qkv, query, heads, &scratch.tokens, padded_d, &mut scratch.query);
+            scale_elements(&mut scratch.query[..heads * tokens * padded_d], scale);
             gather_transposed(qkv, key, heads, &scratch.tokens, padded, &mut scratch.transposed_key);
-            gather(qkv, value, heads, &scratch.tokens, padded_d, T::ONE, &mut scratch.value);
+            gather(qkv, value, heads, &scratch.tokens, padded_d, &mut scratch.value);
         }
         prefetch(qkv, 3 * channels, &scratch.next, head, problem.heads);
         let of_head = in_run * tokens * padded_d..(in_run + 1) * tokens * padded_d;
@@ -519,12 +522,13 @@ fn backward_group<T: Float>(
         if in_run == 0 {
             let heads = run.min(problem.heads - head);
             let [query, key, value] = [0, 1, 2].map(|number| problem.part(number, head));
-            gather(qkv, query, heads, &forward.tokens, padded_d, scale, &mut forward.query);
-            gather(qkv, key, heads, &forward.tokens, padded_d, T::ONE, &mut scratch.key);
+            gather(qkv, query, heads, &forward.tokens, padded_d, &mut forward.query);
+            scale_elements(&mut forward.query[..heads * tokens * padded_d], scale);
+            gather(qkv, key, heads, &forward.tokens, padded_d, &mut scratch.key);
             gather_transposed(qkv, key, heads, &forward.tokens, padded, &mut forward.transposed_key);
             gather_transposed(qkv, value, heads, &forward.tokens, padded, &mut scratch.transposed_value);
             let part = Part { row: channels, channel: head * d, width: d };
-            gather(grad_rows, part, heads, &forward.tokens, padded_d, T::ONE, &mut scratch.grad);
+            gather(grad_rows, part, heads, &forward.tokens, padded_d, &mut scratch.grad);
         }
         let of_head = in_run * tokens * padded_d..(in_run + 1) * tokens * padded_d;
         let (query, grad) = (&forward.query[of_head.clone()], &scratch.grad[of_head.clone()]);
