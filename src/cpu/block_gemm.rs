@@ -178,12 +178,11 @@ impl Multiply<'_> {
             }
             let mut sums = [[simd.splat_f32s(0.0); V]; R];
             if let Onto::Row(row) = self.onto {
-                for v in 0..V {
-                    let start = load::<S>(row, column + v * S::F32_LANES);
-                    for r in 0..R {
-                        sums[r][v] = start;
-                    }
+                let mut start = [simd.splat_f32s(0.0); V];
+                for (v, start) in start.iter_mut().enumerate() {
+                    *start = load::<S>(row, column + v * S::F32_LANES);
                 }
+                sums = [start; R];
             }
             for (at, right) in self.panel.chunks_exact(self.width).enumerate() {
                 let right = &S::as_simd_f32s(&right[column..]).0[..V];

@@ -188,6 +188,7 @@ fn gather<T: Float>(source: &[T], part: Part, heads: usize, tokens: &[usize], pa
 
 /// Like [`gather`], to (head, width, padded tokens): the transposes of every head's rows.
 #[inline(always)]
+#[allow(clippy::needless_range_loop, reason = "one index for four rows")]
 fn gather_transposed<T: Float>(
     source: &[T],
     part: Part,
