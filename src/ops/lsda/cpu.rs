@@ -8,9 +8,11 @@
 use rayon::prelude::*;
 
 use super::dropout::Dropout;
+use super::expanded_bias::{ExpandedBias, expand, fold_bias_grads, size, size_number};
+use super::gather::{Part, gather, gather_transposed, prefetch};
 use super::grouping::{Group, Grouping};
 use crate::cpu::small_gemm::{LANES, Left, multiply};
-use crate::cpu::{Float, parallel, simd};
+use crate::cpu::{Float, simd};
 use crate::tensor::Buffer;
 
 /// Queries whose scores are in scratch at once.
@@ -64,7 +66,7 @@ impl Problem {
 
     /// The distinct group sizes (rows, columns) of the map. The bias between two tokens depends on their distance
     /// alone, so groups of one size share one expanded bias.
-    fn sizes(&self) -> Vec<[usize; 2]> {
+    pub fn sizes(&self) -> Vec<[usize; 2]> {
         let [_, height, width] = self.extents;
         let mut sizes: Vec<[usize; 2]> = self.grouping.groups(height, width).iter().map(size).collect();
         sizes.sort_unstable();
@@ -110,130 +112,6 @@ impl Problem {
         let tokens = self.grouping.group[0] * self.grouping.group[1];
         let flops_per_group = 4 * tokens * tokens * self.channels();
         (10_000_000 / flops_per_group.max(1)).clamp(1, groups.div_ceil(16).max(1))
-    }
-}
-
-fn size(group: &Group) -> [usize; 2] {
-    [group.rows.count, group.columns.count]
-}
-
-/// The bias of one group size as score rows: (heads, N, padded N), with −∞ in the padding.
-struct ExpandedBias<T> {
-    size: [usize; 2],
-    /// The table row for each pair of tokens, (N, N).
-    table_rows: Vec<usize>,
-    values: Buffer<T>,
-}
-
-fn expand<T: Float>(problem: &Problem, table: Option<&[T]>) -> Vec<ExpandedBias<T>> {
-    let expand = |size: [usize; 2]| {
-        let tokens = size[0] * size[1];
-        let padded = tokens.next_multiple_of(LANES);
-        let pair = |pair: usize| problem.table_row(size[1], pair / tokens, pair % tokens);
-        let table_rows: Vec<usize> = (0..tokens * tokens).map(pair).collect();
-        let mut values = Buffer::recycled(problem.heads * tokens * padded);
-        parallel::pieces_mut(&mut values, padded, |row, scores| {
-            let (head, query) = (row / tokens, row % tokens);
-            for (key, score) in scores.iter_mut().enumerate() {
-                *score = match table {
-                    _ if key >= tokens => T::NEG_INFINITY,
-                    Some(table) => table[table_rows[query * tokens + key] * problem.heads + head],
-                    None => T::ZERO,
-                };
-            }
-        });
-        ExpandedBias { size, table_rows, values }
-    };
-    problem.sizes().into_iter().map(expand).collect()
-}
-
-/// Which of the sorted `biases` belongs to `group`.
-fn size_number<T>(biases: &[ExpandedBias<T>], group: &Group) -> usize {
-    biases.partition_point(|bias| bias.size < size(group))
-}
-
-/// Where the elements of heads lie in the rows of a tensor.
-#[derive(Clone, Copy)]
-struct Part {
-    /// Elements of a row.
-    row: usize,
-    /// The first element of the first head.
-    channel: usize,
-    /// Elements of a head.
-    width: usize,
-}
-
-/// Copies some heads' channels of a group's tokens to `out` (head, token, padded width); the padding becomes 0.
-#[inline(always)]
-fn gather<T: Float>(source: &[T], part: Part, heads: usize, tokens: &[usize], padded: usize, out: &mut [T]) {
-    let Part { row, channel, width } = part;
-    for (place, &token) in tokens.iter().enumerate() {
-        let source = source[token * row + channel..][..heads * width].chunks_exact(width);
-        for (source, out) in source.zip(out[place * padded..].chunks_mut(tokens.len() * padded)) {
-            // Whole vectors by value, where there are some: a call to copy a few of them costs more.
-            let ((vectors, _), (out, rest)) = (source.as_chunks::<LANES>(), out[..padded].as_chunks_mut::<LANES>());
-            if width == padded {
-                for (out, &source) in out.iter_mut().zip(vectors) {
-                    *out = source;
-                }
-            } else {
-                let out = out.as_flattened_mut();
-                out[..width].copy_from_slice(source);
-                out[width..].fill(T::ZERO);
-            }
-            debug_assert!(rest.is_empty(), "padded widths are whole vectors");
-        }
-    }
-}
-
-/// Like [`gather`], to (head, width, padded tokens): the transposes of every head's rows.
-#[inline(always)]
-#[allow(clippy::needless_range_loop, reason = "one index for four rows")]
-fn gather_transposed<T: Float>(
-    source: &[T],
-    part: Part,
-    heads: usize,
-    tokens: &[usize],
-    padded_tokens: usize,
-    out: &mut [T],
-) {
-    const SIDE: usize = 4;
-    let Part { row, channel, width } = part;
-    for (head, out) in out.chunks_exact_mut(width * padded_tokens).take(heads).enumerate() {
-        let channel = channel + head * width;
-        let (fours, rest) = tokens.as_chunks::<SIDE>();
-        for (number, four) in fours.iter().enumerate() {
-            let mut rows: [&[[T; SIDE]]; SIDE] = [&[]; SIDE];
-            for (row_out, &token) in rows.iter_mut().zip(four) {
-                *row_out = source[token * row + channel..][..width].as_chunks::<SIDE>().0;
-            }
-            for at in 0..width / SIDE {
-                let square = [rows[0][at], rows[1][at], rows[2][at], rows[3][at]];
-                for column in 0..SIDE {
-                    let transposed = [square[0][column], square[1][column], square[2][column], square[3][column]];
-                    let to = (at * SIDE + column) * padded_tokens + number * SIDE;
-                    out[to..to + SIDE].copy_from_slice(&transposed);
-                }
-            }
-        }
-        for column in 0..width {
-            let out = &mut out[column * padded_tokens..][..padded_tokens];
-            let first = if column < width / SIDE * SIDE { tokens.len() - rest.len() } else { 0 };
-            for (out, &token) in out[first..].iter_mut().zip(&tokens[first..]) {
-                *out = source[token * row + channel + column];
-            }
-            out[tokens.len()..].fill(T::ZERO);
-        }
-    }
-}
-
-/// Asks for the rows of the next group's tokens, a share of them with each of `heads` heads of this one: they come while
-/// this one is computed.
-#[inline(always)]
-fn prefetch<T>(source: &[T], row: usize, next: &[usize], head: usize, heads: usize) {
-    let share = next.len().div_ceil(heads);
-    for &token in next.iter().skip(head * share).take(share) {
-        simd::prefetch(&source[token * row..][..row]);
     }
 }
 
@@ -476,26 +354,6 @@ pub(super) fn backward<T: Float>(
         }
     }
     (dqkv, dtable)
-}
-
-/// Adds the gradients of expanded biases to the table rows that they were expanded from.
-fn fold_bias_grads<T: Float>(
-    problem: &Problem,
-    biases: &[ExpandedBias<T>],
-    bias_grads: &[Buffer<T>],
-    dtable: &mut [T],
-) {
-    for (bias, grads) in biases.iter().zip(bias_grads) {
-        let tokens = bias.size[0] * bias.size[1];
-        let padded = tokens.next_multiple_of(LANES);
-        for (pair, &row) in bias.table_rows.iter().enumerate() {
-            let (query, key) = (pair / tokens, pair % tokens);
-            let sums = &mut dtable[row * problem.heads..][..problem.heads];
-            for (sum, grads) in sums.iter_mut().zip(grads.chunks_exact(tokens * padded)) {
-                *sum += grads[query * padded + key];
-            }
-        }
-    }
 }
 
 /// With P the probabilities and M the factors of dropout: dV = (P ∘ M)ᵀ dO, dP = dO Vᵀ ∘ M, dS = P ∘ (dP − rowsum(P ∘ dP)),

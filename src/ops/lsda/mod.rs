@@ -7,6 +7,8 @@
 pub(crate) mod cost;
 mod cpu;
 mod dropout;
+mod expanded_bias;
+mod gather;
 pub(crate) mod gpu;
 mod grouping;
 
