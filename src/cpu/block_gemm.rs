@@ -1,7 +1,8 @@
 //! Products of `f32` matrices in packed or scattered form, block by block: what convolutions are made of.
 //!
 //! The right operand is packed once, in panels of [`PANEL`] columns. A block of some rows by one panel stays in registers
-//! over the whole depth. Sums run in the order of the depth, whatever the number of rows and threads.
+//! over the whole depth. Sums run in the order of the depth, whatever the number of rows and threads. What is needed next
+//! can be asked for meanwhile: a few cache lines before each block, where a copy beforehand would wait for memory.
 
 use pulp::{Simd, WithSimd};
 
@@ -54,7 +55,7 @@ impl Writes {
 }
 
 /// `destination = rows · panel` or `destination += rows · panel`: `panel` is row-major, of `width` columns, which is
-/// [`LANES`] or [`PANEL`]; the destination's rows begin at `places`.
+/// [`LANES`] or [`PANEL`]; the destination's rows begin at `places`. `ahead` is read soon after this product.
 ///
 /// # Panics
 /// Where extents do not match or a row leaves its slice.
@@ -66,13 +67,14 @@ pub fn multiply(
     to: (&mut [f32], &[usize]),
     onto: Onto<'_>,
     writes: Writes,
+    ahead: &[f32],
 ) {
     assert!((width == LANES || width == PANEL) && panel.len().is_multiple_of(width), "panel");
     assert_eq!(rows.starts.len(), to.1.len(), "rows");
     if let Onto::Row(row) = onto {
         assert_eq!(row.len(), width, "row to begin with");
     }
-    simd::with_vectors(Multiply { rows, panel, width, data: to.0, places: to.1, onto, writes });
+    simd::with_vectors(Multiply { rows, panel, width, data: to.0, places: to.1, onto, writes, ahead });
     if writes == Writes::Streamed {
         simd::finish_streaming();
     }
@@ -96,17 +98,17 @@ impl Strided<'_> {
 }
 
 /// `sums += leftᵀ · right`, over `depth` rows: `left` has a multiple of [`GROUP`] columns, `right` [`LANES`] or [`PANEL`];
-/// `sums` is row-major without gaps.
+/// `sums` is row-major without gaps. `ahead` is read soon after this product.
 ///
 /// # Panics
 /// Where extents do not match.
 #[inline(never)]
-pub fn multiply_transposed(left: Strided<'_>, right: Strided<'_>, depth: usize, sums: &mut [f32]) {
+pub fn multiply_transposed(left: Strided<'_>, right: Strided<'_>, depth: usize, sums: &mut [f32], ahead: &[f32]) {
     assert!(left.columns.is_multiple_of(GROUP) && left.holds(depth), "left");
     assert!((right.columns == LANES || right.columns == PANEL) && right.holds(depth), "right");
     assert_eq!(sums.len(), left.columns * right.columns, "sums");
     if depth > 0 {
-        simd::with_vectors(MultiplyTransposed { left, right, depth, sums });
+        simd::with_vectors(MultiplyTransposed { left, right, depth, sums, ahead });
     }
 }
 
@@ -130,6 +132,7 @@ struct Multiply<'a> {
     places: &'a [usize],
     onto: Onto<'a>,
     writes: Writes,
+    ahead: &'a [f32],
 }
 
 impl WithSimd for Multiply<'_> {
@@ -153,6 +156,7 @@ impl Multiply<'_> {
     fn all_rows<S: Simd, const R: usize, const V: usize>(&mut self, simd: S) {
         let mut first = 0;
         while first < self.places.len() {
+            prefetch_share(self.ahead, first / R, self.places.len().div_ceil(R));
             let left = self.places.len() - first;
             first += match left {
                 _ if left >= R => self.block::<S, R, V>(simd, first),
@@ -217,6 +221,18 @@ struct MultiplyTransposed<'a> {
     right: Strided<'a>,
     depth: usize,
     sums: &'a mut [f32],
+    ahead: &'a [f32],
+}
+
+/// Asks for the part of `ahead` that falls to block `index` of `blocks`.
+#[inline(always)]
+fn prefetch_share(ahead: &[f32], index: usize, blocks: usize) {
+    const LINE: usize = 16;
+    if !ahead.is_empty() {
+        let share = ahead.len().div_ceil(blocks).next_multiple_of(LINE);
+        let first = (index * share).min(ahead.len());
+        simd::prefetch(&ahead[first..(first + share).min(ahead.len())]);
+    }
 }
 
 impl WithSimd for MultiplyTransposed<'_> {
@@ -238,6 +254,7 @@ impl MultiplyTransposed<'_> {
     #[inline(always)]
     fn all_blocks<S: Simd, const R: usize, const V: usize>(&mut self, simd: S) {
         for first in (0..self.left.columns).step_by(R) {
+            prefetch_share(self.ahead, first / R, self.left.columns / R);
             for column in (0..self.right.columns).step_by(V * S::F32_LANES) {
                 self.block::<S, R, V>(simd, first, column);
             }
@@ -306,7 +323,8 @@ mod tests {
                 (Onto::Itself, Writes::Near),
             ] {
                 let rows = Rows { data: left, starts: &starts };
-                Multiply { rows, panel, width, data: &mut data, places: &places, onto, writes }.with_simd(simd);
+                Multiply { rows, panel, width, data: &mut data, places: &places, onto, writes, ahead: left }
+                    .with_simd(simd);
             }
             data
         }
@@ -319,11 +337,12 @@ mod tests {
 
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) -> Vec<f32> {
-            let Transposed(left, right, [columns, depth, width]) = self;
+            let Transposed(left, ahead, [columns, depth, width]) = self;
+            let right = ahead;
             let mut sums = vec![0.0; columns * width];
             let left = Strided { data: left, stride: columns, columns };
             let right = Strided { data: right, stride: width, columns: width };
-            MultiplyTransposed { left, right, depth, sums: &mut sums }.with_simd(simd);
+            MultiplyTransposed { left, right, depth, sums: &mut sums, ahead }.with_simd(simd);
             sums
         }
     }

@@ -4,7 +4,7 @@
 use super::Float;
 
 /// Partial results per row: one AVX-512 register of `f32`.
-const LANES: usize = 16;
+pub const LANES: usize = 16;
 
 /// Component-wise sum of `terms(a)` over a row. For use inside [`simd::dispatch`](super::simd::dispatch).
 #[inline(always)]
@@ -74,13 +74,19 @@ pub fn fold<T: Float>(row: &[T], start: T, combine: impl Fn(T, T) -> T) -> T {
 fn totals<T: Float, const N: usize>(lanes: [[T; LANES]; N]) -> [T; N] {
     let mut totals = [T::ZERO; N];
     for n in 0..N {
-        totals[n] = halve(
-            lanes[n],
-            #[inline(always)]
-            |a, b| a + b,
-        );
+        totals[n] = total(lanes[n]);
     }
     totals
+}
+
+/// The sum of partial sums.
+#[inline(always)]
+pub fn total<T: Float>(lanes: [T; LANES]) -> T {
+    halve(
+        lanes,
+        #[inline(always)]
+        |a, b| a + b,
+    )
 }
 
 /// Combines upper and lower halves until one value is left; written out, since a loop over widths stays a loop.

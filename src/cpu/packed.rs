@@ -1,10 +1,9 @@
 //! Products with a packed weight, and sums of products over rows: in `f32` by the blocks of [`block_gemm`], in `f64` by the
 //! general product. One thread each: convolutions and linear layers share their rows among threads.
 
-use super::Float;
 use super::block_gemm::{self, GROUP, LANES, Onto, PANEL, Rows, Strided, Writes};
 use super::gemm::{Into, Matrix, Threads, gemm};
-use super::parallel;
+use super::{Float, parallel, simd};
 use crate::tensor::{Buffer, DType};
 
 /// Terms that are summed before they join a longer sum, which keeps errors small.
@@ -30,36 +29,51 @@ fn panel_width(columns: usize, first: usize) -> usize {
 }
 
 impl<T: Float> Packed<T> {
-    /// Packs a row-major weight.
-    pub fn new(weight: Buffer<T>, depth: usize, columns: usize) -> Self {
-        if !is_f32::<T>() {
-            return Packed { data: weight, depth, columns };
-        }
-        let mut data = Buffer::recycled(depth * columns.next_multiple_of(LANES));
-        for (index, panel) in data.chunks_mut(depth * PANEL).enumerate() {
-            let first = index * PANEL;
-            let (width, used) = (panel_width(columns, first), PANEL.min(columns - first));
-            for (row, packed) in panel.chunks_mut(width).enumerate() {
-                packed[..used].copy_from_slice(&weight[row * columns + first..][..used]);
-                packed[used..].fill(T::ZERO);
-            }
-        }
-        Packed { data, depth, columns }
+    /// Packs a row-major weight, in parallel.
+    pub fn new(weight: &[T], depth: usize, columns: usize) -> Self {
+        Self::gathered(weight, [depth, columns], [columns, 1], &[0])
     }
 
     /// Packs the transpose of a row-major weight (columns, depth), in parallel.
     pub fn transposed(weight: &[T], depth: usize, columns: usize) -> Self {
-        let filled = if is_f32::<T>() { columns.next_multiple_of(LANES) } else { columns };
-        let width = if is_f32::<T>() { PANEL } else { columns };
+        Self::gathered(weight, [depth, columns], [1, depth], &[0])
+    }
+
+    /// Packs, in parallel, the matrix of `taps.len() · rows` rows whose element (tap t, row r; column c) is
+    /// `weight[taps[t] + r · strides[0] + c · strides[1]]`.
+    pub fn gathered(weight: &[T], [rows, columns]: [usize; 2], strides: [usize; 2], taps: &[usize]) -> Self {
+        let depth = taps.len() * rows;
+        let (filled, panel) = if is_f32::<T>() { (columns.next_multiple_of(LANES), PANEL) } else { (columns, columns) };
         let mut data = Buffer::recycled(depth * filled);
-        parallel::pieces_mut(&mut data, depth * width, |index, panel| {
-            let first = index * width;
-            let width = panel.len() / depth;
-            for column in 0..width {
-                let panel = panel[column..].iter_mut().step_by(width);
-                match weight.get((first + column) * depth..(first + column + 1) * depth) {
-                    Some(weight) => panel.zip(weight).for_each(|(packed, &weight)| *packed = weight),
-                    None => panel.for_each(|packed| *packed = T::ZERO),
+        parallel::pieces_mut(&mut data, depth * panel, |index, data| {
+            let (first, width) = (index * panel, data.len() / depth);
+            let used = width.min(columns - first);
+            let weight = &weight[first * strides[1]..];
+            if used < width {
+                data.chunks_exact_mut(width).for_each(|row| row[used..].fill(T::ZERO));
+            }
+            match (strides, taps) {
+                ([1, stride], [0]) => pack_transposed(weight, stride, data, width, used),
+                ([stride, 1], [0]) => {
+                    for (row, packed) in data.chunks_exact_mut(width).enumerate() {
+                        packed[..used].copy_from_slice(&weight[row * stride..][..used]);
+                    }
+                }
+                _ => {
+                    // By way of a short buffer: rows of a tap are so far apart that lines of them share few sets of a cache.
+                    let mut near = Buffer::recycled(taps.len() * width);
+                    near.fill(T::ZERO);
+                    for row in 0..rows {
+                        for column in 0..used {
+                            let weight = &weight[row * strides[0] + column * strides[1]..];
+                            for (&tap, near) in taps.iter().zip(near.chunks_exact_mut(width)) {
+                                near[column] = weight[tap];
+                            }
+                        }
+                        for (t, near) in near.chunks_exact(width).enumerate() {
+                            data[(t * rows + row) * width..][..width].copy_from_slice(near);
+                        }
+                    }
                 }
             }
         });
@@ -67,8 +81,8 @@ impl<T: Float> Packed<T> {
     }
 
     /// `to = rows · weight + bias` for dense rows of the weight's depth, written as `writes` says where sums are short
-    /// enough to be written once.
-    pub fn rows(&self, rows: &[T], bias: Option<&[T]>, to: &mut [T], writes: Writes) {
+    /// enough to be written once. `ahead` is read soon after.
+    pub fn rows(&self, rows: &[T], bias: Option<&[T]>, to: &mut [T], writes: Writes, ahead: &[T]) {
         let count = to.len() / self.columns.max(1);
         let (depth, columns) = (self.depth, self.columns);
         if !is_f32::<T>() || !columns.is_multiple_of(LANES) {
@@ -78,8 +92,12 @@ impl<T: Float> Packed<T> {
         let (data, to) = (bytemuck::cast_slice(rows), bytemuck::cast_slice_mut(to));
         let bias: Option<&[f32]> = bias.map(bytemuck::cast_slice);
         let weight: &[f32] = bytemuck::cast_slice(&self.data);
+        let ahead: &[f32] = bytemuck::cast_slice(ahead);
         let chunk = depth.div_ceil(depth.div_ceil(ROW_DEPTH));
-        let writes = if chunk < depth && writes == Writes::Streamed { Writes::Fetched } else { writes };
+        let chunks = depth.div_ceil(chunk);
+        let writes = if chunks > 1 && writes == Writes::Streamed { Writes::Fetched } else { writes };
+        let share = ahead.len().div_ceil(columns.div_ceil(PANEL) * chunks).max(1);
+        let mut ahead = ahead.chunks(share);
         let (mut starts, mut places) = (vec![0; count], vec![0; count]);
         for column in (0..columns).step_by(PANEL) {
             let width = panel_width(columns, column);
@@ -92,7 +110,8 @@ impl<T: Float> Packed<T> {
                     Some(bias) => (Onto::Row(&bias[column..][..width]), writes),
                     None => (Onto::Nothing, writes),
                 };
-                block_gemm::multiply(Rows { data, starts: &starts }, panel, width, (to, &places), onto, writes);
+                let (rows, next) = (Rows { data, starts: &starts }, ahead.next().unwrap_or_default());
+                block_gemm::multiply(rows, panel, width, (to, &places), onto, writes, next);
             }
         }
     }
@@ -132,7 +151,15 @@ impl<T: Float> Packed<T> {
                 let add = if direct { into == Into::Add || chunk > 0 } else { chunk > 0 };
                 let onto = if add { Onto::Itself } else { Onto::Nothing };
                 let to: &mut [f32] = if direct { to } else { &mut scratch };
-                block_gemm::multiply(Rows { data, starts: &starts }, panel, width, (to, &places), onto, Writes::Near);
+                block_gemm::multiply(
+                    Rows { data, starts: &starts },
+                    panel,
+                    width,
+                    (to, &places),
+                    onto,
+                    Writes::Near,
+                    &[],
+                );
             }
             if !direct {
                 for (row, values) in scratch.chunks_exact(width).take(rows).enumerate() {
@@ -145,6 +172,47 @@ impl<T: Float> Packed<T> {
             }
         }
     }
+}
+
+/// Writes rows of the transpose, `width` apart: element (row, column) is `weight[column * stride + row]`.
+fn pack_transposed<T: Float>(weight: &[T], stride: usize, packed: &mut [T], width: usize, columns: usize) {
+    // Rows whose lines stay in the nearest cache until all columns are there.
+    const ROWS: usize = 64;
+    const SIDE: usize = 4;
+    simd::dispatch(
+        #[inline(always)]
+        || {
+            for (block, packed) in packed.chunks_mut(ROWS * width).enumerate() {
+                let rows = packed.len() / width;
+                let column = |column: usize| &weight[column * stride + block * ROWS..][..rows];
+                let (squares, tail) = (columns / SIDE * SIDE, rows / SIDE * SIDE);
+                for first in (0..squares).step_by(SIDE) {
+                    let sides = [0, 1, 2, 3].map(|number| column(first + number));
+                    for (at, packed) in packed.chunks_exact_mut(SIDE * width).enumerate() {
+                        let mut square = [[T::ZERO; SIDE]; SIDE];
+                        for (values, side) in square.iter_mut().zip(sides) {
+                            values.copy_from_slice(&side[at * SIDE..][..SIDE]);
+                        }
+                        let [a, b, c, d] = square;
+                        for row in 0..SIDE {
+                            packed[row * width + first..][..SIDE].copy_from_slice(&[a[row], b[row], c[row], d[row]]);
+                        }
+                    }
+                }
+                for row in 0..rows {
+                    for number in if row < tail { squares } else { 0 }..columns {
+                        packed[row * width + number] = column(number)[row];
+                    }
+                }
+            }
+        },
+    );
+}
+
+/// Up to `len` elements from `at` on: what a product asks for ahead of the one that reads them.
+pub(crate) fn ahead<T>(data: &[T], at: usize, len: usize) -> &[T] {
+    let data = data.get(at..).unwrap_or_default();
+    &data[..len.min(data.len())]
 }
 
 /// How a product enters a result that begins with `bias`.
@@ -177,24 +245,87 @@ pub(crate) fn sum_place<T: Float>(columns: usize, features: usize, (column, feat
     first * patch_stride::<T>(columns) + column * panel_width(features, first) + feature - first
 }
 
-/// `sums += patchesᵀ · grad`: rows of patches are [`patch_stride`] apart, of which those of `f32` are filled up with
-/// zeros, rows of the gradient `grad_stride`.
+/// Writes the sums of column `column` of patches: a row with an element for each feature.
+pub(crate) fn copy_sums<T: Float>(sums: &[T], columns: usize, column: usize, row: &mut [T]) {
+    let features = row.len();
+    if !is_f32::<T>() {
+        for (feature, out) in row.iter_mut().enumerate() {
+            *out = sums[feature * columns + column];
+        }
+        return;
+    }
+    for (panel, out) in row.chunks_mut(PANEL).enumerate() {
+        out.copy_from_slice(&sums[sum_place::<T>(columns, features, (column, panel * PANEL))..][..out.len()]);
+    }
+}
+
+/// The inverse of the order in which [`add_product`] sums columns (tap, channel): writes the sums of up to [`PANEL`] features
+/// from `first` on to `weights`, each of them (channel, `all_taps`), at the taps from `first_tap` on.
+pub(crate) fn copy_weights<T: Float>(
+    sums: &[T],
+    [columns, channels]: [usize; 2],
+    (first, features): (usize, usize),
+    weights: &mut [T],
+    (first_tap, all_taps): (usize, usize),
+) {
+    let (taps, count) = (columns / channels, weights.len() / (channels * all_taps));
+    let mut near = Buffer::recycled(taps * count);
+    for channel in 0..channels {
+        for (tap, near) in near.chunks_exact_mut(count).enumerate() {
+            let column = tap * channels + channel;
+            if is_f32::<T>() {
+                near.copy_from_slice(&sums[sum_place::<T>(columns, features, (column, first))..][..count]);
+            } else {
+                for (feature, near) in near.iter_mut().enumerate() {
+                    *near = sums[sum_place::<T>(columns, features, (column, first + feature))];
+                }
+            }
+        }
+        for (feature, weights) in weights.chunks_exact_mut(channels * all_taps).enumerate() {
+            for (tap, out) in weights[channel * all_taps + first_tap..][..taps].iter_mut().enumerate() {
+                *out = near[tap * count + feature];
+            }
+        }
+    }
+}
+
+/// The left operand of [`add_product`]: rows of `columns` elements, `stride` apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Patches<'a, T> {
+    pub data: &'a [T],
+    pub stride: usize,
+    pub columns: usize,
+}
+
+impl<'a, T: Float> Patches<'a, T> {
+    /// Rows [`patch_stride`] apart, of which those of `f32` are filled up with zeros.
+    pub fn filled(data: &'a [T], columns: usize) -> Self {
+        Patches { data, stride: patch_stride::<T>(columns), columns }
+    }
+}
+
+/// `sums += patchesᵀ · grad`: rows of the gradient are `grad_stride` apart; columns of patches fill whole groups or are
+/// [`Patches::filled`]. `ahead` is read soon after.
 pub(crate) fn add_product<T: Float>(
-    (patches, columns): (&[T], usize),
+    patches: Patches<'_, T>,
     (grad, grad_stride, features): (&[T], usize, usize),
     rows: usize,
     sums: &mut [T],
+    ahead: &[T],
 ) {
+    let Patches { data, stride, columns } = patches;
     if !is_f32::<T>() {
         let grad = Matrix::strided(grad, rows, features, grad_stride, 1).transposed();
-        let patches = Matrix::row_major(&patches[..rows * columns], rows, columns);
-        return gemm(sums, columns, grad, patches, Into::Add, Threads::One);
+        return gemm(sums, columns, grad, Matrix::strided(data, rows, columns, stride, 1), Into::Add, Threads::One);
     }
-    let stride = patch_stride::<T>(columns);
-    let left = Strided { data: bytemuck::cast_slice(patches), stride, columns: stride };
+    let filled_columns = patch_stride::<T>(columns);
+    let left = Strided { data: bytemuck::cast_slice(data), stride, columns: filled_columns };
     let (grad, sums): (&[f32], &mut [f32]) = (bytemuck::cast_slice(grad), bytemuck::cast_slice_mut(sums));
+    let ahead: &[f32] = bytemuck::cast_slice(ahead);
+    let share = ahead.len().div_ceil(features.div_ceil(PANEL)).max(1);
+    let mut ahead = ahead.chunks(share);
     let mut filled = Buffer::<f32>::recycled(if features.is_multiple_of(LANES) { 0 } else { rows * PANEL });
-    for (index, sums) in sums.chunks_mut(stride * PANEL).enumerate() {
+    for (index, sums) in sums.chunks_mut(filled_columns * PANEL).enumerate() {
         let first = index * PANEL;
         let (width, used) = (panel_width(features, first), PANEL.min(features - first));
         let mut right = Strided { data: &grad[first..], stride: grad_stride, columns: width };
@@ -205,6 +336,6 @@ pub(crate) fn add_product<T: Float>(
             }
             right = Strided { data: &filled, stride: width, columns: width };
         }
-        block_gemm::multiply_transposed(left, right, rows, sums);
+        block_gemm::multiply_transposed(left, right, rows, sums, ahead.next().unwrap_or_default());
     }
 }

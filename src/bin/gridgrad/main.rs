@@ -87,13 +87,14 @@ fn main() -> ExitCode {
     }
 }
 
+/// Where there are several threads, this one is among them and does not wait for another one to wake up at every op. Alone it
+/// could not serve others, such as a loader's, while it waits for them.
 fn set_threads(threads: Option<usize>) -> gridgrad::Result<()> {
-    let Some(threads) = threads else { return Ok(()) };
-    if !(1..=1024).contains(&threads) {
+    if let Some(threads) = threads.filter(|threads| !(1..=1024).contains(threads)) {
         return Err(gridgrad::Error::Config(format!("--threads {threads} is not in 1 to 1024")));
     }
-    rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .build_global()
-        .map_err(|error| gridgrad::Error::Config(format!("cannot start {threads} threads: {error}")))
+    let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |threads| threads.get()));
+    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads);
+    let builder = if threads > 1 { builder.use_current_thread() } else { builder };
+    builder.build_global().map_err(|error| gridgrad::Error::Config(format!("cannot start {threads} threads: {error}")))
 }

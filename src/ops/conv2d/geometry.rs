@@ -6,7 +6,7 @@ use crate::{Error, Result};
 
 /// Extents of a convolution that has been checked. A transposed convolution runs it from output to input.
 #[derive(Clone, Copy)]
-pub(super) struct Geometry {
+pub(in crate::ops) struct Geometry {
     pub batch: usize,
     pub input: [usize; 2],
     pub output: [usize; 2],

@@ -9,13 +9,16 @@ pub(crate) mod cost;
 mod cpu;
 mod depthwise;
 pub(crate) mod depthwise_gpu;
+pub(super) mod direct;
 mod each;
 mod geometry;
 pub(crate) mod gpu;
+mod patches;
 mod scatter;
 mod winograd;
 
-use geometry::{Geometry, window};
+pub(super) use geometry::Geometry;
+use geometry::window;
 
 use crate::autograd::{Backward, Function, record};
 use crate::tensor::{Place, Shape, place};

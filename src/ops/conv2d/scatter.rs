@@ -4,7 +4,7 @@
 //! it is left to its neighbour.
 
 use super::Geometry;
-use super::cpu::PANEL_COLUMNS;
+use super::patches::PANEL_COLUMNS;
 use crate::cpu::gemm::{Into, Matrix, Threads, gemm};
 use crate::cpu::packed::start;
 use crate::cpu::{Float, parallel, simd};

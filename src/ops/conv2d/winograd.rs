@@ -235,6 +235,7 @@ impl Map<'_> {
                         (&mut products, &places),
                         onto,
                         Writes::Near,
+                        &[],
                     );
                 }
             }
@@ -282,7 +283,7 @@ impl Map<'_> {
                     let grads = P * P * planes[0] + *p * planes[1] + *column * count;
                     let right = Strided { data: &block[grads..][..count * width], stride: width, columns: width };
                     for (data, sums) in inputs.chunks_exact(count * GROUP).zip(sums.chunks_exact_mut(GROUP * width)) {
-                        multiply_transposed(Strided { data, stride: GROUP, columns: GROUP }, right, count, sums);
+                        multiply_transposed(Strided { data, stride: GROUP, columns: GROUP }, right, count, sums, &[]);
                     }
                 }
             });

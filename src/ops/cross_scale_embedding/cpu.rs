@@ -1,9 +1,12 @@
 //! Two ways to the same result. With few input channels (the stem, 3) a row of a window is a short contiguous run, and
 //! the windows of a row of outputs are one overlapping strided matrix: [`rows`] multiplies it in place. With many
-//! channels (merging) a whole window is copied once into a row of a patch matrix, and [`patches`] makes large products.
+//! channels (merging) the kernels are convolutions side by side, [`direct`].
 
-use super::{patches, rows};
+use super::rows;
 use crate::cpu::{Float, parallel};
+use crate::ops::Conv2dOptions;
+use crate::ops::conv2d::Geometry;
+use crate::ops::conv2d::direct::{self, Part};
 use crate::tensor::{Buffer, Shape};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -60,23 +63,41 @@ impl Problem {
         starts.collect()
     }
 
+    /// Every kernel as a convolution.
+    fn convolutions(&self) -> Vec<Part> {
+        let [batch, height, width, in_channels] = self.extents;
+        let part = |(kernel, first): (&Kernel, usize)| {
+            let padding = [(kernel.side - self.stride) / 2; 2];
+            let options = Conv2dOptions { stride: [self.stride; 2], padding, ..Conv2dOptions::default() };
+            let geometry = Geometry {
+                batch,
+                input: [height, width],
+                output: self.output_map(),
+                in_channels,
+                out_channels: kernel.out,
+                kernel: [kernel.side; 2],
+                options,
+            };
+            Part { geometry, first }
+        };
+        self.kernels.iter().zip(self.first_channels()).map(part).collect()
+    }
+
     fn prefers_rows(&self) -> bool {
         self.extents[3] <= 16
     }
 }
 
 pub(super) fn forward<T: Float>(problem: &Problem, input: &[T], weights: &[&[T]], biases: &[&[T]]) -> Buffer<T> {
+    let (channels, bias) = (problem.out_channels(), biases.concat());
+    if !problem.prefers_rows() {
+        return direct::output(&problem.convolutions(), channels, input, weights, Some(&bias));
+    }
     let mut output = Buffer::recycled(problem.output_shape().elements());
-    let channels = problem.out_channels();
-    let bias = biases.concat();
     parallel::pieces_mut(&mut output, channels * 64, |_, piece| {
         piece.chunks_mut(channels).for_each(|row| row.copy_from_slice(&bias));
     });
-    if problem.prefers_rows() {
-        rows::forward(problem, input, weights, &mut output);
-    } else {
-        patches::forward(problem, input, weights, &mut output);
-    }
+    rows::forward(problem, input, weights, &mut output);
     output
 }
 
@@ -88,8 +109,11 @@ pub(super) fn backward<T: Float>(
     needs_input: bool,
 ) -> Gradients<T> {
     if problem.prefers_rows() {
-        rows::backward(problem, input, weights, grad, needs_input)
-    } else {
-        patches::backward(problem, input, weights, grad, needs_input)
+        return rows::backward(problem, input, weights, grad, needs_input);
+    }
+    let (parts, channels) = (problem.convolutions(), problem.out_channels());
+    Gradients {
+        input: needs_input.then(|| direct::input_gradient(&parts, channels, grad, weights, None)),
+        weights: parts.iter().map(|part| direct::weight_gradient(part, channels, input, grad)).collect(),
     }
 }

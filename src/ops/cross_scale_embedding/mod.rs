@@ -5,7 +5,6 @@ pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
 mod images;
-mod patches;
 mod rows;
 mod tiling;
 

@@ -1,6 +1,7 @@
 //! Each row is read from memory once and stays in the nearest cache for the passes over it.
 
-use crate::cpu::{Float, lanes, parallel, simd};
+use crate::cpu::lanes::{self, LANES};
+use crate::cpu::{Float, parallel, simd};
 use crate::tensor::Buffer;
 
 /// What the backward needs of a row: x̂ = (x − center) · rstd + offset.
@@ -27,11 +28,7 @@ impl<T: Float> Statistics<T> {
             |x| [x],
         );
         let center = sum * scale;
-        let [residue, squares] = lanes::sum(
-            row,
-            #[inline(always)]
-            |x| [x - center, (x - center) * (x - center)],
-        );
+        let [residue, squares] = deviations(row, center);
         let residue = residue * scale;
         // Rounding must not turn the variance of a constant row negative.
         let variance = (squares * scale - residue * residue).nan_max(T::ZERO);
@@ -53,6 +50,32 @@ impl<T: Float> Statistics<T> {
     fn normalise(self, x: T) -> T {
         (x - self.center).mul_add(self.rstd, self.offset)
     }
+}
+
+/// Σ (x − center) and Σ (x − center)². One loop for each step of a chunk: of a closure with both terms the compiler makes
+/// scalars.
+#[inline(always)]
+fn deviations<T: Float>(row: &[T], center: T) -> [T; 2] {
+    let (mut sums, mut squares) = ([T::ZERO; LANES], [T::ZERO; LANES]);
+    let (chunks, tail) = row.as_chunks::<LANES>();
+    for chunk in chunks {
+        let mut deviations = [T::ZERO; LANES];
+        for lane in 0..LANES {
+            deviations[lane] = chunk[lane] - center;
+        }
+        for lane in 0..LANES {
+            sums[lane] += deviations[lane];
+        }
+        for lane in 0..LANES {
+            squares[lane] = deviations[lane].mul_add(deviations[lane], squares[lane]);
+        }
+    }
+    let (mut sum, mut square) = (lanes::total(sums), lanes::total(squares));
+    for &x in tail {
+        sum += x - center;
+        square = (x - center).mul_add(x - center, square);
+    }
+    [sum, square]
 }
 
 /// The output, and the statistics that [`backward`] reads.
@@ -152,19 +175,38 @@ impl<T: Float> Rows<'_, T> {
 
 #[inline(always)]
 fn input_gradient<T: Float>(row: Statistics<T>, x: &[T], dy: &[T], weight: &[T], dx: &mut [T]) {
-    // γ waits in the output row until the means are known.
-    for (dx, (&dy, &weight)) in dx.iter_mut().zip(dy.iter().zip(weight)) {
-        *dx = dy * weight;
-    }
-    let [sum, product] = lanes::zip_sum(
-        dx,
-        x,
-        #[inline(always)]
-        |gamma, x| [gamma, gamma * row.normalise(x)],
-    );
+    let [sum, product] = scaled_gradient(row, x, dy, weight, dx);
     let scale = T::ONE / T::from_f64(x.len() as f64);
     let (mean, product) = (sum * scale, product * scale);
     for (dx, &x) in dx.iter_mut().zip(x) {
         *dx = row.rstd * (*dx - mean - row.normalise(x) * product);
     }
+}
+
+/// Writes γ, which waits in `dx` until the means are known; Σ γ and Σ γ x̂. One loop for each step, as in [`deviations`].
+#[inline(always)]
+fn scaled_gradient<T: Float>(row: Statistics<T>, x: &[T], dy: &[T], weight: &[T], dx: &mut [T]) -> [T; 2] {
+    let (mut sums, mut products) = ([T::ZERO; LANES], [T::ZERO; LANES]);
+    let ((x, x_tail), (dy, dy_tail)) = (x.as_chunks::<LANES>(), dy.as_chunks::<LANES>());
+    let ((weight, weight_tail), (dx, dx_tail)) = (weight.as_chunks::<LANES>(), dx.as_chunks_mut::<LANES>());
+    for ((x, dy), (weight, dx)) in x.iter().zip(dy).zip(weight.iter().zip(dx)) {
+        let mut gamma = [T::ZERO; LANES];
+        for lane in 0..LANES {
+            gamma[lane] = dy[lane] * weight[lane];
+        }
+        *dx = gamma;
+        for lane in 0..LANES {
+            sums[lane] += gamma[lane];
+        }
+        for lane in 0..LANES {
+            products[lane] = gamma[lane].mul_add(row.normalise(x[lane]), products[lane]);
+        }
+    }
+    let (mut sum, mut product) = (lanes::total(sums), lanes::total(products));
+    for ((&x, &dy), (&weight, dx)) in x_tail.iter().zip(dy_tail).zip(weight_tail.iter().zip(dx_tail)) {
+        *dx = dy * weight;
+        sum += *dx;
+        product = dx.mul_add(row.normalise(x), product);
+    }
+    [sum, product]
 }

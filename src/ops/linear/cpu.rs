@@ -4,7 +4,7 @@
 use super::Gradients;
 use crate::cpu::block_gemm::{GROUP, LANES, Writes};
 use crate::cpu::gemm::{Into, Matrix, Threads, gemm};
-use crate::cpu::packed::{Packed, add_product, sum_place, sums_len};
+use crate::cpu::packed::{Packed, Patches, add_product, ahead, copy_sums, sums_len};
 use crate::cpu::{Float, parallel, simd};
 use crate::ops::elementwise::scalar;
 use crate::tensor::{Buffer, DType};
@@ -50,8 +50,8 @@ fn tall_product<T: Float>(input: &[T], weight: &Packed<T>, bias: Option<&[T]>, e
     let [_, depth, columns] = extents;
     let (block, writes) = (block_rows(extents), Writes::of_large::<T>(output.len()));
     parallel::pieces_mut(output, block * columns, |index, piece| {
-        let input = &input[index * block * depth..][..piece.len() / columns * depth];
-        weight.rows(input, bias, piece, writes);
+        let (at, len) = (index * block * depth, piece.len() / columns * depth);
+        weight.rows(&input[at..at + len], bias, piece, writes, ahead(input, at + len, len));
     });
 }
 
@@ -73,8 +73,8 @@ pub(super) fn forward_gelu<T: Float>(
     let weight = Packed::transposed(weight, in_features, out_features);
     let block = block_rows(extents);
     let product = |index: usize, output: &mut [T], sums: &mut [T]| {
-        let input = &input[index * block * in_features..][..output.len() / out_features * in_features];
-        weight.rows(input, bias, sums, Writes::Fetched);
+        let (at, len) = (index * block * in_features, output.len() / out_features * in_features);
+        weight.rows(&input[at..at + len], bias, sums, Writes::Fetched, ahead(input, at + len, len));
         simd::dispatch(
             #[inline(always)]
             || {
@@ -137,7 +137,7 @@ fn products<T: Float>(
     let input_gradient = || {
         let mut output = Buffer::recycled(rows * in_features);
         if is_tall::<T>(extents) {
-            let weight = Packed::new(Buffer::copy_of(weight), out_features, in_features);
+            let weight = Packed::new(weight, out_features, in_features);
             tall_product(grad, &weight, None, [rows, out_features, in_features], &mut output);
         } else {
             let weight = Matrix::row_major(weight, out_features, in_features);
@@ -146,12 +146,40 @@ fn products<T: Float>(
         output
     };
     let weight_gradient = || {
+        if is_tall::<T>(extents) && out_features.is_multiple_of(GROUP) {
+            return weight_gradient(grad, input, extents);
+        }
         let mut output = Buffer::recycled(out_features * in_features);
         let input = Matrix::row_major(input, rows, in_features);
         gemm(&mut output, in_features, grad_matrix.transposed(), input, Into::Overwrite, Threads::All);
         output
     };
     Gradients { input: needs[0].then(input_gradient), weight: needs[1].then(weight_gradient), bias }
+}
+
+/// gradᵀ · input, strips of outputs side by side: a strip's sums and a block of the input stay in the second-level cache.
+fn weight_gradient<T: Float>(grad: &[T], input: &[T], [rows, in_features, out_features]: Extents) -> Buffer<T> {
+    const BLOCK: usize = 128;
+    const SUMS: usize = 1 << 17;
+    const STRIPS: usize = 4;
+    let strip = (SUMS / in_features).min(out_features.div_ceil(STRIPS)).next_multiple_of(GROUP);
+    let mut output = Buffer::recycled(out_features * in_features);
+    parallel::pieces_mut(&mut output, strip * in_features, |index, output| {
+        let columns = output.len() / in_features;
+        let mut sums = Buffer::zeroed(sums_len::<T>(columns, in_features));
+        for first in (0..rows).step_by(BLOCK) {
+            let count = BLOCK.min(rows - first);
+            let patches =
+                Patches { data: &grad[first * out_features + index * strip..], stride: out_features, columns };
+            let (at, len) = (first * in_features, count * in_features);
+            let block = (&input[at..at + len], in_features, in_features);
+            add_product(patches, block, count, &mut sums, ahead(input, at + len, len));
+        }
+        for (column, row) in output.chunks_exact_mut(in_features).enumerate() {
+            copy_sums(&sums, columns, column, row);
+        }
+    });
+    output
 }
 
 /// `inner = grad · GELU′(sums)`.
@@ -224,7 +252,7 @@ impl<T: Float> OnePass<'_, T> {
         let parts = rows.div_ceil(per_part);
         let mut input_grad = Buffer::recycled(if self.needs[0] { rows * in_features } else { 0 });
         let (mut weight_sums, mut bias_sums) = (Buffer::zeroed(parts * sums_len), Buffer::zeroed(parts * out_features));
-        let packed = self.needs[0].then(|| Packed::new(Buffer::copy_of(self.weight), out_features, in_features));
+        let packed = self.needs[0].then(|| Packed::new(self.weight, out_features, in_features));
         let mut input_grads = input_grad.chunks_mut(per_part * in_features);
         let sums = weight_sums.chunks_mut(sums_len).zip(bias_sums.chunks_mut(out_features)).enumerate();
         let mut work: Vec<Part<'_, T>> = sums
@@ -248,8 +276,10 @@ impl<T: Float> OnePass<'_, T> {
             total
         };
         let weight_total = total(&weight_sums, sums_len);
-        let place = |at: [usize; 2]| weight_total[sum_place::<T>(out_features, in_features, at.into())];
-        let weight = Buffer::from_fn(out_features * in_features, |i| place([i / in_features, i % in_features]));
+        let mut weight = Buffer::recycled(out_features * in_features);
+        parallel::pieces_mut(&mut weight, in_features, |feature, row| {
+            copy_sums(&weight_total, out_features, feature, row);
+        });
         Gradients {
             input: self.needs[0].then_some(input_grad),
             weight: Some(weight),
@@ -259,15 +289,19 @@ impl<T: Float> OnePass<'_, T> {
 
     fn part(&self, part: &mut Part<'_, T>, weight: Option<&Packed<T>>) {
         let [rows, in_features, out_features] = self.extents;
-        let (block, writes) = (block_rows(self.extents), Writes::of_large::<T>(rows * in_features));
+        // The next block is on its way into the cache, too.
+        let block = (block_rows(self.extents) / 2).next_multiple_of(GROUP);
+        let writes = Writes::of_large::<T>(rows * in_features);
         let mut scratch = Buffer::recycled(if self.sums.is_some() { block.min(part.rows) * out_features } else { 0 });
         for first in (0..part.rows).step_by(block) {
             let count = block.min(part.rows - first);
-            let at = (part.first + first) * out_features..(part.first + first + count) * out_features;
-            let mut grad = &self.grad[at.clone()];
+            let at = part.first + first;
+            let of = |features: usize| at * features..(at + count) * features;
+            let next = |data, features| ahead(data, (at + count) * features, count * features);
+            let mut grad = &self.grad[of(out_features)];
             if let Some(sums) = self.sums {
                 let inner = &mut scratch[..grad.len()];
-                gelu_gradient(grad, &sums[at], inner);
+                gelu_gradient(grad, &sums[of(out_features)], inner);
                 grad = inner;
             }
             if self.needs[2] {
@@ -275,10 +309,12 @@ impl<T: Float> OnePass<'_, T> {
             }
             if let Some(weight) = weight {
                 let out = &mut part.input_grad[first * in_features..][..count * in_features];
-                weight.rows(grad, None, out, writes);
+                weight.rows(grad, None, out, writes, next(self.grad, out_features));
             }
-            let input = &self.input[(part.first + first) * in_features..][..count * in_features];
-            add_product((grad, out_features), (input, in_features, in_features), count, part.weight_sums);
+            let patches = Patches { data: grad, stride: out_features, columns: out_features };
+            let input = (&self.input[of(in_features)], in_features, in_features);
+            let next = self.sums.map_or(next(self.input, in_features), |sums| next(sums, out_features));
+            add_product(patches, input, count, part.weight_sums, next);
         }
     }
 }

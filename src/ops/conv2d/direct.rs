@@ -1,0 +1,304 @@
+//! Convolutions by products of patches, one or several side by side: their results are neighbouring channels of one map,
+//! as those of a cross-scale embedding are.
+//!
+//! A tile is some hundred positions of the result. The patches that they read are copied into a panel (position, tap,
+//! channel) that fits the second-level cache, and multiplied with the weight in the order (tap, channel, out). The input
+//! gradient is computed the same way: input positions with the same remainder of division by the stride read the same
+//! taps, so each such phase is a convolution of stride 1 over the output's gradient. Nothing is scattered, every tap is
+//! used once, and no two tiles write to the same place.
+
+use super::Geometry;
+use super::patches::{Anchor, PANEL_COLUMNS, Source, Taps, forward_anchor, forward_taps, input_source, tile_rows};
+use crate::cpu::block_gemm::PANEL;
+use crate::cpu::gemm::Into;
+use crate::cpu::packed::{Packed, Patches, add_product, copy_weights, patch_stride, start, sums_len};
+use crate::cpu::{Float, parallel};
+use crate::tensor::Buffer;
+
+/// A convolution whose result is the channels of a map from `first` on.
+#[derive(Clone, Copy)]
+pub(in crate::ops) struct Part {
+    pub geometry: Geometry,
+    pub first: usize,
+}
+
+/// The result (batch, height, width, `channels`) of all parts, which differ in kernel, padding and output channels alone;
+/// `bias` has an element for each channel.
+pub(in crate::ops) fn output<T: Float>(
+    parts: &[Part],
+    channels: usize,
+    input: &[T],
+    weights: &[&[T]],
+    bias: Option<&[T]>,
+) -> Buffer<T> {
+    let Some(Part { geometry, .. }) = parts.first() else { return Buffer::zeroed(0) };
+    let rows = geometry.batch * geometry.output[0] * geometry.output[1];
+    let packed: Vec<(Vec<Packed<T>>, Taps)> = parts
+        .iter()
+        .zip(weights)
+        .map(|(Part { geometry: g, .. }, weight)| {
+            let (extents, strides) = ([g.group_inputs(), g.group_outputs()], [g.taps(), g.group_inputs() * g.taps()]);
+            let order: Vec<usize> = (0..g.taps()).collect();
+            let groups = weight.chunks(g.taps() * extents[0] * extents[1]);
+            (groups.map(|weight| Packed::gathered(weight, extents, strides, &order)).collect(), forward_taps(g))
+        })
+        .collect();
+    let mut output = Buffer::recycled(rows * channels);
+    let tile = tile_rows(rows);
+    parallel::pieces_mut(&mut output, tile * channels, |index, out| {
+        let (first_row, rows) = (index * tile, out.len() / channels);
+        let into = start(out, bias);
+        for (&Part { geometry: g, first }, (weights, taps)) in parts.iter().zip(&packed) {
+            let anchors: Vec<Anchor> = (first_row..first_row + rows).map(|row| forward_anchor(&g, row)).collect();
+            for (group, weight) in weights.iter().enumerate() {
+                let destination = (&mut out[first + group * g.group_outputs()..], channels, into);
+                input_source(&g, input, group).multiply(taps, &anchors, weight, destination);
+            }
+        }
+    });
+    output
+}
+
+/// The taps that meet input positions h with (h + padding) mod stride = `remainder`: tap i meets such a position in
+/// the output position ⌊(h + padding) / stride⌋ + offset.
+struct Phase {
+    remainder: usize,
+    taps: Vec<usize>,
+    offsets: Vec<isize>,
+}
+
+/// The phases of one axis that have taps.
+fn phases(kernel: usize, stride: usize, dilation: usize) -> Vec<Phase> {
+    let mut phases: Vec<Phase> = Vec::new();
+    // Backwards, so that the offsets rise.
+    for tap in (0..kernel).rev() {
+        let (remainder, offset) = (tap * dilation % stride, -((tap * dilation / stride) as isize));
+        match phases.iter_mut().find(|phase| phase.remainder == remainder) {
+            Some(phase) => {
+                phase.taps.push(tap);
+                phase.offsets.push(offset);
+            }
+            None => phases.push(Phase { remainder, taps: vec![tap], offsets: vec![offset] }),
+        }
+    }
+    phases
+}
+
+/// A vertical and a horizontal phase, with each group's weight in the order (tap, out, in).
+struct PhasePair<T> {
+    remainders: [usize; 2],
+    taps: Taps,
+    weights: Vec<Packed<T>>,
+}
+
+fn phase_pairs<T: Float>(g: &Geometry, weight: &[T]) -> Vec<PhasePair<T>> {
+    let axis = |axis: usize| phases(g.kernel[axis], g.options.stride[axis], g.options.dilation[axis]);
+    let (group_inputs, group_outputs, taps) = (g.group_inputs(), g.group_outputs(), g.taps());
+    let mut pairs = Vec::new();
+    let horizontal = axis(1);
+    for y in axis(0) {
+        for x in &horizontal {
+            let order: Vec<usize> =
+                y.taps.iter().flat_map(|i| x.taps.iter().map(move |j| i * g.kernel[1] + j)).collect();
+            let groups = weight.chunks(taps * group_inputs * group_outputs);
+            let (extents, strides) = ([group_outputs, group_inputs], [group_inputs * taps, taps]);
+            let weights = groups.map(|weight| Packed::gathered(weight, extents, strides, &order)).collect();
+            let taps = Taps { ys: y.offsets.clone(), xs: x.offsets.clone() };
+            pairs.push(PhasePair { remainders: [y.remainder, x.remainder], taps, weights });
+        }
+    }
+    pairs
+}
+
+/// The gradient of the input by `grad`, that of the result of [`output`].
+pub(in crate::ops) fn input_gradient<T: Float>(
+    parts: &[Part],
+    channels: usize,
+    grad: &[T],
+    weights: &[&[T]],
+    bias: Option<&[T]>,
+) -> Buffer<T> {
+    let Some(&Part { geometry: g, .. }) = parts.first() else { return Buffer::zeroed(0) };
+    let pairs: Vec<(Part, Vec<PhasePair<T>>)> =
+        parts.iter().zip(weights).map(|(part, weight)| (*part, phase_pairs(&part.geometry, weight))).collect();
+    let mut output = Buffer::recycled(g.input_shape().elements());
+    let [height, width] = g.input;
+    let total = g.batch * height * width;
+    // A piece is some whole lines, with about a tile's rows in every phase.
+    let strides = g.options.stride[0].saturating_mul(g.options.stride[1]).min(total.max(1));
+    let lines = (tile_rows(total / strides) * strides).div_ceil(width.max(1)).max(1);
+    parallel::pieces_mut(&mut output, lines * width * g.in_channels, |index, out| {
+        let mut into = start(out, bias);
+        if into == Into::Overwrite && (g.options.stride != [1; 2] || parts.len() > 1) {
+            out.fill(T::ZERO);
+            into = Into::Add;
+        }
+        for (part, pairs) in &pairs {
+            add_input_gradient(part, pairs, (grad, channels), index * lines, out, into);
+        }
+    });
+    output
+}
+
+/// The gradient of whole lines of the input, counted over the batch from `first`, by a part's channels.
+fn add_input_gradient<T: Float>(
+    &Part { geometry: ref g, first: first_channel }: &Part,
+    pairs: &[PhasePair<T>],
+    (grad, grad_channels): (&[T], usize),
+    first: usize,
+    out: &mut [T],
+    into: Into,
+) {
+    let (channels, group_inputs, group_outputs) = (g.in_channels, g.group_inputs(), g.group_outputs());
+    for PhasePair { remainders, taps, weights } in pairs {
+        let (anchors, places) = phase_positions(g, *remainders, first, out.len() / (g.input[1] * channels));
+        if anchors.is_empty() {
+            continue;
+        }
+        // Without stride the only phase holds every position, in the order of the output.
+        let direct = g.options.stride == [1; 2];
+        let mut scratch = Buffer::recycled(if direct { 0 } else { anchors.len() * group_inputs });
+        for (group, weight) in weights.iter().enumerate() {
+            let source = Source {
+                data: grad,
+                extents: g.output,
+                channels: grad_channels,
+                read: group_outputs,
+                first: first_channel + group * group_outputs,
+            };
+            let at = group * group_inputs;
+            if direct {
+                source.multiply(taps, &anchors, weight, (&mut out[at..], channels, into));
+                continue;
+            }
+            source.multiply(taps, &anchors, weight, (&mut scratch, group_inputs, Into::Overwrite));
+            for (row, place) in scratch.chunks(group_inputs).zip(&places) {
+                let out = &mut out[place * channels + at..][..group_inputs];
+                out.iter_mut().zip(row).for_each(|(out, &value)| *out += value);
+            }
+        }
+    }
+}
+
+/// The positions of a phase in `lines` lines of the input from line `first` of the batch: what they read, and their
+/// numbers within these lines.
+fn phase_positions(g: &Geometry, remainders: [usize; 2], first: usize, lines: usize) -> (Vec<Anchor>, Vec<usize>) {
+    let ([height, width], stride, padding) = (g.input, g.options.stride, g.options.padding);
+    let (mut anchors, mut places) = (Vec::new(), Vec::new());
+    for line in 0..lines {
+        let (image, y) = ((first + line) / height, (first + line) % height + padding[0]);
+        if y % stride[0] != remainders[0] {
+            continue;
+        }
+        let start = padding[1] % stride[1];
+        let skip = if remainders[1] >= start { remainders[1] - start } else { remainders[1] + (stride[1] - start) };
+        for x in (skip..width).step_by(stride[1]) {
+            anchors.push(Anchor { image, y: (y / stride[0]) as isize, x: ((x + padding[1]) / stride[1]) as isize });
+            places.push(line * width + x);
+        }
+    }
+    (anchors, places)
+}
+
+/// A share of the weight gradient: of one group and some lines of its taps, summed over some of the output positions.
+struct Share<'a, T> {
+    group: usize,
+    ys: &'a [isize],
+    rows: std::ops::Range<usize>,
+    /// As [`add_product`] has them.
+    sums: &'a mut [T],
+}
+
+/// The gradient of a part's weight by `grad`, a map of `channels`.
+pub(in crate::ops) fn weight_gradient<T: Float>(part: &Part, channels: usize, input: &[T], grad: &[T]) -> Buffer<T> {
+    let g = &part.geometry;
+    let rows = g.batch * g.output[0] * g.output[1];
+    let (group_inputs, group_outputs) = (g.group_inputs(), g.group_outputs());
+    let taps = forward_taps(g);
+    let line = taps.xs.len() * group_inputs;
+    let lines = (PANEL_COLUMNS / line).max(1).min(g.kernel[0]);
+    // Of a group, blocks of lines of taps; the last one may have fewer.
+    let block_len = |ys: usize| sums_len::<T>(ys * line, group_outputs);
+    let group_len: usize = taps.ys.chunks(lines).map(|ys| block_len(ys.len())).sum();
+    let part_len = group_len * g.options.groups;
+    let parts = concurrent_parts(part_len).min(rows.div_ceil(PART_ROWS)).max(1);
+    let mut partial = Buffer::recycled(parts * part_len);
+    let mut total = Buffer::zeroed(part_len);
+    for first in (0..rows).step_by(parts * PART_ROWS) {
+        let used = (rows - first).div_ceil(PART_ROWS).min(parts);
+        let mut shares = Vec::new();
+        for (part, sums) in partial.chunks_mut(part_len).take(used).enumerate() {
+            let start = first + part * PART_ROWS;
+            let mut rest = sums;
+            for group in 0..g.options.groups {
+                for ys in taps.ys.chunks(lines) {
+                    let (sums, behind) = rest.split_at_mut(block_len(ys.len()));
+                    shares.push(Share { group, ys, rows: start..rows.min(start + PART_ROWS), sums });
+                    rest = behind;
+                }
+            }
+        }
+        parallel::pieces_mut(&mut shares, 1, |_, share| {
+            add_share(part, input, (grad, channels), &taps.xs, &mut share[0])
+        });
+        parallel::pieces_mut(&mut total, parallel::PIECE, |index, total| {
+            for part in partial.chunks(part_len).take(used) {
+                let part = &part[index * parallel::PIECE..][..total.len()];
+                total.iter_mut().zip(part).for_each(|(total, &sum)| *total += sum);
+            }
+        });
+    }
+    let mut output = Buffer::recycled(g.weight_shape().elements());
+    let weight_len = g.taps() * group_inputs;
+    for (group, output) in output.chunks_mut(group_outputs * weight_len).enumerate() {
+        parallel::pieces_mut(output, PANEL * weight_len, |panel, weights| {
+            let mut rest = &total[group * group_len..];
+            for (index, ys) in taps.ys.chunks(lines).enumerate() {
+                let (extents, features) = ([ys.len() * line, group_inputs], (panel * PANEL, group_outputs));
+                copy_weights(rest, extents, features, weights, (index * lines * taps.xs.len(), g.taps()));
+                rest = &rest[block_len(ys.len())..];
+            }
+        });
+    }
+    output
+}
+
+/// Output positions of a part of the weight gradient. Parts are counted from the first image and added in order, so
+/// images whose gradient is zero, behind the others, add zeros and change no bit.
+const PART_ROWS: usize = 1024;
+
+/// How many parts are summed at a time: enough to keep threads busy, while their sums stay small.
+fn concurrent_parts(part_len: usize) -> usize {
+    const PARTIAL_SUMS: usize = 1 << 22;
+    (PARTIAL_SUMS / part_len.max(1)).clamp(4, 32)
+}
+
+fn add_share<T: Float>(
+    &Part { geometry: ref g, first: first_channel }: &Part,
+    input: &[T],
+    (grad, channels): (&[T], usize),
+    xs: &[isize],
+    share: &mut Share<'_, T>,
+) {
+    const TILE: usize = 128;
+    let source = input_source(g, input, share.group);
+    let group_outputs = g.group_outputs();
+    let columns = share.ys.len() * source.line_columns(xs);
+    let stride = patch_stride::<T>(columns);
+    // The rows of a map are patches, if they fill whole groups.
+    let in_place = g.is_pointwise() && stride == columns;
+    let mut panel = Buffer::recycled(if in_place { 0 } else { TILE.min(share.rows.len()) * stride });
+    share.sums.fill(T::ZERO);
+    for first in share.rows.clone().step_by(TILE) {
+        let rows = TILE.min(share.rows.end - first);
+        let grad = &grad[first * channels + first_channel + share.group * group_outputs..];
+        let grad = (grad, channels, group_outputs);
+        if in_place {
+            add_product(Patches { data: &input[first * columns..], stride, columns }, grad, rows, share.sums, &[]);
+        } else {
+            let anchors: Vec<Anchor> = (first..first + rows).map(|row| forward_anchor(g, row)).collect();
+            source.fill_panel(&mut panel[..rows * stride], stride, &anchors, share.ys, xs);
+            add_product(Patches::filled(&panel[..rows * stride], columns), grad, rows, share.sums, &[]);
+        }
+    }
+}

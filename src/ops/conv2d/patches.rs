@@ -1,0 +1,139 @@
+//! The patches that a tile of positions reads, copied into a panel and multiplied with a weight.
+
+use super::Geometry;
+use crate::cpu::gemm::Into;
+use crate::cpu::packed::Packed;
+use crate::cpu::{Float, simd};
+use crate::tensor::Buffer;
+
+/// Columns of a panel, unless one line of taps alone has more.
+pub(super) const PANEL_COLUMNS: usize = 1024;
+
+/// Rows of a tile: enough to pay for reading the weight, few enough to share a small problem between threads.
+pub(super) fn tile_rows(rows: usize) -> usize {
+    (rows / 16).clamp(64, 256)
+}
+
+/// A channels-last map and the channels of it that are read.
+#[derive(Clone, Copy)]
+pub(super) struct Source<'a, T> {
+    pub data: &'a [T],
+    /// Height and width.
+    pub extents: [usize; 2],
+    /// Of a position of the map.
+    pub channels: usize,
+    /// How many of them are read.
+    pub read: usize,
+    /// The first one that is read.
+    pub first: usize,
+}
+
+/// Where the patch of one row of a tile begins.
+#[derive(Clone, Copy)]
+pub(super) struct Anchor {
+    pub image: usize,
+    pub y: isize,
+    pub x: isize,
+}
+
+/// Distances of a kernel's taps from the anchor, rising.
+pub(super) struct Taps {
+    pub ys: Vec<isize>,
+    pub xs: Vec<isize>,
+}
+
+impl<T: Float> Source<'_, T> {
+    /// Columns of a line of taps.
+    pub fn line_columns(&self, xs: &[isize]) -> usize {
+        xs.len() * self.read
+    }
+
+    /// Writes the patches of `anchors`, one row each, `stride` apart, in the order (y, x, channel), with zeros outside of
+    /// the map and behind a patch.
+    pub fn fill_panel(&self, panel: &mut [T], stride: usize, anchors: &[Anchor], ys: &[isize], xs: &[isize]) {
+        let [height, width] = self.extents.map(|extent| extent as isize);
+        let dense = self.read == self.channels && xs.windows(2).all(|pair| pair[1] - pair[0] == 1);
+        // Neighbouring taps are neighbours in memory: one run per line, else one run per tap.
+        let runs: Vec<(isize, usize)> =
+            if dense { vec![(xs[0], xs.len())] } else { xs.iter().map(|&x| (x, 1)).collect() };
+        simd::dispatch(
+            #[inline(always)]
+            || {
+                for (row, &anchor) in anchors.iter().enumerate() {
+                    let mut at = row * stride;
+                    for y in ys.iter().map(|y| anchor.y + y) {
+                        for &(offset, taps) in &runs {
+                            let (x, end) = (anchor.x + offset, at + taps * self.read);
+                            let inside = (0..height).contains(&y);
+                            let first = if inside { (-x).clamp(0, taps as isize) } else { taps as isize };
+                            let last = (width - x).clamp(first, taps as isize);
+                            let [first, copied] = [first, last - first].map(|taps| taps as usize * self.read);
+                            panel[at..at + first].fill(T::ZERO);
+                            if copied > 0 {
+                                let line = (anchor.image * self.extents[0] + y as usize) * self.extents[1];
+                                let position = line + x.max(0) as usize;
+                                let from = position * self.channels + self.first;
+                                copy_run(&self.data[from..], &mut panel[at + first..], copied);
+                            }
+                            panel[at + first + copied..end].fill(T::ZERO);
+                            at = end;
+                        }
+                    }
+                    panel[at..(row + 1) * stride].fill(T::ZERO);
+                }
+            },
+        );
+    }
+
+    /// The product of the patches of `anchors` with `weight` (tap, channel, column), into rows `row_stride` apart.
+    pub fn multiply(
+        &self,
+        taps: &Taps,
+        anchors: &[Anchor],
+        weight: &Packed<T>,
+        (destination, row_stride, mut into): (&mut [T], usize, Into),
+    ) {
+        let line = self.line_columns(&taps.xs);
+        let lines = (PANEL_COLUMNS / line).max(1);
+        let mut panel = Buffer::recycled(anchors.len() * line * lines.min(taps.ys.len()));
+        for (index, ys) in taps.ys.chunks(lines).enumerate() {
+            let depth = ys.len() * line;
+            let panel = &mut panel[..anchors.len() * depth];
+            self.fill_panel(panel, depth, anchors, ys, &taps.xs);
+            let rows = (index * lines * line, depth);
+            weight.multiply((panel, depth), rows, anchors.len(), (destination, row_stride, into));
+            into = Into::Add;
+        }
+    }
+}
+
+/// Copies `len` elements. A short run is copied in whole vectors, which may write beyond its end: panels are filled
+/// from front to back, so what comes next overwrites that.
+#[inline(always)]
+fn copy_run<T: Float>(source: &[T], panel: &mut [T], len: usize) {
+    const VECTOR: usize = 16;
+    let whole = len.next_multiple_of(VECTOR);
+    if len <= 8 * VECTOR && whole <= source.len() && whole <= panel.len() {
+        for at in (0..whole).step_by(VECTOR) {
+            panel[at..at + VECTOR].copy_from_slice(&source[at..at + VECTOR]);
+        }
+    } else {
+        panel[..len].copy_from_slice(&source[..len]);
+    }
+}
+
+pub(super) fn input_source<'a, T>(g: &Geometry, data: &'a [T], group: usize) -> Source<'a, T> {
+    Source { data, extents: g.input, channels: g.in_channels, read: g.group_inputs(), first: group * g.group_inputs() }
+}
+
+pub(super) fn forward_taps(g: &Geometry) -> Taps {
+    let offsets =
+        |axis: usize| (0..g.kernel[axis]).map(|tap| (tap * g.options.dilation[axis]) as isize).collect::<Vec<_>>();
+    Taps { ys: offsets(0), xs: offsets(1) }
+}
+
+pub(super) fn forward_anchor(g: &Geometry, row: usize) -> Anchor {
+    let [height, width] = g.output;
+    let start = |axis: usize, at: usize| (at * g.options.stride[axis]) as isize - g.options.padding[axis] as isize;
+    Anchor { image: row / (height * width), y: start(0, row / width % height), x: start(1, row % width) }
+}
