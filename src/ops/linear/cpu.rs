@@ -161,7 +161,7 @@ fn products<T: Float>(
 fn weight_gradient<T: Float>(grad: &[T], input: &[T], [rows, in_features, out_features]: Extents) -> Buffer<T> {
     const BLOCK: usize = 128;
     const SUMS: usize = 1 << 17;
-    const STRIPS: usize = 4;
+    const STRIPS: usize = 16;
     let strip = (SUMS / in_features).min(out_features.div_ceil(STRIPS)).next_multiple_of(GROUP);
     let mut output = Buffer::recycled(out_features * in_features);
     parallel::pieces_mut(&mut output, strip * in_features, |index, output| {
@@ -238,7 +238,7 @@ impl<T: Float> OnePass<'_, T> {
     /// Sums of the weight that the second-level cache of a core holds beside a block.
     const WEIGHT: usize = 160 << 10;
     /// Sums of all parts.
-    const PARTIAL: usize = 1 << 20;
+    const PARTIAL: usize = 1 << 21;
 
     fn pays([_, in_features, out_features]: Extents) -> bool {
         in_features * out_features <= Self::WEIGHT && out_features.is_multiple_of(GROUP)
