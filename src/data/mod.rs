@@ -13,7 +13,7 @@
 //! let loader = Loader::new(digits, config)?;
 //! for batch in loader.epoch(0, 0).take(2) {
 //!     let batch = batch?;
-//!     assert_eq!(batch.images.len(), 32 * batch.height * batch.width * batch.channels);
+//!     assert_eq!(batch.floats().len(), 32 * batch.height * batch.width * batch.channels);
 //! }
 //! # Ok::<(), gridgrad::Error>(())
 //! ```
@@ -27,6 +27,7 @@ mod image;
 mod in_memory;
 mod layout;
 mod loader;
+mod pixels;
 mod read;
 mod records;
 
@@ -35,6 +36,7 @@ pub use image::Image;
 pub use in_memory::InMemory;
 pub use layout::{KNOWN_SETS, open};
 pub use loader::{Batch, Epoch, Loader, LoaderConfig};
+pub use pixels::{ByteTable, Pixels};
 
 use crate::Result;
 
