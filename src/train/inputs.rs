@@ -57,7 +57,9 @@ impl Inputs {
             }
             (Images::Floats(images), Pixels::Floats(values)) => images.overwrite(&Tensor::new(values, shape)?)?,
             _ => {
-                return Err(Error::Training("a batch of bytes and one of floats cannot take each other's place".into()));
+                return Err(Error::Training(
+                    "a batch of bytes and one of floats cannot take each other's place".into(),
+                ));
             }
         }
         let [targets, labels] = targets_and_labels(batch)?;
