@@ -3,10 +3,11 @@
 //   y(i) = table(i mod channels, x(i))
 //
 // Tiling: a block of 256 threads holds the table in shared memory and strides over tiles of 4096 bytes. A thread takes
-// 16 bytes of a tile in parts of as many as one store of 16 bytes holds values of, 8 in half precision and 4 in f32. The
-// parts of neighbouring threads are neighbours, so that the loads and the stores of a warp are each one run of memory; all
-// parts are loaded before the first is looked up. Which channel a part begins with is carried from one to the next without
-// a division. There are at most as many blocks as the multiprocessors hold at once, since each reads the table.
+// 16 bytes of a tile in parts of as many as one store of 16 bytes holds values of, 8 in half precision and 4 in f32.
+// The parts of neighbouring threads are neighbours, so that the loads and the stores of a warp are each one run of
+// memory; all parts are loaded before the first is looked up. Which channel a part begins with is carried from one to
+// the next without a division. There are at most as many blocks as the multiprocessors hold at once, since each reads
+// the table.
 // Bytes: 1 read and one value written per element, and the table. FLOPs: none. Bound by memory: the 32 lookups of a
 // warp take one access of shared memory where its bytes are alike, about 3.5 where they are random.
 
@@ -67,10 +68,10 @@ __device__ void look_up_bytes(T* output, const u8* bytes, const T* table, u64 el
 
 }  // namespace
 
-#define INSTANCE(suffix, T)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                          \
-        look_up_bytes_##suffix(T* output, const u8* bytes, const T* table, u64 elements, u32 channels) {           \
-        look_up_bytes(output, bytes, table, elements, channels);                                                   \
+#define INSTANCE(suffix, T)                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                \
+        look_up_bytes_##suffix(T* output, const u8* bytes, const T* table, u64 elements, u32 channels) { \
+        look_up_bytes(output, bytes, table, elements, channels);                                         \
     }
 FOR_EACH_FLOAT(INSTANCE)
 

@@ -1,8 +1,9 @@
 //! Labelled image sets, augmentation and batches.
 //!
-//! [`open`] reads a set, [`AugmentConfig`] says what is done to its images, and a [`Loader`] turns both into normalised
-//! channels-last batches. Every random choice is a function of seed, epoch and sample index, so batches are the same
-//! bits for any number of worker threads, and an epoch can be resumed in its middle.
+//! [`open`] reads a set, [`AugmentConfig`] says what is done to its images, and a [`Loader`] turns both into
+//! channels-last batches of bytes with their normalisation, or of normalised floats ([`Pixels`]). Every random choice
+//! is a function of seed, epoch and sample index, so batches are the same bits for any number of worker threads, and
+//! an epoch can be resumed in its middle.
 //!
 //! ```
 //! use std::sync::Arc;

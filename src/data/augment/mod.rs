@@ -1,7 +1,8 @@
 //! What is done to images between a set and a batch.
 //!
 //! For training: a crop, a flip, an affine view, RandAugment, colour jitter, normalisation, random erasing; then mixup
-//! or CutMix over the batch. For testing: the shorter side is scaled, the centre cut out and normalised.
+//! or CutMix over the batch. For testing: the shorter side is scaled, the centre cut out and normalised. All before
+//! normalisation, and CutMix, leaves bytes; where that is all, normalisation waits until the images are where a model is.
 
 mod affine;
 mod colour;
