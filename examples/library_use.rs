@@ -43,7 +43,7 @@ fn train() -> Result<()> {
     println!("{} parameters", model.parameters().count());
     for (step, batch) in loader.epoch(0, 0).enumerate() {
         let batch = batch?;
-        let images = Tensor::new(&batch.images, [batch.len(), batch.height, batch.width, batch.channels])?;
+        let images = Tensor::new(&batch.floats(), [batch.len(), batch.height, batch.width, batch.channels])?;
         let targets = Tensor::new(&batch.targets, [batch.len(), 10])?;
         let context = Context::train(Philox::new(0).fork(step as u64));
         let logits = model.logits(&images, &context)?;

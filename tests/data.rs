@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use gridgrad::Error;
-use gridgrad::data::augment::{Augment, Crop, Mixing, Normalise, RandAugment};
-use gridgrad::data::{self, AugmentConfig, Batch, Dataset, Image, InMemory, Loader, LoaderConfig, Split};
+use gridgrad::data::augment::{Augment, Crop, Mixing, Normalise, RandAugment, RandomErasing};
+use gridgrad::data::{self, AugmentConfig, Batch, Dataset, Image, InMemory, Loader, LoaderConfig, Pixels, Split};
 use gridgrad::random::Philox;
 use image::ImageFormat;
 use proptest::prelude::*;
@@ -312,7 +312,7 @@ fn mixed_targets_sum_to_one_and_hold_both_labels() {
 fn normalised_digits_have_zero_mean_and_unit_variance() {
     let plain = AugmentConfig::digits().with_image_size(8);
     let config = LoaderConfig { augment: plain, training: false, ..full_config(0) };
-    let samples: Vec<f32> = epoch(config, 0, 0).into_iter().flat_map(|batch| batch.images).collect();
+    let samples: Vec<f32> = epoch(config, 0, 0).into_iter().flat_map(|batch| batch.images.into_floats()).collect();
     let mean = samples.iter().sum::<f32>() / samples.len() as f32;
     let variance = samples.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / samples.len() as f32;
     assert!(mean.abs() < 0.01 && (variance - 1.0).abs() < 0.02, "{mean} {variance}");
@@ -324,7 +324,8 @@ fn own_sets_can_be_held_in_memory() {
     let set = InMemory::new("own", names, [2, 2, 3], [[0; 12], [255; 12]].concat(), vec![0, 1]).unwrap();
     let config = LoaderConfig { batch_size: 2, shuffle: false, ..LoaderConfig::default() };
     let batch = Loader::new(Arc::new(set), config).unwrap().epoch(0, 0).next().unwrap().unwrap();
-    assert_eq!((batch.images[0], batch.images[batch.images.len() - 1]), (0.0, 1.0));
+    let floats = batch.floats();
+    assert_eq!((floats[0], floats[floats.len() - 1]), (0.0, 1.0));
     assert_eq!(batch.images.len(), 2 * 32 * 32 * 3);
 }
 
@@ -379,8 +380,80 @@ fn real_photographs_go_through_the_imagenet_recipe() {
     for batch in loader.epoch(0, 0).take(4) {
         let batch = batch.unwrap();
         assert_eq!(batch.images.len(), 16 * 224 * 224 * 3);
-        let mean = batch.images.iter().sum::<f32>() / batch.images.len() as f32;
-        let variance = batch.images.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / batch.images.len() as f32;
+        let floats = batch.floats();
+        let mean = floats.iter().sum::<f32>() / floats.len() as f32;
+        let variance = floats.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / floats.len() as f32;
         assert!(mean.abs() < 0.7 && (0.3..2.5).contains(&variance), "{mean} {variance}");
+    }
+}
+
+/// Digits in batches of 50 with a recipe of the caller's.
+fn batches_of(augment: AugmentConfig, training: bool, workers: usize) -> (Loader, Vec<Batch>) {
+    let digits = Arc::from(data::open("builtin", Split::Test, None).unwrap());
+    let config = LoaderConfig { batch_size: 50, workers, augment, training, shuffle: false, ..Default::default() };
+    let loader = Loader::new(digits, config).unwrap();
+    let batches = loader.epoch(2, 0).collect::<gridgrad::Result<_>>().unwrap();
+    (loader, batches)
+}
+
+#[test]
+fn batches_are_bytes_where_nothing_makes_floats_of_them() {
+    let all = || AugmentConfig { colour_jitter: None, ..full_config(0).augment };
+    let cutmix = Mixing { mixup: 0.0, ..Mixing::default() };
+    let never = RandomErasing { probability: 0.0, ..RandomErasing::default() };
+    let recipes = [
+        (AugmentConfig::digits(), true),
+        (AugmentConfig { erasing: None, mixing: None, ..all() }, true),
+        (AugmentConfig { erasing: Some(never), mixing: Some(cutmix.clone()), ..all() }, true),
+        (
+            AugmentConfig { erasing: None, mixing: Some(Mixing { probability: 0.0, ..Mixing::default() }), ..all() },
+            true,
+        ),
+        (AugmentConfig { erasing: None, ..all() }, false),
+        (AugmentConfig { mixing: Some(cutmix), ..all() }, false),
+        (
+            AugmentConfig { erasing: None, mixing: Some(Mixing { probability: 0.1, ..Mixing::default() }), ..all() },
+            false,
+        ),
+    ];
+    for (recipe, bytes) in recipes {
+        for workers in [0, 2] {
+            let (_, trained) = batches_of(recipe.clone(), true, workers);
+            assert!(trained.iter().all(|batch| batch.images.is_bytes() == bytes), "{recipe:?}");
+            let (_, tested) = batches_of(recipe.clone(), false, workers);
+            assert!(tested.iter().all(|batch| batch.images.is_bytes()), "{recipe:?}");
+            assert!(trained.iter().all(|batch| batch.images.len() == 50 * 32 * 32), "{recipe:?}");
+        }
+    }
+}
+
+/// What a loader makes is what the functions of a recipe make of single samples, in floats all the way.
+#[test]
+fn bytes_stand_for_the_floats_of_each_sample() {
+    let cutmix = Mixing { mixup: 0.0, ..Mixing::default() };
+    for (augment, mixing) in [(AugmentConfig::digits(), None), (AugmentConfig::small(), Some(cutmix))] {
+        let recipe = AugmentConfig { mixing, ..augment.with_image_size(17) };
+        for training in [true, false] {
+            let (loader, batches) = batches_of(recipe.clone(), training, 1);
+            let sample = Augment::new(recipe.clone(), 1).unwrap();
+            let stream = |name: &str| Philox::new(loader.config().seed).stream(name).fork(2);
+            for (number, batch) in batches.iter().enumerate() {
+                let mut expected = vec![f32::NAN; 50 * sample.sample_len()];
+                for (out, &index) in expected.chunks_mut(sample.sample_len()).zip(&batch.indices) {
+                    let (picture, _) = loader.dataset().sample(index).unwrap();
+                    let mut draws = stream("augment").fork(index as u64).draws();
+                    match training {
+                        true => sample.training_sample(&picture, &mut draws, out).unwrap(),
+                        false => sample.test_sample(&picture, out).unwrap(),
+                    }
+                }
+                let mut expected = Pixels::Floats(expected);
+                if let (true, Some(mixing)) = (training, &recipe.mixing) {
+                    let mix = mixing.draw(17, 17, &mut stream("mix").fork(number as u64).draws());
+                    mix.apply(&mut expected, [50, 17, 17, 1], &mut vec![0.0; 50 * 10]);
+                }
+                assert!(batch.images.is_bytes() && *batch.floats() == *expected.floats());
+            }
+        }
     }
 }

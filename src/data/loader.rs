@@ -1,13 +1,14 @@
 //! From a set to batches, in worker threads.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
-use super::Dataset;
 use super::augment::{Augment, AugmentConfig, write_target};
+use super::{Dataset, Pixels};
 use crate::random::Philox;
 use crate::{Error, Result};
 
@@ -57,8 +58,9 @@ impl Default for LoaderConfig {
 /// Images and targets of some samples.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Batch {
-    /// Normalised samples: (batch, height, width, channels).
-    pub images: Vec<f32>,
+    /// Samples and their normalisation: (batch, height, width, channels). Bytes where the set is prepared for a test and
+    /// where [`Augment::leaves_bytes`], else floats: all batches of a loader are alike.
+    pub images: Pixels,
     /// Rows of every image.
     pub height: usize,
     /// Columns of every image.
@@ -83,13 +85,18 @@ impl Batch {
     pub fn is_empty(&self) -> bool {
         self.labels.is_empty()
     }
+
+    /// The normalised samples: (batch, height, width, channels).
+    pub fn floats(&self) -> Cow<'_, [f32]> {
+        self.images.floats()
+    }
 }
 
 /// Largest `batch_size` and `prefetch`.
 const MAX_BATCH: usize = 1 << 20;
 /// Largest `workers`.
 const MAX_WORKERS: usize = 1024;
-/// Largest number of floats in the images, or the targets, of a batch: 16 GiB.
+/// Largest number of values in the images, or the targets, of a batch: 16 GiB of floats.
 const MAX_BATCH_LEN: usize = 1 << 32;
 
 /// What workers share.
@@ -163,6 +170,16 @@ impl Loader {
 }
 
 impl Job {
+    /// Where `count` images go.
+    fn room_for(&self, count: usize) -> Pixels {
+        let len = count * self.augment.sample_len();
+        if !self.config.training || self.augment.leaves_bytes() {
+            Pixels::Bytes { values: Vec::with_capacity(len), table: self.augment.table().clone() }
+        } else {
+            Pixels::Floats(Vec::with_capacity(len))
+        }
+    }
+
     fn order(&self, epoch: u64) -> Vec<usize> {
         if self.config.shuffle {
             Philox::new(self.config.seed).stream("shuffle").fork(epoch).permutation(self.dataset.len())
@@ -184,18 +201,17 @@ impl Plan {
     /// Batch `number`; `None` where the epoch was dropped meanwhile.
     fn batch(&self, number: usize) -> Option<Result<Batch>> {
         let Job { dataset, config, augment } = &*self.job;
-        let (classes, sample_len) = (dataset.class_names().len(), augment.sample_len());
+        let classes = dataset.class_names().len();
         let start = number * config.batch_size;
         let indices = &self.order[start..(start + config.batch_size).min(self.order.len())];
-        let mut images = vec![0.0; indices.len() * sample_len];
+        let mut images = self.job.room_for(indices.len());
         let mut targets = vec![0.0; indices.len() * classes];
         let mut labels = Vec::with_capacity(indices.len());
-        let rows = images.chunks_exact_mut(sample_len).zip(targets.chunks_exact_mut(classes));
-        for (&index, (image, target)) in indices.iter().zip(rows) {
+        for (&index, target) in indices.iter().zip(targets.chunks_exact_mut(classes)) {
             if self.stop.load(Ordering::Relaxed) {
                 return None;
             }
-            match self.sample(index, image, target) {
+            match self.sample(index, &mut images, target) {
                 Ok(label) => labels.push(label),
                 Err(error) => return Some(Err(name_sample(error, &**dataset, index))),
             }
@@ -211,21 +227,26 @@ impl Plan {
         Some(Ok(Batch { images, height: size, width: size, channels, targets, labels, indices }))
     }
 
-    /// Writes one sample and returns its label.
-    fn sample(&self, index: usize, image: &mut [f32], target: &mut [f32]) -> Result<usize> {
+    /// Appends one sample to `images`, writes its `target` and returns its label.
+    fn sample(&self, index: usize, images: &mut Pixels, target: &mut [f32]) -> Result<usize> {
         let Job { dataset, config, augment } = &*self.job;
         let (picture, label) = dataset.sample(index)?;
         if label >= target.len() {
             return Err(Error::argument("Loader", format!("label {label}, expected one below {}", target.len())));
         }
-        if config.training {
-            let mut draws = self.stream("augment").fork(index as u64).draws();
-            augment.training_sample(&picture, &mut draws, image)?;
-            write_target(label, augment.config().label_smoothing, target);
-        } else {
-            augment.test_sample(&picture, image)?;
-            write_target(label, 0.0, target);
+        let mut draws = self.stream("augment").fork(index as u64).draws();
+        match images {
+            Pixels::Bytes { values, .. } if config.training => {
+                values.extend(augment.training_image(&picture, &mut draws)?.pixels());
+            }
+            Pixels::Bytes { values, .. } => values.extend(augment.test_image(&picture)?.pixels()),
+            Pixels::Floats(values) => {
+                let start = values.len();
+                values.resize(start + augment.sample_len(), 0.0);
+                augment.training_sample(&picture, &mut draws, &mut values[start..])?;
+            }
         }
+        write_target(label, if config.training { augment.config().label_smoothing } else { 0.0 }, target);
         Ok(label)
     }
 

@@ -1,8 +1,9 @@
 //! Labelled image sets, augmentation and batches.
 //!
-//! [`open`] reads a set, [`AugmentConfig`] says what is done to its images, and a [`Loader`] turns both into normalised
-//! channels-last batches. Every random choice is a function of seed, epoch and sample index, so batches are the same
-//! bits for any number of worker threads, and an epoch can be resumed in its middle.
+//! [`open`] reads a set, [`AugmentConfig`] says what is done to its images, and a [`Loader`] turns both into
+//! channels-last batches of bytes with their normalisation, or of normalised floats ([`Pixels`]). Every random choice
+//! is a function of seed, epoch and sample index, so batches are the same bits for any number of worker threads, and
+//! an epoch can be resumed in its middle.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -13,7 +14,7 @@
 //! let loader = Loader::new(digits, config)?;
 //! for batch in loader.epoch(0, 0).take(2) {
 //!     let batch = batch?;
-//!     assert_eq!(batch.images.len(), 32 * batch.height * batch.width * batch.channels);
+//!     assert_eq!(batch.floats().len(), 32 * batch.height * batch.width * batch.channels);
 //! }
 //! # Ok::<(), gridgrad::Error>(())
 //! ```
@@ -27,6 +28,7 @@ mod image;
 mod in_memory;
 mod layout;
 mod loader;
+mod pixels;
 mod read;
 mod records;
 
@@ -35,6 +37,7 @@ pub use image::Image;
 pub use in_memory::InMemory;
 pub use layout::{KNOWN_SETS, open};
 pub use loader::{Batch, Epoch, Loader, LoaderConfig};
+pub use pixels::{ByteTable, Pixels};
 
 use crate::Result;
 

@@ -27,6 +27,7 @@ mod layer_norm;
 mod layout;
 mod linear;
 mod linear_probe;
+mod look_up_bytes;
 mod loss;
 pub mod lsda;
 mod matmul;
@@ -55,6 +56,7 @@ pub use layer_norm::layer_norm;
 pub use layout::concat;
 pub use linear::{linear, linear_gelu};
 pub use linear_probe::{ProbeLoss, linear_probe};
+pub use look_up_bytes::look_up_bytes;
 pub use loss::{CrossEntropyOptions, Reduction, Targets, binary_cross_entropy_with_logits, cross_entropy, mse_loss};
 pub use lsda::{lsda, lsda_dropout};
 pub use matmul::Transposed;
@@ -65,6 +67,7 @@ pub use position_bias::{dynamic_position_bias, dynamic_position_biases};
 pub use softmax::{log_softmax, softmax};
 
 pub(crate) use elementwise::add_in_place;
+pub(crate) use look_up_bytes::look_up;
 
 /// What the rest of the crate needs of the GPU's kernels.
 pub(crate) mod gpu {
@@ -76,7 +79,7 @@ pub(crate) mod gpu {
     /// All kernels, room by room.
     pub(crate) fn kernels() -> impl Iterator<Item = Signature> {
         use super::*;
-        let rooms: [&[Signature]; 24] = [
+        let rooms: [&[Signature]; 25] = [
             batch_norm::gpu::KERNELS,
             class_moments::gpu::KERNELS,
             conv2d::depthwise_gpu::KERNELS,
@@ -92,6 +95,7 @@ pub(crate) mod gpu {
             layout::gpu::KERNELS,
             linear::gpu::KERNELS,
             linear_probe::gpu::KERNELS,
+            look_up_bytes::gpu::KERNELS,
             loss::gpu::KERNELS,
             lsda::gpu::KERNELS,
             matmul::gpu::KERNELS,
@@ -108,7 +112,7 @@ pub(crate) mod gpu {
     /// What they move and compute, room by room.
     pub(crate) fn costs() -> impl Iterator<Item = &'static Costs> {
         use super::*;
-        let rooms: [&Costs; 22] = [
+        let rooms: [&Costs; 23] = [
             &batch_norm::cost::COSTS,
             &class_moments::cost::COSTS,
             &conv2d::cost::COSTS,
@@ -122,6 +126,7 @@ pub(crate) mod gpu {
             &layout::cost::COSTS,
             &linear::cost::COSTS,
             &linear_probe::cost::COSTS,
+            &look_up_bytes::cost::COSTS,
             &loss::cost::COSTS,
             &lsda::cost::COSTS,
             &matmul::cost::COSTS,

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::inputs::Inputs;
 use super::metrics::{Evaluation, RunningMeans, top_hits};
 use super::precision::Precision;
 use crate::autograd::no_grad;
@@ -9,7 +10,7 @@ use crate::data::{Batch, Loader};
 use crate::models::{CrossFormer, NetworkInNetwork, ResNet};
 use crate::nn::{Context, Parameters};
 use crate::ops::{CrossEntropyOptions, Reduction, Targets, cross_entropy};
-use crate::{DType, Device, Error, Result, Tensor};
+use crate::{Device, Error, Result, Tensor};
 
 /// A model that tells classes of images apart.
 pub trait Classifier {
@@ -79,8 +80,8 @@ pub fn evaluate(
             return Ok(None);
         }
         let batch = batch?;
-        let inputs = Inputs::new(&batch, device)?;
-        let scored = no_grad(|| Scored::new(model, &inputs, &Context::eval(), compute))?;
+        let inputs = Inputs::new(&batch, device, compute)?;
+        let scored = no_grad(|| Scored::new(model, &inputs, &Context::eval()))?;
         sums.add(&scored.sums(&batch.labels)?);
         progress(number + 1)?;
     }
@@ -94,46 +95,6 @@ pub fn evaluate(
     Ok(Some(evaluation))
 }
 
-/// A batch as tensors on the model's device.
-pub(super) struct Inputs {
-    /// (batch, height, width, channels)
-    images: Tensor,
-    /// (batch, classes)
-    targets: Tensor,
-    /// (batch)
-    pub labels: Tensor,
-}
-
-impl Inputs {
-    /// The batch on `device`, with the class that each sample's target gives the most to as its label.
-    pub fn new(batch: &Batch, device: Device) -> Result<Self> {
-        let [images, targets, labels] = Self::on_host(batch)?;
-        Ok(Inputs {
-            images: images.to_device(device)?,
-            targets: targets.to_device(device)?,
-            labels: labels.to_device(device)?,
-        })
-    }
-
-    /// Takes over a batch of the same shape; the addresses stay.
-    pub fn overwrite(&mut self, batch: &Batch) -> Result<()> {
-        let [images, targets, labels] = Self::on_host(batch)?;
-        self.images.overwrite(&images)?;
-        self.targets.overwrite(&targets)?;
-        self.labels.overwrite(&labels)
-    }
-
-    fn on_host(batch: &Batch) -> Result<[Tensor; 3]> {
-        let classes = batch.targets.len() / batch.len().max(1);
-        let labels: Vec<i64> = strongest_targets(batch).into_iter().map(|label| label as i64).collect();
-        Ok([
-            Tensor::new(&batch.images, [batch.len(), batch.height, batch.width, batch.channels])?,
-            Tensor::new(&batch.targets, [batch.len(), classes])?,
-            Tensor::new(&labels, [batch.len()])?,
-        ])
-    }
-}
-
 /// What a model made of a batch.
 pub(super) struct Scored {
     /// (batch, classes), in the parameters' dtype whatever the model computes in.
@@ -143,12 +104,12 @@ pub(super) struct Scored {
 }
 
 impl Scored {
-    /// The model computes in `compute`.
-    pub fn new(model: &dyn Classifier, inputs: &Inputs, context: &Context, compute: DType) -> Result<Self> {
+    /// Of the batch that `inputs` are.
+    pub fn new(model: &dyn Classifier, inputs: &Inputs, context: &Context) -> Result<Self> {
         let own = Precision::F32.of_model(model.parameters());
-        let logits = model.forward(&inputs.images.cast(compute)?, context)?.cast(own)?;
+        let logits = model.forward(&inputs.images()?, context)?.cast(own)?;
         let options = CrossEntropyOptions { reduction: Reduction::Sum, ..CrossEntropyOptions::default() };
-        let loss = cross_entropy(&logits, Targets::Soft(&inputs.targets.cast(own)?), options)?;
+        let loss = cross_entropy(&logits, Targets::Soft(&inputs.targets().cast(own)?), options)?;
         Ok(Scored { logits, loss })
     }
 
@@ -162,12 +123,4 @@ impl Scored {
 /// The device of a model's parameters.
 pub(super) fn device_of(parameters: &Parameters) -> Device {
     parameters.weights().next().map_or(Device::Cpu, |weight| weight.tensor().device())
-}
-
-/// The class that each row of `targets` gives the most to: the label, or what mixing made of it.
-pub(super) fn strongest_targets(batch: &Batch) -> Vec<usize> {
-    let classes = batch.targets.len() / batch.len().max(1);
-    let strongest =
-        |row: &[f32]| (1..row.len()).fold(0, |best, class| if row[class] > row[best] { class } else { best });
-    batch.targets.chunks_exact(classes.max(1)).map(strongest).collect()
 }

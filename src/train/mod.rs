@@ -46,6 +46,7 @@ mod device;
 mod ema;
 mod engine;
 mod evaluate;
+mod inputs;
 pub mod many;
 mod metrics;
 mod observer;

@@ -16,6 +16,7 @@ mod layer_norm;
 mod layout;
 mod linear;
 mod linear_probe;
+mod look_up_bytes;
 mod loss;
 mod lsda;
 mod matmul;
@@ -43,6 +44,7 @@ pub fn benchmarks() -> Vec<(&'static str, Vec<Box<dyn harness::OpCase>>)> {
         ("layout", layout::benchmarks()),
         ("linear", linear::benchmarks()),
         ("linear_probe", linear_probe::benchmarks()),
+        ("look_up_bytes", look_up_bytes::benchmarks()),
         ("loss", loss::benchmarks()),
         ("lsda", lsda::benchmarks()),
         ("matmul", matmul::benchmarks()),

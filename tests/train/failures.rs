@@ -10,7 +10,7 @@ use gridgrad::train::{
 };
 use gridgrad::{DType, Error, Result, Tensor};
 
-use super::support::{Interrupter, Mlp, Moment, digits, run};
+use super::support::{Interrupter, Mlp, Moment, digits, run, spoiled};
 
 fn config() -> TrainConfig {
     TrainConfig { epochs: 2, checkpoint_every: Span::Steps(3), ..TrainConfig::default() }
@@ -38,7 +38,7 @@ impl Batches for Spoiled {
         let spoil = move |(number, batch): (usize, Result<Batch>)| {
             let mut batch = batch?;
             if epoch == 1 && number + start == self.number {
-                batch.images[70] = f32::NAN;
+                batch.images = spoiled(batch.images, 70, f32::NAN);
             }
             Ok(batch)
         };

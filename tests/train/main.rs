@@ -2,6 +2,7 @@
 
 mod devices;
 mod failures;
+mod pixels;
 mod precision;
 mod resuming;
 mod support;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use gridgrad::data::{self, AugmentConfig, Loader, LoaderConfig, Split};
+use gridgrad::data::{self, AugmentConfig, Loader, LoaderConfig, Pixels, Split};
 use gridgrad::models::{CrossFormer, CrossFormerConfig};
 use gridgrad::nn::{Context, Linear, Parameters, Scope};
 use gridgrad::train::{Batches, Classifier, Observer, StepReport, TrainConfig, TrainingRun};
@@ -84,6 +84,13 @@ pub fn loader(split: Split, batch_size: usize, training: bool, drop_last: bool) 
         ..LoaderConfig::default()
     };
     Loader::new(dataset, config).unwrap()
+}
+
+/// The images with another value at one place.
+pub fn spoiled(images: Pixels, at: usize, value: f32) -> Pixels {
+    let mut floats = images.into_floats();
+    floats[at] = value;
+    Pixels::Floats(floats)
 }
 
 /// Full batches for training, all samples for testing.

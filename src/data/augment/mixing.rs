@@ -1,8 +1,11 @@
 //! Mixing of images within a batch: mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019), in timm's batch mode. Image
 //! i is mixed with the i-th from the end, all pairs alike.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 
+use crate::data::Pixels;
 use crate::random::Draws;
 
 /// How batches are mixed.
@@ -87,35 +90,49 @@ impl Mix {
         }
     }
 
-    /// Mixes `images`, (batch, height, width, channels), and `targets`, (batch, classes).
-    pub fn apply(self, images: &mut [f32], shape: [usize; 4], targets: &mut [f32]) {
+    /// Mixes `images`, (batch, height, width, channels), and `targets`, (batch, classes). CutMix leaves bytes where it
+    /// finds them, mixup makes floats of them.
+    pub fn apply(self, images: &mut Pixels, shape: [usize; 4], targets: &mut [f32]) {
         let [batch, height, width, channels] = shape;
         let own = self.own_share(height, width) as f32;
         if self == Mix::None || batch < 2 {
             return;
         }
         each_pair(targets, batch, |a, b| average(a, b, own));
-        each_pair(images, batch, |a, b| match self {
+        match self {
             Mix::None => {}
-            Mix::Mixup { .. } => average(a, b, own),
+            Mix::Mixup { .. } => {
+                let mut floats = std::mem::replace(images, Pixels::Floats(Vec::new())).into_floats();
+                each_pair(&mut floats, batch, |a, b| average(a, b, own));
+                *images = Pixels::Floats(floats);
+            }
             Mix::CutMix { top, left, height: rows, width: columns } => {
-                for y in top..top + rows {
-                    let span = (y * width + left) * channels..(y * width + left + columns) * channels;
-                    a[span.clone()].swap_with_slice(&mut b[span]);
+                let spans =
+                    (top..top + rows).map(|y| (y * width + left) * channels..(y * width + left + columns) * channels);
+                match images {
+                    Pixels::Bytes { values, .. } => each_pair(values, batch, |a, b| swap(a, b, spans.clone())),
+                    Pixels::Floats(values) => each_pair(values, batch, |a, b| swap(a, b, spans.clone())),
                 }
             }
-        });
+        }
     }
 }
 
 /// Calls `mix` with every pair of items, first with last. The middle one of an odd number is its own partner.
-fn each_pair(items: &mut [f32], batch: usize, mix: impl Fn(&mut [f32], &mut [f32])) {
+fn each_pair<T>(items: &mut [T], batch: usize, mix: impl Fn(&mut [T], &mut [T])) {
     let size = items.len() / batch;
     let (front, back) = items.split_at_mut(batch / 2 * size);
     if size > 0 {
         for (a, b) in front.chunks_exact_mut(size).zip(back.chunks_exact_mut(size).rev()) {
             mix(a, b);
         }
+    }
+}
+
+/// Exchanges the parts `spans` of two images.
+fn swap<T>(a: &mut [T], b: &mut [T], spans: impl Iterator<Item = Range<usize>>) {
+    for span in spans {
+        a[span.clone()].swap_with_slice(&mut b[span]);
     }
 }
 
@@ -135,10 +152,14 @@ pub(in crate::data) fn write_target(label: usize, smoothing: f64, out: &mut [f32
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::ByteTable;
     use crate::random::Philox;
 
-    fn batch() -> (Vec<f32>, Vec<f32>) {
-        let images = (0..3).flat_map(|i| vec![i as f32; 8 * 8 * 2]).collect();
+    /// Three images of bytes 0, 1 and 2, which stand for themselves.
+    fn batch() -> (Pixels, Vec<f32>) {
+        let rows = [0, 0].map(|_: u8| std::array::from_fn(|byte| byte as f32));
+        let values = (0..3).flat_map(|i| vec![i; 8 * 8 * 2]).collect();
+        let images = Pixels::Bytes { values, table: ByteTable::of_rows(&rows) };
         let mut targets = vec![0.0; 9];
         for (label, target) in targets.chunks_exact_mut(3).enumerate() {
             write_target(label, 0.1, target);
@@ -150,7 +171,8 @@ mod tests {
     fn mixup_averages_pairs_and_leaves_the_middle() {
         let (mut images, mut targets) = batch();
         Mix::Mixup { own: 0.75 }.apply(&mut images, [3, 8, 8, 2], &mut targets);
-        let means: Vec<f32> = images.chunks(128).map(|image| image[17]).collect();
+        assert!(!images.is_bytes());
+        let means: Vec<f32> = images.floats().chunks(128).map(|image| image[17]).collect();
         assert_eq!(means, [0.5, 1.0, 1.5]);
         let expected = [0.9 * 0.75 + 0.1 / 3.0, 0.1 / 3.0, 0.9 * 0.25 + 0.1 / 3.0];
         assert!(targets[..3].iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-6), "{targets:?}");
@@ -158,8 +180,14 @@ mod tests {
 
     #[test]
     fn cutmix_weighs_targets_by_the_area_it_swaps() {
-        let (mut images, mut targets) = batch();
-        Mix::CutMix { top: 2, left: 4, height: 4, width: 4 }.apply(&mut images, [3, 8, 8, 2], &mut targets);
+        let (mut bytes, mut targets) = batch();
+        let mix = Mix::CutMix { top: 2, left: 4, height: 4, width: 4 };
+        let (mut floats, mut again) = (Pixels::Floats(bytes.clone().into_floats()), targets.clone());
+        mix.apply(&mut bytes, [3, 8, 8, 2], &mut targets);
+        mix.apply(&mut floats, [3, 8, 8, 2], &mut again);
+        assert!(bytes.is_bytes() && !floats.is_bytes());
+        assert_eq!((bytes.floats(), &targets), (floats.floats(), &again));
+        let images = bytes.into_floats();
         let swapped = images[..128].iter().filter(|&&sample| sample == 2.0).count();
         assert_eq!(swapped, 4 * 4 * 2);
         assert_eq!(images[(2 * 8 + 4) * 2], 2.0);

@@ -1,7 +1,8 @@
 //! What is done to images between a set and a batch.
 //!
 //! For training: a crop, a flip, an affine view, RandAugment, colour jitter, normalisation, random erasing; then mixup
-//! or CutMix over the batch. For testing: the shorter side is scaled, the centre cut out and normalised.
+//! or CutMix over the batch. For testing: the shorter side is scaled, the centre cut out and normalised. All before
+//! normalisation, and CutMix, leaves bytes; where that is all, normalisation waits until the images are where a model is.
 
 mod affine;
 mod colour;
@@ -28,7 +29,7 @@ pub use normalise::Normalise;
 pub use policy::RandAugment;
 pub use resize::{Interpolation, MAX_SIDE, Region, resize, resize_region};
 
-use super::Image;
+use super::{ByteTable, Image};
 use crate::random::Draws;
 use crate::{Error, Result};
 
@@ -193,7 +194,7 @@ impl AugmentConfig {
 pub struct Augment {
     config: AugmentConfig,
     channels: usize,
-    tables: Vec<[f32; 256]>,
+    table: ByteTable,
     mean_colour: [u8; 3],
 }
 
@@ -207,8 +208,8 @@ impl Augment {
         if !matches!(channels, 1 | 3) {
             return Err(Error::argument("Augment::new", format!("got {channels} channels, expected 1 or 3")));
         }
-        let (tables, mean_colour) = (config.normalise.tables(channels), config.normalise.mean_colour(channels));
-        Ok(Augment { config, channels, tables, mean_colour })
+        let (table, mean_colour) = (config.normalise.table(channels), config.normalise.mean_colour(channels));
+        Ok(Augment { config, channels, table, mean_colour })
     }
 
     /// What it was made from.
@@ -216,7 +217,21 @@ impl Augment {
         &self.config
     }
 
-    /// Number of floats that one image becomes: `image_size`² × channels.
+    /// What normalises bytes.
+    pub fn table(&self) -> &ByteTable {
+        &self.table
+    }
+
+    /// Whether all training images are still bytes when all is done to them, so that the table is all that is left to
+    /// apply: none is erased, and mixing does not average. Depends on the configuration alone, so that batches do not
+    /// differ in it.
+    pub fn leaves_bytes(&self) -> bool {
+        let erases = self.config.erasing.as_ref().is_some_and(|erasing| erasing.probability > 0.0);
+        let averages = |mixing: &Mixing| mixing.mixup > 0.0 && mixing.probability > 0.0;
+        !erases && !self.config.mixing.as_ref().is_some_and(averages)
+    }
+
+    /// Number of values that one image becomes: `image_size`² × channels.
     pub fn sample_len(&self) -> usize {
         self.config.image_size * self.config.image_size * self.channels
     }
@@ -226,7 +241,27 @@ impl Augment {
     /// # Errors
     /// `Shape` where `image` has other channels or `out` another length than [`sample_len`](Augment::sample_len).
     pub fn training_sample(&self, image: &Image, draws: &mut Draws, out: &mut [f32]) -> Result<()> {
-        self.check(image, out)?;
+        self.write(&self.training_image(image, draws)?, out)?;
+        if let Some(erasing) = &self.config.erasing {
+            erasing.apply(out, self.config.image_size, self.config.image_size, self.channels, draws);
+        }
+        Ok(())
+    }
+
+    /// Writes the centre of `image`, normalised, to `out`: (height, width, channels).
+    ///
+    /// # Errors
+    /// As [`training_sample`](Augment::training_sample).
+    pub fn test_sample(&self, image: &Image, out: &mut [f32]) -> Result<()> {
+        self.write(&self.test_image(image)?, out)
+    }
+
+    /// `image` of `image_size`, changed at random by all that leaves bytes: what is left is to be normalised and erased.
+    ///
+    /// # Errors
+    /// `Shape` where `image` has other channels.
+    pub fn training_image(&self, image: &Image, draws: &mut Draws) -> Result<Image> {
+        self.check(image)?;
         let config = &self.config;
         let (size, interpolation) = (config.image_size, config.interpolation);
         let mut image = match config.crop {
@@ -250,39 +285,37 @@ impl Augment {
         if let Some(jitter) = &config.colour_jitter {
             jitter.apply(&mut image, draws);
         }
-        normalise::write(&image.pixels, &self.tables, out);
-        if let Some(erasing) = &config.erasing {
-            erasing.apply(out, size, size, self.channels, draws);
-        }
-        Ok(())
+        Ok(image)
     }
 
-    /// Writes the centre of `image`, normalised, to `out`: (height, width, channels).
+    /// The centre of `image`, of `image_size`.
     ///
     /// # Errors
-    /// As [`training_sample`](Augment::training_sample).
-    pub fn test_sample(&self, image: &Image, out: &mut [f32]) -> Result<()> {
-        self.check(image, out)?;
+    /// `Shape` where `image` has other channels.
+    pub fn test_image(&self, image: &Image) -> Result<Image> {
+        self.check(image)?;
         let size = self.config.image_size;
         // The small addition undoes the rounding of fractions such as 0.9.
         let shorter = (size as f64 / self.config.test_crop_fraction + 1e-6) as usize;
-        let image = resize_and_centre_crop(image, shorter, size, self.config.interpolation)?;
-        normalise::write(&image.pixels, &self.tables, out);
-        Ok(())
+        resize_and_centre_crop(image, shorter, size, self.config.interpolation)
     }
 
-    fn check(&self, image: &Image, out: &[f32]) -> Result<()> {
-        if image.channels == self.channels && out.len() == self.sample_len() {
+    fn check(&self, image: &Image) -> Result<()> {
+        if image.channels == self.channels {
             return Ok(());
         }
-        let reason = format!(
-            "got an image of {} channels and room for {} samples, expected {} channels and room for {}",
-            image.channels,
-            out.len(),
-            self.channels,
-            self.sample_len()
-        );
+        let reason = format!("got an image of {} channels, expected {}", image.channels, self.channels);
         Err(Error::shape("Augment", reason))
+    }
+
+    /// Normalises `image`.
+    fn write(&self, image: &Image, out: &mut [f32]) -> Result<()> {
+        if out.len() != image.pixels.len() {
+            let reason = format!("got room for {} values, expected {}", out.len(), image.pixels.len());
+            return Err(Error::shape("Augment", reason));
+        }
+        self.table.write(&image.pixels, out);
+        Ok(())
     }
 }
 
@@ -333,7 +366,7 @@ mod tests {
         let resized = resize(&image, 256, 358, Interpolation::Bicubic).unwrap();
         let centre = centre_crop(&resized, 224, 224).unwrap();
         let mut expected = vec![0.0; out.len()];
-        normalise::write(centre.pixels(), &augment.tables, &mut expected);
+        augment.table.write(centre.pixels(), &mut expected);
         assert_eq!(out, expected);
     }
 }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
-use crate::data::Dataset;
+use crate::data::{ByteTable, Dataset};
 
 /// Mean and standard deviation of a set's samples on a scale from 0 to 1: one of each for every channel, or one for all.
 ///
@@ -95,21 +95,11 @@ impl Normalise {
         std::array::from_fn(|channel| (mean[channel.min(channels - 1)] * 255.0).round() as u8)
     }
 
-    /// The normalised value of every byte, for each of `channels`.
-    pub(super) fn tables(&self, channels: usize) -> Vec<[f32; 256]> {
-        let (mean, std) = self.per_channel(channels);
-        let table = |(mean, std): (&f32, &f32)| std::array::from_fn(|value| (value as f32 / 255.0 - mean) / std);
-        mean.iter().zip(&std).map(table).collect()
-    }
-}
-
-/// Writes the normalised `pixels` to `out`, of the same length.
-pub(super) fn write(pixels: &[u8], tables: &[[f32; 256]], out: &mut [f32]) {
-    let channels = tables.len();
-    for (to, from) in out.chunks_exact_mut(channels).zip(pixels.chunks_exact(channels)) {
-        for ((value, &sample), table) in to.iter_mut().zip(from).zip(tables) {
-            *value = table[usize::from(sample)];
-        }
+    /// The normalised value of every byte, for each of `channels` (at least 1).
+    pub fn table(&self, channels: usize) -> ByteTable {
+        let (mean, std) = self.per_channel(channels.max(1));
+        let row = |(mean, std): (&f32, &f32)| std::array::from_fn(|value| (value as f32 / 255.0 - mean) / std);
+        ByteTable::of_rows(&mean.iter().zip(&std).map(row).collect::<Vec<[f32; 256]>>())
     }
 }
 
@@ -126,7 +116,7 @@ mod tests {
         assert_eq!(Normalise::unit().per_channel(3), (vec![0.0; 3], vec![1.0; 3]));
         assert_eq!(imagenet.mean_colour(3), [124, 116, 104]);
         let mut out = [0.0; 3];
-        write(&[255, 0, 51], &imagenet.tables(3), &mut out);
+        imagenet.table(3).write(&[255, 0, 51], &mut out);
         assert_eq!(out, [(1.0 - 0.485) / 0.229, (0.0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]);
     }
 

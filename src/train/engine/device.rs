@@ -8,7 +8,8 @@ use crate::nn::Context;
 use crate::random::Philox;
 use crate::train::device::{DeviceStep, REPORTS, Report, Status};
 use crate::train::ema::Ema;
-use crate::train::evaluate::{Inputs, Scored};
+use crate::train::evaluate::Scored;
+use crate::train::inputs::Inputs;
 use crate::train::metrics::RunningMeans;
 use crate::train::optimizer::Optimizer;
 use crate::train::precision::{LossScale, Precision};
@@ -21,12 +22,13 @@ const _: () = assert!(REPORT_EVERY <= REPORTS);
 /// A step runs so often before it is recorded: then the pool holds all the memory that it needs.
 const WARM_UP: usize = 2;
 
-/// Number of samples in each batch of a step: steps of equal batches launch the same work.
-type BatchSizes = Vec<usize>;
+/// Of each batch of a step the number of samples, and whether their images are bytes: steps of equal batches launch the
+/// same work.
+type BatchKinds = Vec<(usize, bool)>;
 
 /// A step that can be repeated.
 struct Recorded {
-    sizes: BatchSizes,
+    kinds: BatchKinds,
     /// What the recorded work reads, overwritten before every repetition.
     inputs: Vec<Inputs>,
     /// What it reads and writes besides: it is of no use once one of these has moved.
@@ -37,8 +39,8 @@ struct Recorded {
 pub(in crate::train) struct DeviceEngine {
     precision: Precision,
     repeat: bool,
-    /// The sizes of the last steps, and how many there were of the same.
-    warm: (BatchSizes, usize),
+    /// The kinds of the last steps' batches, and how many steps there were of the same.
+    warm: (BatchKinds, usize),
     recorded: Option<Recorded>,
 }
 
@@ -93,9 +95,15 @@ impl DeviceEngine {
         ema: Option<&mut Ema>,
         batches: &[Batch],
     ) -> Result<()> {
-        let on = device(optimizer)?.gpu().device();
-        let inputs = batches.iter().map(|batch| Inputs::new(batch, on)).collect::<Result<Vec<_>>>()?;
-        launch(plan, self.precision, optimizer, ema, &inputs)
+        let inputs = self.inputs(plan, optimizer, batches)?;
+        launch(plan, optimizer, ema, &inputs)
+    }
+
+    /// The batches on the device.
+    fn inputs(&self, plan: &StepPlan<'_>, optimizer: &Optimizer, batches: &[Batch]) -> Result<Vec<Inputs>> {
+        let device = device(optimizer)?.gpu().device();
+        let compute = self.precision.of_model(plan.model.parameters());
+        batches.iter().map(|batch| Inputs::new(batch, device, compute)).collect()
     }
 
     fn record_or_repeat(
@@ -105,32 +113,30 @@ impl DeviceEngine {
         ema: Option<&mut Ema>,
         batches: &[Batch],
     ) -> Result<()> {
-        let sizes: BatchSizes = batches.iter().map(Batch::len).collect();
+        let kinds: BatchKinds = batches.iter().map(|batch| (batch.len(), batch.images.is_bytes())).collect();
         let addresses = addresses(plan, optimizer, ema.as_deref());
         self.recorded.take_if(|recorded| recorded.addresses != addresses);
-        if let Some(recorded) = self.recorded.as_mut().filter(|recorded| recorded.sizes == sizes) {
+        if let Some(recorded) = self.recorded.as_mut().filter(|recorded| recorded.kinds == kinds) {
             let inputs = recorded.inputs.iter_mut().zip(batches);
             inputs.into_iter().try_for_each(|(inputs, batch)| inputs.overwrite(batch))?;
             return recorded.captured.launch();
         }
-        if self.warm.0 != sizes {
-            self.warm = (sizes.clone(), 0);
+        if self.warm.0 != kinds {
+            self.warm = (kinds.clone(), 0);
         }
         if self.recorded.is_some() || self.warm.1 < WARM_UP {
             self.warm.1 += 1;
             return self.launch_eagerly(plan, optimizer, ema, batches);
         }
         let gpu = device(optimizer)?.gpu();
-        let inputs = batches.iter().map(|batch| Inputs::new(batch, gpu.device())).collect::<Result<Vec<_>>>()?;
-        let precision = self.precision;
+        let inputs = self.inputs(plan, optimizer, batches)?;
         let mut ema = ema;
-        let Some((captured, ())) = gpu.capture(|| launch(plan, precision, optimizer, ema.as_deref_mut(), &inputs))?
-        else {
+        let Some((captured, ())) = gpu.capture(|| launch(plan, optimizer, ema.as_deref_mut(), &inputs))? else {
             // Another thread has taken of the pool's memory: this step fills it again.
-            return launch(plan, precision, optimizer, ema, &inputs);
+            return launch(plan, optimizer, ema, &inputs);
         };
         captured.launch()?;
-        self.recorded = Some(Recorded { sizes, inputs, addresses, captured });
+        self.recorded = Some(Recorded { kinds, inputs, addresses, captured });
         Ok(())
     }
 
@@ -156,20 +162,13 @@ fn addresses(plan: &StepPlan<'_>, optimizer: &Optimizer, ema: Option<&Ema>) -> V
 }
 
 /// Forward, backward, optimizer and averages. Nothing here waits for the device or depends on its results.
-fn launch(
-    plan: &StepPlan<'_>,
-    precision: Precision,
-    optimizer: &mut Optimizer,
-    ema: Option<&mut Ema>,
-    inputs: &[Inputs],
-) -> Result<()> {
-    let compute = precision.of_model(plan.model.parameters());
+fn launch(plan: &StepPlan<'_>, optimizer: &mut Optimizer, ema: Option<&mut Ema>, inputs: &[Inputs]) -> Result<()> {
     let mut gradients = Gradients::default();
     let mut samples = 0;
     for (number, inputs) in inputs.iter().enumerate() {
         let step = device(optimizer)?;
         let stream: Philox = step.stream(plan.stream).fork(number as u64);
-        let scored = Scored::new(plan.model, inputs, &Context::train(stream), compute)?;
+        let scored = Scored::new(plan.model, inputs, &Context::train(stream))?;
         step.add_measures(&scored.loss.detach(), &scored.logits.detach(), &inputs.labels)?;
         gradients.accumulate(scored.loss.backward_from(&step.loss_gradient(&scored.loss)?)?)?;
         samples += inputs.labels.elements();

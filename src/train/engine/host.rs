@@ -5,7 +5,8 @@ use crate::autograd::Gradients;
 use crate::nn::Context;
 use crate::train::clip::{clip_factor, global_norm, not_finite};
 use crate::train::ema::Ema;
-use crate::train::evaluate::{Inputs, Scored, strongest_targets};
+use crate::train::evaluate::Scored;
+use crate::train::inputs::{Inputs, strongest_targets};
 use crate::train::metrics::RunningMeans;
 use crate::train::optimizer::Optimizer;
 use crate::train::precision::{LossScale, LossScaling, Precision};
@@ -69,7 +70,7 @@ impl HostEngine {
         let (mut gradients, mut sums, mut samples) = (Gradients::default(), RunningMeans::default(), Vec::new());
         while let Some(batch) = batches.next()? {
             let context = Context::train(plan.stream.fork(batches.read as u64 - 1));
-            let scored = Scored::new(plan.model, &Inputs::new(&batch, Device::Cpu)?, &context, compute)?;
+            let scored = Scored::new(plan.model, &Inputs::new(&batch, Device::Cpu, compute)?, &context)?;
             let measured = scored.sums(&strongest_targets(&batch))?;
             if !measured.loss.is_finite() {
                 return Err(batches.refused(&format!("the loss is {}", measured.loss), &batch.indices));
