@@ -322,6 +322,17 @@ impl Tensor {
     }
 
     fn converted(&self, bytes: &Bytes, dtype: DType) -> Bytes {
+        use crate::cpu::bf16::{bf16, narrow, widen};
+        fn convert_by<S: Element, D: Element>(source: &[S], f: impl Fn(S) -> D + Copy + Sync + Send) -> Bytes {
+            let mut converted = Buffer::<D>::recycled(source.len());
+            crate::cpu::parallel::map(source, &mut converted, f);
+            converted.into_bytes()
+        }
+        match (self.dtype(), dtype) {
+            (DType::F32, DType::Bf16) => return convert_by::<f32, bf16>(bytes.as_slice(), narrow),
+            (DType::Bf16, DType::F32) => return convert_by::<bf16, f32>(bytes.as_slice(), widen),
+            _ => {}
+        }
         fn convert<S: Element, D: Element>(source: &[S]) -> Bytes {
             let mut converted = Buffer::<D>::recycled(source.len());
             crate::cpu::parallel::map(source, &mut converted, |v| D::from_f64(v.to_f64()));
