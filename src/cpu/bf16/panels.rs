@@ -19,7 +19,7 @@ fn panel_len(depth: usize) -> usize {
 /// A matrix, depth × columns, in panels of [`PANEL`] columns. A panel holds, for each pair of rows and then for each
 /// column, the two elements side by side. What is missing of the last pair and the last panel is zero.
 pub(crate) struct Panels {
-    data: Buffer<bf16>,
+    pub(super) data: Buffer<bf16>,
     depth: usize,
     columns: usize,
 }
@@ -27,7 +27,7 @@ pub(crate) struct Panels {
 /// Panels in borrowed memory.
 #[derive(Clone, Copy)]
 pub(crate) struct PanelsView<'a> {
-    data: &'a [bf16],
+    pub(super) data: &'a [bf16],
     depth: usize,
     columns: usize,
 }
@@ -129,7 +129,7 @@ impl<'a> PanelsView<'a> {
         PanelsView { data: into, depth, columns }
     }
 
-    fn panel(&self, index: usize) -> &'a [bf16] {
+    pub(super) fn panel(&self, index: usize) -> &'a [bf16] {
         &self.data[index * panel_len(self.depth)..][..panel_len(self.depth)]
     }
 

@@ -112,6 +112,7 @@ fn conversions_round_as_defined() {
     }
     for bits in 0..=u16::MAX {
         let value = bf16::from_bits(bits);
-        assert_eq!(widen(value).to_bits(), f32::from(value).to_bits());
+        let (got, want) = (widen(value), f32::from(value));
+        assert!(got.to_bits() == want.to_bits() || (got.is_nan() && want.is_nan()), "{value}: {got} for {want}");
     }
 }

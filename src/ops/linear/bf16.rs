@@ -90,15 +90,11 @@ pub(super) fn backward(
     if needs[1] && rows >= 1024 && in_features * out_features <= OnePass::WEIGHT {
         return OnePass { grad, sums, input, weight, extents, needs }.run();
     }
-    let inner = sums.map(|sums| {
-        let mut inner = Buffer::recycled(grad.len());
-        parallel::pieces_mut(&mut inner, parallel::PIECE, |index, inner| {
-            let at = index * parallel::PIECE..index * parallel::PIECE + inner.len();
-            gelu_gradient(&grad[at.clone()], &sums[at], inner);
-        });
-        inner
-    });
-    let grad = inner.as_deref().unwrap_or(grad);
+    let inner = sums.map(|sums| whole_gelu_gradient(grad, sums, out_features));
+    let (grad, bias_sums) = match &inner {
+        Some((inner, bias_sums)) => (&inner[..], Some(narrowed(bias_sums))),
+        None => (grad, None),
+    };
     let input_gradient = || {
         let weight = Panels::of_rows(weight, out_features, in_features);
         product(grad, &weight, None, [rows, out_features, in_features])
@@ -106,7 +102,7 @@ pub(super) fn backward(
     Gradients {
         input: needs[0].then(input_gradient),
         weight: needs[1].then(|| transposed_product((grad, out_features), (input, in_features), rows)),
-        bias: needs[2].then(|| column_sums(grad, out_features)),
+        bias: needs[2].then(|| bias_sums.unwrap_or_else(|| column_sums(grad, out_features))),
     }
 }
 
@@ -140,16 +136,34 @@ fn narrow_rows(sums: &[f32], stride: usize, to: &mut [bf16], columns: usize) {
     );
 }
 
-/// `inner = grad · GELU′(sums)`.
-fn gelu_gradient(grad: &[bf16], sums: &[bf16], inner: &mut [bf16]) {
+/// `inner = grad · GELU′(sums)`, rounded, whose rows are added to `total` before that.
+fn gelu_gradient(grad: &[bf16], sums: &[bf16], inner: &mut [bf16], total: &mut [f32]) {
+    let columns = total.len().max(1);
     simd::dispatch(
         #[inline(always)]
         || {
-            for (inner, (&grad, &sum)) in inner.iter_mut().zip(grad.iter().zip(sums)) {
-                *inner = narrow(scalar::gelu_derivative(widen(sum)) * widen(grad));
+            let rows = grad.chunks_exact(columns).zip(sums.chunks_exact(columns));
+            for (inner, (grad, sums)) in inner.chunks_exact_mut(columns).zip(rows) {
+                for ((inner, total), (&grad, &sum)) in inner.iter_mut().zip(&mut *total).zip(grad.iter().zip(sums)) {
+                    let value = scalar::gelu_derivative(widen(sum)) * widen(grad);
+                    *total += value;
+                    *inner = narrow(value);
+                }
             }
         },
     );
+}
+
+/// [`gelu_gradient`] of all rows, with all threads.
+fn whole_gelu_gradient(grad: &[bf16], sums: &[bf16], columns: usize) -> (Buffer<bf16>, Buffer<f32>) {
+    let per_piece = (4 * parallel::PIECE / columns.max(1)).max(1) * columns;
+    let mut inner = Buffer::recycled(grad.len());
+    let mut totals = Buffer::zeroed(grad.len().div_ceil(per_piece.max(1)) * columns);
+    parallel::pieces_mut2((&mut inner, per_piece), (&mut totals, columns), |index, inner, total| {
+        let at = index * per_piece..index * per_piece + inner.len();
+        gelu_gradient(&grad[at.clone()], &sums[at], inner, total);
+    });
+    (inner, total(&totals, columns))
 }
 
 fn column_sums(values: &[bf16], columns: usize) -> Buffer<bf16> {
@@ -230,10 +244,9 @@ impl OnePass<'_> {
             let at = (part.first + first) * out_features..(part.first + first + count) * out_features;
             let mut grad = &self.grad[at.clone()];
             if let Some(sums) = self.sums {
-                gelu_gradient(grad, &sums[at], &mut inner[..grad.len()]);
+                gelu_gradient(grad, &sums[at], &mut inner[..grad.len()], part.bias_sums);
                 grad = &inner[..grad.len()];
-            }
-            if self.needs[2] {
+            } else if self.needs[2] {
                 add_rows(grad, part.bias_sums);
             }
             if let Some(weight) = weight {
@@ -255,8 +268,8 @@ fn total(vectors: &[f32], len: usize) -> Buffer<f32> {
     let mut total = Buffer::recycled(len);
     parallel::pieces_mut(&mut total, parallel::PIECE, |index, total| {
         let at = index * parallel::PIECE..index * parallel::PIECE + total.len();
-        total.copy_from_slice(&vectors[at.clone()]);
-        for vector in vectors.chunks_exact(len).skip(1) {
+        total.fill(0.0);
+        for vector in vectors.chunks_exact(len) {
             simd::dispatch(
                 #[inline(always)]
                 || {
