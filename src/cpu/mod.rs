@@ -29,6 +29,8 @@ pub mod parallel;
 mod peak;
 pub mod simd;
 pub mod small_gemm;
+mod stored;
 
 pub use float::Float;
 pub use peak::peak_flops;
+pub(crate) use stored::Stored;

@@ -154,10 +154,6 @@ impl<'a> PanelsView<'a> {
         }
     }
 
-    /// Number of panels.
-    pub fn panels(&self) -> usize {
-        self.columns.div_ceil(PANEL)
-    }
 }
 
 /// Packs the panel that begins at column `first` of rows of `columns` elements.
