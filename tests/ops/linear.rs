@@ -221,7 +221,11 @@ fn tall_products_agree_with_double_precision_for_any_number_of_threads() {
 fn same_for_any_number_of_threads(case: &Linear, dtype: DType, results: &[Vec<f64>]) {
     for threads in [1, 3] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        assert_eq!(pool.install(|| with_gradients(case, dtype, dtype)), results, "{case} {dtype} with {threads} threads");
+        assert_eq!(
+            pool.install(|| with_gradients(case, dtype, dtype)),
+            results,
+            "{case} {dtype} with {threads} threads"
+        );
     }
 }
 

@@ -1,12 +1,15 @@
 //! The products in AVX-512 with its `bf16` extension: blocks of 8 rows by two vectors of 16 sums, which hide the latency of
 //! the instruction. For each pair of the depth a block loads two vectors of the panel and 8 pairs, each for two products.
 
-#![allow(unsafe_code, reason = "loads and stores of vectors, and functions of an instruction set that is asked for first")]
+#![allow(
+    unsafe_code,
+    reason = "loads and stores of vectors, and functions of an instruction set that is asked for first"
+)]
 
 use std::arch::x86_64::{
     __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_loadu_ps,
-    _mm512_loadu_si512, _mm512_mask_storeu_epi16, _mm512_mask_storeu_ps, _mm512_set1_epi32, _mm512_setzero_ps,
-    _mm512_storeu_ps, _mm512_stream_si512,
+    _mm512_loadu_si512, _mm512_mask_storeu_epi16, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_epi32,
+    _mm512_setzero_ps, _mm512_storeu_ps, _mm512_stream_si512,
 };
 use std::mem::transmute;
 
@@ -82,6 +85,11 @@ fn rows<const R: usize>(product: &Product<'_>, first: usize, to: &mut To<'_>) ->
                 store_wide(low, sums[0]);
                 store_wide(high, sums[1]);
             }
+            To::Added(to) => {
+                let (low, high) = to[at..at + used].split_at_mut(used.min(LANES));
+                store_wide(low, _mm512_add_ps(load_wide(low), sums[0]));
+                store_wide(high, _mm512_add_ps(load_wide(high), sums[1]));
+            }
         }
     }
     R
@@ -149,6 +157,16 @@ fn store_sums(to: &mut [f32], value: __m512) {
     assert_eq!(to.len(), LANES);
     // SAFETY: the slice is as long as the vector; the store needs no alignment.
     unsafe { _mm512_storeu_ps(to.as_mut_ptr(), value) }
+}
+
+/// As many elements as `from` has, and zeros.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_wide(from: &[f32]) -> __m512 {
+    assert!(from.len() <= LANES);
+    let mask = ((1u32 << from.len()) - 1) as u16;
+    // SAFETY: the mask has one bit for each element of the slice, and the others are not read.
+    unsafe { _mm512_maskz_loadu_ps(mask, from.as_ptr()) }
 }
 
 /// The first elements of a vector, as many as `to` has.

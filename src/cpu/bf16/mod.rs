@@ -14,6 +14,7 @@ mod avx512;
 mod convert;
 mod panels;
 mod portable;
+mod products;
 #[cfg(test)]
 mod tests;
 
@@ -22,6 +23,7 @@ use std::cell::Cell;
 pub(crate) use convert::{add_rows, narrow, narrowed, widen, widen_into};
 pub(crate) use half::bf16;
 pub(crate) use panels::{Panels, PanelsView, pairs};
+pub(crate) use products::{block_rows, is_streamed, multiply_rows, multiply_transposed, narrow_rows};
 
 use crate::tensor::DType;
 
@@ -68,6 +70,8 @@ pub(crate) enum To<'a> {
     Narrow(&'a mut [bf16]),
     /// The sums as they are.
     Wide(&'a mut [f32]),
+    /// The sums, added to what is there.
+    Added(&'a mut [f32]),
 }
 
 /// Rows of `depth` elements which begin at `starts` in `data`, to be multiplied by a panel.
@@ -93,7 +97,7 @@ impl Product<'_> {
         let last = self.starts.len().saturating_sub(1);
         let len = match to {
             To::Narrow(to) => to.len(),
-            To::Wide(to) => to.len(),
+            To::Wide(to) | To::Added(to) => to.len(),
         };
         assert!(self.starts.is_empty() || last * self.stride + self.used <= len, "result");
     }

@@ -40,9 +40,17 @@ impl Panels {
 
     /// Packs a row-major matrix (depth, columns), in parallel.
     pub fn of_rows(matrix: &[bf16], depth: usize, columns: usize) -> Self {
-        assert_eq!(matrix.len(), depth * columns, "matrix");
+        Self::of_strided((matrix, columns), depth, columns)
+    }
+
+    /// [`Panels::of_rows`] for rows that are `stride` apart.
+    pub fn of_strided((matrix, stride): (&[bf16], usize), depth: usize, columns: usize) -> Self {
+        assert!(depth == 0 || (depth - 1) * stride + columns <= matrix.len(), "matrix");
+        let matrix = &matrix[..depth.saturating_sub(1) * stride + columns.min(matrix.len())];
         let mut data = Buffer::recycled(Self::len(depth, columns));
-        parallel::pieces_mut(&mut data, panel_len(depth), |index, panel| pack(matrix, columns, index * PANEL, panel));
+        parallel::pieces_mut(&mut data, panel_len(depth), |index, panel| {
+            pack((matrix, stride), columns, index * PANEL, panel);
+        });
         Panels { data, depth, columns }
     }
 
@@ -67,6 +75,11 @@ impl Panels {
             }
         });
         Panels { data, depth, columns }
+    }
+
+    /// Rows and columns.
+    pub fn extents(&self) -> [usize; 2] {
+        [self.depth, self.columns]
     }
 
     /// For reading.
@@ -110,6 +123,7 @@ impl Panels {
             product.run(match &mut to {
                 To::Narrow(to) => To::Narrow(&mut to[first..]),
                 To::Wide(to) => To::Wide(&mut to[first..]),
+                To::Added(to) => To::Added(&mut to[first..]),
             });
         }
         if streamed {
@@ -124,7 +138,7 @@ impl<'a> PanelsView<'a> {
         assert_eq!(matrix.len(), depth * columns, "matrix");
         let into = &mut into[..Panels::len(depth, columns)];
         for (index, panel) in into.chunks_mut(panel_len(depth).max(1)).enumerate() {
-            pack(matrix, columns, index * PANEL, panel);
+            pack((matrix, columns), columns, index * PANEL, panel);
         }
         PanelsView { data: into, depth, columns }
     }
@@ -153,18 +167,17 @@ impl<'a> PanelsView<'a> {
             }
         }
     }
-
 }
 
-/// Packs the panel that begins at column `first` of rows of `columns` elements.
-fn pack(matrix: &[bf16], columns: usize, first: usize, panel: &mut [bf16]) {
+/// Packs the panel that begins at column `first` of rows of `columns` elements, `stride` apart.
+fn pack((matrix, stride): (&[bf16], usize), columns: usize, first: usize, panel: &mut [bf16]) {
     let used = PANEL.min(columns - first);
     simd::dispatch(
         #[inline(always)]
         || {
             let (panel, _) = panel.as_chunks_mut::<{ 2 * PANEL }>();
             for (pair, panel) in panel.iter_mut().enumerate() {
-                let (even, odd) = (2 * pair * columns + first, (2 * pair + 1) * columns + first);
+                let (even, odd) = (2 * pair * stride + first, (2 * pair + 1) * stride + first);
                 let odd = matrix.get(odd..odd + used);
                 if let (PANEL, Some(odd)) = (used, odd) {
                     interleave(&matrix[even..][..PANEL], odd, panel);

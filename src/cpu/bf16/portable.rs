@@ -17,6 +17,7 @@ pub(super) fn multiply(product: &Product<'_>, mut to: To<'_>) {
         match &mut to {
             To::Narrow(to) => to[at].iter_mut().zip(sums).for_each(|(to, sum)| *to = narrow(sum)),
             To::Wide(to) => to[at].copy_from_slice(&sums[..used]),
+            To::Added(to) => to[at].iter_mut().zip(sums).for_each(|(to, sum)| *to += sum),
         }
     }
 }

@@ -17,6 +17,11 @@ fn on_every_path(product: &Product<'_>, len: usize) -> Vec<(Vec<bf16>, Vec<f32>)
         let (mut narrow, mut wide) = (vec![bf16::ONE; len], vec![1.0; len]);
         run(To::Narrow(&mut narrow));
         run(To::Wide(&mut wide));
+        let mut twice = wide.clone();
+        run(To::Added(&mut twice));
+        for (twice, once) in twice.iter().zip(&wide) {
+            assert!(*twice == 2.0 * once || *twice == 1.0, "{twice} for twice {once}");
+        }
         results.push((narrow, wide));
     }
     results

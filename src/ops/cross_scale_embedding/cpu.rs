@@ -60,7 +60,7 @@ impl Problem {
         starts.collect()
     }
 
-    fn prefers_rows(&self) -> bool {
+    pub fn prefers_rows(&self) -> bool {
         self.extents[3] <= 16
     }
 }

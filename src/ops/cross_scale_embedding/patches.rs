@@ -7,12 +7,12 @@
 use super::cpu::{Gradients, Kernel, Problem};
 use crate::cpu::gemm::{Into, Matrix, Threads, gemm};
 use crate::cpu::{Float, parallel};
-use crate::tensor::Buffer;
+use crate::tensor::{Buffer, Element};
 
 const PATCH_BYTES: usize = 16 << 20;
 
 /// Positions (row, column) in the largest window, those of smaller kernels first.
-fn taps(problem: &Problem) -> Vec<[usize; 2]> {
+pub(super) fn taps(problem: &Problem) -> Vec<[usize; 2]> {
     let largest = problem.largest();
     let mut sides: Vec<usize> = problem.kernels.iter().map(|kernel| kernel.side).collect();
     sides.sort_unstable();
@@ -26,7 +26,7 @@ fn taps(problem: &Problem) -> Vec<[usize; 2]> {
 }
 
 /// Weights as (out, tap, channel).
-fn pack<T: Float>(problem: &Problem, kernel: Kernel, taps: &[[usize; 2]], weight: &[T]) -> Buffer<T> {
+pub(super) fn pack<T: Element>(problem: &Problem, kernel: Kernel, taps: &[[usize; 2]], weight: &[T]) -> Buffer<T> {
     let (channels, positions) = (problem.extents[3], kernel.side * kernel.side);
     let mut packed = Buffer::recycled(kernel.out * positions * channels);
     parallel::pieces_mut(&mut packed, positions * channels, |out, packed| {
@@ -40,7 +40,7 @@ fn pack<T: Float>(problem: &Problem, kernel: Kernel, taps: &[[usize; 2]], weight
 }
 
 /// The inverse of [`pack`].
-fn unpack<T: Float>(problem: &Problem, kernel: Kernel, taps: &[[usize; 2]], packed: &[T]) -> Buffer<T> {
+pub(super) fn unpack<T: Element>(problem: &Problem, kernel: Kernel, taps: &[[usize; 2]], packed: &[T]) -> Buffer<T> {
     let (channels, positions) = (problem.extents[3], kernel.side * kernel.side);
     let mut weight = Buffer::recycled(packed.len());
     parallel::pieces_mut(&mut weight, positions * channels, |out, weight| {
@@ -59,7 +59,7 @@ fn position(problem: &Problem, kernel: Kernel, [row, column]: [usize; 2]) -> usi
     (row - inset) * kernel.side + column - inset
 }
 
-fn images_per_run<T>(problem: &Problem) -> usize {
+pub(super) fn images_per_run<T>(problem: &Problem) -> usize {
     let [rows, columns] = problem.output_map();
     let image = rows * columns * problem.largest().pow(2) * problem.extents[3] * size_of::<T>();
     (PATCH_BYTES / image.max(1)).max(1)
@@ -78,13 +78,13 @@ fn for_each_tap(problem: &Problem, taps: &[[usize; 2]], [y, x]: [usize; 2], mut 
     }
 }
 
-fn gather<T: Float>(problem: &Problem, taps: &[[usize; 2]], input: &[T], patches: &mut [T]) {
+pub(super) fn gather<T: Element>(problem: &Problem, taps: &[[usize; 2]], input: &[T], patches: &mut [T]) {
     let [_, height, width, channels] = problem.extents;
     let [rows, columns] = problem.output_map();
     let depth = taps.len() * channels;
     parallel::pieces_mut(patches, columns * depth, |number, patches| {
         let input = &input[number / rows * height * width * channels..];
-        patches.fill(T::ZERO);
+        patches.fill(T::zeroed());
         for (x, patch) in patches.chunks_exact_mut(depth).enumerate() {
             for_each_tap(problem, taps, [number % rows, x], |to, from| {
                 patch[to..][..channels].copy_from_slice(&input[from..][..channels]);
@@ -165,7 +165,7 @@ pub(super) fn backward<T: Float>(
 }
 
 /// Adds every patch to the input positions that it was gathered from. One task per image: windows overlap.
-fn scatter<T: Float>(problem: &Problem, taps: &[[usize; 2]], patches: &[T], input_grad: &mut [T]) {
+pub(super) fn scatter<T: Float>(problem: &Problem, taps: &[[usize; 2]], patches: &[T], input_grad: &mut [T]) {
     let [_, height, width, channels] = problem.extents;
     let [rows, columns] = problem.output_map();
     let depth = taps.len() * channels;

@@ -37,12 +37,7 @@ pub(super) fn elements<S: Stored<T>, T: Float>(input: &[S], mask: Mask, stream: 
 }
 
 /// One decision for each `sample_len` consecutive elements.
-pub(super) fn samples<S: Stored<T>, T: Float>(
-    input: &[S],
-    sample_len: usize,
-    mask: Mask,
-    stream: Philox,
-) -> Buffer<S> {
+pub(super) fn samples<S: Stored<T>, T: Float>(input: &[S], sample_len: usize, mask: Mask, stream: Philox) -> Buffer<S> {
     let mut output = Buffer::recycled(input.len());
     let scale = T::from_f64(mask.scale);
     parallel::pieces_mut(&mut output, parallel::PIECE, |index, piece| {

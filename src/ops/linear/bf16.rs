@@ -2,7 +2,10 @@
 //! while these are in a core's second-level cache. No operand is converted as a whole.
 
 use super::Gradients;
-use crate::cpu::bf16::{PANEL, Panels, PanelsView, add_rows, bf16, narrow, narrowed, widen};
+use crate::cpu::bf16::{
+    PANEL, Panels, PanelsView, add_rows, bf16, block_rows, is_streamed, multiply_rows, multiply_transposed, narrow,
+    narrow_rows, narrowed, widen,
+};
 use crate::cpu::{parallel, simd};
 use crate::ops::elementwise::scalar;
 use crate::tensor::Buffer;
@@ -10,33 +13,9 @@ use crate::tensor::Buffer;
 /// rows, in, out
 type Extents = [usize; 3];
 
-/// Rows whose input, sums and result stay in a second-level cache.
-fn block_rows([_, in_features, out_features]: Extents) -> usize {
-    const ELEMENTS: usize = 1 << 17;
-    (ELEMENTS / (in_features + out_features).max(1)).clamp(32, 256) / 8 * 8
-}
-
-/// Whether a result of so many elements goes past the caches.
-fn is_streamed(elements: usize) -> bool {
-    const CACHED_BYTES: usize = 16 << 20;
-    elements * size_of::<bf16>() > CACHED_BYTES
-}
-
 pub(super) fn forward(input: &[bf16], weight: &[bf16], bias: Option<&[bf16]>, extents: Extents) -> Buffer<bf16> {
-    let [_, in_features, out_features] = extents;
-    product(input, &Panels::of_columns(weight, in_features, out_features), bias, extents)
-}
-
-/// `input · weight + bias`, for a weight of in × out.
-fn product(input: &[bf16], weight: &Panels, bias: Option<&[bf16]>, extents: Extents) -> Buffer<bf16> {
     let [rows, in_features, out_features] = extents;
-    let mut output = Buffer::recycled(rows * out_features);
-    let (block, streamed) = (block_rows(extents), is_streamed(output.len()));
-    parallel::pieces_mut(&mut output, block * out_features, |index, output| {
-        let input = &input[index * block * in_features..][..output.len() / out_features * in_features];
-        weight.rows(input, bias, output, streamed);
-    });
-    output
+    multiply_rows(input, &Panels::of_columns(weight, in_features, out_features), bias, rows)
 }
 
 /// GELU of [`forward`], and where `keeps_sums` the sums before it.
@@ -49,7 +28,7 @@ pub(super) fn forward_gelu(
 ) -> (Buffer<bf16>, Option<Buffer<bf16>>) {
     let [rows, in_features, out_features] = extents;
     let weight = Panels::of_columns(weight, in_features, out_features);
-    let block = block_rows(extents);
+    let block = block_rows(in_features, out_features);
     let product = |index: usize, output: &mut [bf16], kept: &mut [bf16]| {
         let input = &input[index * block * in_features..][..output.len() / out_features * in_features];
         let mut sums = Buffer::recycled(output.len());
@@ -97,43 +76,16 @@ pub(super) fn backward(
     };
     let input_gradient = || {
         let weight = Panels::of_rows(weight, out_features, in_features);
-        product(grad, &weight, None, [rows, out_features, in_features])
+        multiply_rows(grad, &weight, None, rows)
     };
     Gradients {
         input: needs[0].then(input_gradient),
-        weight: needs[1].then(|| transposed_product((grad, out_features), (input, in_features), rows)),
+        weight: needs[1].then(|| {
+            let (left, right) = (Panels::of_rows(grad, rows, out_features), Panels::of_rows(input, rows, in_features));
+            multiply_transposed(&left, &right)
+        }),
         bias: needs[2].then(|| bias_sums.unwrap_or_else(|| column_sums(grad, out_features))),
     }
-}
-
-/// `leftᵀ · right` for two matrices of so many rows and their own columns, as (columns of the left, columns of the right).
-pub(crate) fn transposed_product(
-    (left, rows_of_result): (&[bf16], usize),
-    (right, columns): (&[bf16], usize),
-    depth: usize,
-) -> Buffer<bf16> {
-    let (left, right) = (Panels::of_rows(left, depth, rows_of_result), Panels::of_rows(right, depth, columns));
-    let mut output = Buffer::recycled(rows_of_result * columns);
-    parallel::pieces_mut(&mut output, PANEL * columns, |panel, output| {
-        let mut sums = Buffer::<f32>::zeroed(PANEL * right.view().sums_stride());
-        left.view().add_transposed(panel, right.view(), &mut sums);
-        narrow_rows(&sums, right.view().sums_stride(), output, columns);
-    });
-    output
-}
-
-/// Rounds rows of `columns` from sums that are `stride` apart.
-fn narrow_rows(sums: &[f32], stride: usize, to: &mut [bf16], columns: usize) {
-    simd::dispatch(
-        #[inline(always)]
-        || {
-            for (to, sums) in to.chunks_exact_mut(columns.max(1)).zip(sums.chunks_exact(stride.max(1))) {
-                for (to, &sum) in to.iter_mut().zip(sums) {
-                    *to = narrow(sum);
-                }
-            }
-        },
-    );
 }
 
 /// `inner = grad · GELU′(sums)`, rounded, whose rows are added to `total` before that.
@@ -234,7 +186,7 @@ impl OnePass<'_> {
 
     fn part(&self, part: &mut Part<'_>, weight: Option<&Panels>) {
         let [rows, in_features, out_features] = self.extents;
-        let (block, streamed) = (block_rows(self.extents), is_streamed(rows * in_features));
+        let (block, streamed) = (block_rows(in_features, out_features), is_streamed(rows * in_features));
         let block = block.min(part.rows);
         let mut inner = Buffer::recycled(if self.sums.is_some() { block * out_features } else { 0 });
         let mut left = Buffer::recycled(Panels::len(block, out_features));
