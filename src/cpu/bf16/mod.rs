@@ -1,7 +1,7 @@
 //! Products of `bf16` matrices with sums in `f32`, for processors that have AVX-512 with its `bf16` extension, whose
 //! instruction takes two multiply-adds for each `f32` lane: twice the rate of `f32`.
 //!
-//! Operands stay `bf16`. The right one is packed into [`Panels`]; rows of the left one are read as they lie, two
+//! Operands stay `bf16`. The right one is packed into panels; rows of the left one are read as they lie, two
 //! neighbouring elements at once. A block of 8 rows by one panel stays in registers over the whole depth, in the order of
 //! the depth, two terms at a time, whatever the number of rows and threads. Results are rounded once.
 //!

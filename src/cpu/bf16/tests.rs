@@ -101,7 +101,7 @@ fn both_ways_of_packing_agree() {
 fn numbers_that_are_not_finite_stay_in_their_row() {
     let mut left = random(8 * 6, 1);
     (left[6], left[13]) = (bf16::NAN, bf16::INFINITY);
-    let panels = Panels::of_rows(&vec![bf16::ONE; 6 * 2], 6, 2);
+    let panels = Panels::of_rows(&[bf16::ONE; 6 * 2], 6, 2);
     let mut to = vec![bf16::ZERO; 8 * 2];
     panels.rows(&left, None, &mut to, false);
     assert!(to[2..4].iter().all(|value| value.is_nan()) && to[4..6].iter().all(|value| *value == bf16::INFINITY));
