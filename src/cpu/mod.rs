@@ -19,6 +19,7 @@
 //! assert!(sums[0] < sums[1]);
 //! ```
 
+pub mod bf16;
 pub mod block_gemm;
 mod float;
 pub mod gemm;
@@ -28,6 +29,8 @@ pub mod parallel;
 mod peak;
 pub mod simd;
 pub mod small_gemm;
+mod stored;
 
 pub use float::Float;
 pub use peak::peak_flops;
+pub(crate) use stored::Stored;

@@ -112,8 +112,12 @@ impl Tensor {
     /// # Errors
     /// Where the number of elements is not the shape's, or `dtype` is not a floating-point type.
     pub fn from_floats<T: Float>(buffer: Buffer<T>, shape: impl Into<Shape>, dtype: DType) -> Result<Self> {
-        let computed = Self::from_buffer(buffer, shape)?;
-        if dtype == T::DTYPE { Ok(computed) } else { computed.cast_values(dtype) }
+        Self::from_stored(buffer, shape, dtype)
+    }
+
+    /// [`Tensor::from_floats`] for what [`Tensor::stored`] gave.
+    pub(crate) fn from_stored<S: Element>(buffer: Buffer<S>, shape: impl Into<Shape>, dtype: DType) -> Result<Self> {
+        Self::from_buffer(buffer, shape)?.cast_values(dtype)
     }
 
     /// A scalar: a tensor without axes.
@@ -282,12 +286,18 @@ impl Tensor {
     /// # Errors
     /// Where the element type's compute type is not `T`, or the values are not in the host's memory.
     pub fn floats<T: Float>(&self, op: &'static str) -> Result<Floats<'_, T>> {
-        if self.dtype() == T::DTYPE {
+        self.stored(op)
+    }
+
+    /// The values as `S`, which is the element type or, for `f32`, that of a half type: how ops read their inputs whose
+    /// loops convert `bf16` themselves, with [`dispatch_stored`].
+    pub(crate) fn stored<S: Element>(&self, op: &'static str) -> Result<Floats<'_, S>> {
+        if self.dtype() == S::DTYPE {
             return Ok(Floats::Borrowed(self.0.storage.host(op)?.as_slice()));
         }
-        match (self.dtype(), T::DTYPE) {
+        match (self.dtype(), S::DTYPE) {
             (DType::Bf16 | DType::F16, DType::F32) => {
-                let bytes = self.converted(self.0.storage.host(op)?, T::DTYPE);
+                let bytes = self.converted(self.0.storage.host(op)?, S::DTYPE);
                 Ok(Floats::Converted(Widened(bytes), PhantomData))
             }
             (got, wanted) => Err(Error::DType { op, got, expected: format!("{wanted}, as the op's other tensors") }),
@@ -322,10 +332,19 @@ impl Tensor {
     }
 
     fn converted(&self, bytes: &Bytes, dtype: DType) -> Bytes {
-        fn convert<S: Element, D: Element>(source: &[S]) -> Bytes {
+        use crate::cpu::bf16::{bf16, narrow, widen};
+        fn mapped<S: Element, D: Element>(source: &[S], f: impl Fn(S) -> D + Copy + Sync + Send) -> Bytes {
             let mut converted = Buffer::<D>::recycled(source.len());
-            crate::cpu::parallel::map(source, &mut converted, |v| D::from_f64(v.to_f64()));
+            crate::cpu::parallel::map(source, &mut converted, f);
             converted.into_bytes()
+        }
+        fn convert<S: Element, D: Element>(source: &[S]) -> Bytes {
+            mapped(source, |v| D::from_f64(v.to_f64()))
+        }
+        match (self.dtype(), dtype) {
+            (DType::F32, DType::Bf16) => return mapped::<f32, bf16>(bytes.as_slice(), narrow),
+            (DType::Bf16, DType::F32) => return mapped::<bf16, f32>(bytes.as_slice(), widen),
+            _ => {}
         }
         crate::dispatch_dtype!(self.dtype(), S => {
             let source = bytes.as_slice::<S>();
@@ -411,7 +430,7 @@ pub enum Floats<'a, T> {
     Converted(Widened, PhantomData<T>),
 }
 
-impl<T: Float> std::ops::Deref for Floats<'_, T> {
+impl<T: Element> std::ops::Deref for Floats<'_, T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
         match self {
@@ -473,6 +492,25 @@ macro_rules! dispatch_float {
         }
     };
 }
+
+/// Runs an expression that returns a `Result` with `S` bound to the type in which a loop reads and writes elements of
+/// floating-point `dtype`, and `T` to its compute type. Other dtypes are an error of `op`.
+macro_rules! dispatch_stored {
+    ($op:expr, $dtype:expr, ($stored:ident, $compute:ident) => $body:expr) => {
+        match $dtype {
+            $crate::DType::Bf16 => {
+                type $stored = half::bf16;
+                type $compute = f32;
+                $body
+            }
+            dtype => $crate::dispatch_float!($op, dtype, $compute => {
+                type $stored = $compute;
+                $body
+            }),
+        }
+    };
+}
+pub(crate) use dispatch_stored;
 
 #[cfg(test)]
 mod tests {

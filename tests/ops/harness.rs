@@ -3,6 +3,7 @@
 use std::fmt::Display;
 
 use gridgrad::autograd::{self, GradOptions, GradientCheck};
+use gridgrad::cpu::bf16::{has_instructions, without_instructions};
 use gridgrad::random::Philox;
 use gridgrad::{DType, Device, Result, Tensor};
 
@@ -94,7 +95,11 @@ pub fn check_on_host(case: &dyn OpCase) {
     forward(case, DType::Bf16, case.tolerance().f32 + 1.0 / 256.0);
     forward(case, DType::F16, case.tolerance().f32 + 1.0 / 2048.0);
     gradients(case);
-    threads(case);
+    threads(case, DType::F32);
+    if has_instructions() {
+        multiplied_in_bf16(case);
+        threads(case, DType::Bf16);
+    }
 }
 
 /// The drivers that concern kernels: for cases at the edges of their tiles, which mean nothing to the processor.
@@ -136,14 +141,33 @@ pub fn on_device(case: &dyn OpCase, device: Device, dtype: DType) {
         }
     };
     let got = results(&rounded, device);
-    assert_eq!(got.len(), exact.len(), "{case} {dtype} on {device}: number of gradients");
-    for (number, ((got, baseline), exact)) in got.iter().zip(&baseline).zip(&exact).enumerate() {
-        assert_eq!((got.device(), got.dtype()), (device, baseline.dtype()), "{case} {dtype}, result {number}");
+    assert!(got.iter().all(|result| result.device() == device), "{case} {dtype} on {device}");
+    twice_as_far(case, &format!("{dtype} on {device}"), &got, &baseline, &exact);
+}
+
+/// Where the processor multiplies `bf16`: output and gradients are at most twice as far from those in `f64`, computed
+/// from the same rounded inputs, as those by way of `f32`, or those of the op's composed form.
+fn multiplied_in_bf16(case: &dyn OpCase) {
+    let rounded = inputs_as(case, DType::Bf16);
+    let widen = |input: &Tensor| if input.dtype().is_float() { input.cast(DType::F64).unwrap() } else { input.clone() };
+    let wide: Vec<Tensor> = rounded.iter().map(widen).collect();
+    let run = |inputs: &[Tensor]| case.run(inputs);
+    let composed = |inputs: &[Tensor]| case.composed(inputs).unwrap_or_else(|| case.run(inputs));
+    let exact = output_and_gradients(run, &wide, GradOptions::default()).unwrap();
+    let got = output_and_gradients(run, &rounded, GradOptions::default()).unwrap();
+    let baseline = without_instructions(|| output_and_gradients(composed, &rounded, GradOptions::default()).unwrap());
+    twice_as_far(case, "bf16", &got, &baseline, &exact);
+}
+
+fn twice_as_far(case: &dyn OpCase, how: &str, got: &[Tensor], baseline: &[Tensor], exact: &[Tensor]) {
+    assert_eq!(got.len(), exact.len(), "{case} {how}: number of gradients");
+    for (number, ((got, baseline), exact)) in got.iter().zip(baseline).zip(exact).enumerate() {
+        assert_eq!(got.dtype(), baseline.dtype(), "{case} {how}, result {number}");
         let exact = exact.to_f64_vec().unwrap();
         let scale = exact.iter().filter(|v| v.is_finite()).fold(1.0f64, |scale, v| scale.max(v.abs()));
         let allowed = 2.0 * largest_error(&baseline.to_f64_vec().unwrap(), &exact) + case.tolerance().f32 * scale;
         let error = largest_error(&got.to_f64_vec().unwrap(), &exact);
-        assert!(error <= allowed, "{case} {dtype} on {device}, result {number}: error {error:e}, allowed {allowed:e}");
+        assert!(error <= allowed, "{case} {how}, result {number}: error {error:e}, allowed {allowed:e}");
     }
 }
 
@@ -253,14 +277,14 @@ fn output_and_gradients(
 }
 
 /// Output and gradients have the same bits with one, two and three threads.
-fn threads(case: &dyn OpCase) {
+fn threads(case: &dyn OpCase, dtype: DType) {
     let bits = |threads: usize| -> Vec<Vec<u8>> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let results = pool.install(|| all_gradients(case, DType::F32, GradOptions::default())).unwrap();
+        let results = pool.install(|| all_gradients(case, dtype, GradOptions::default())).unwrap();
         results.iter().map(|result| result.raw_bytes().unwrap().to_vec()).collect()
     };
     let one = bits(1);
     for threads in [2, 3] {
-        assert!(bits(threads) == one, "{case}: {threads} threads change the result");
+        assert!(bits(threads) == one, "{case} {dtype}: {threads} threads change the result");
     }
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use gridgrad::autograd::{self, GradOptions};
+use gridgrad::cpu::bf16::without_instructions;
 use gridgrad::ops::{linear, linear_gelu};
 use gridgrad::{DType, Device, Result, Tensor};
 
@@ -162,14 +163,27 @@ fn second_derivatives_of_the_fused_op_are_those_of_its_parts() {
     }
 }
 
-/// The output and all gradients, with a gradient of the output that differs at every element.
-fn with_gradients(case: &Linear, dtype: DType) -> Vec<Vec<f64>> {
+/// The output and all gradients, with a gradient of the output that differs at every element; all
+/// inputs are rounded to one type and then taken in another.
+fn with_gradients(case: &Linear, dtype: DType, rounded: DType) -> Vec<Vec<f64>> {
+    gradients_of(|inputs| case.run(inputs), case, dtype, rounded)
+}
+
+fn gradients_of(
+    run: impl Fn(&[Tensor]) -> Result<Tensor>,
+    case: &Linear,
+    dtype: DType,
+    rounded: DType,
+) -> Vec<Vec<f64>> {
     let results = || -> Result<Vec<Vec<f64>>> {
-        let variable = |input: &Tensor| -> Result<Tensor> { input.cast(DType::F32)?.cast(dtype)?.variable() };
-        let inputs = case.inputs().iter().map(variable).collect::<Result<Vec<Tensor>>>()?;
-        let output = case.run(&inputs)?;
-        let loss = output.mul(&randn(output.shape(), 7).cast(DType::F32)?.cast(dtype)?)?.sum_all()?;
-        let gradients = autograd::grad(&loss, &inputs.iter().collect::<Vec<_>>(), GradOptions::default())?;
+        let inputs = case.inputs();
+        let inputs: Result<Vec<Tensor>> =
+            inputs.iter().map(|input| input.cast(rounded)?.cast(dtype)?.variable()).collect();
+        let inputs = inputs?;
+        let output = run(&inputs)?;
+        let grad_output = Some(randn(output.shape(), 7).cast(rounded)?.cast(dtype)?);
+        let options = GradOptions { grad_output, ..GradOptions::default() };
+        let gradients = autograd::grad(&output, &inputs.iter().collect::<Vec<_>>(), options)?;
         gradients.iter().flatten().chain([&output]).map(Tensor::to_f64_vec).collect()
     };
     results().unwrap()
@@ -188,8 +202,8 @@ fn tall_products_agree_with_double_precision_for_any_number_of_threads() {
     ] {
         for gelu in [false, true] {
             let case = Linear { outer: vec![rows], in_features, out_features, bias, gelu };
-            let exact = with_gradients(&case, DType::F64);
-            let single = with_gradients(&case, DType::F32);
+            let exact = with_gradients(&case, DType::F64, DType::F32);
+            let single = with_gradients(&case, DType::F32, DType::F32);
             for (number, (exact, single)) in exact.iter().zip(&single).enumerate() {
                 let size = exact.iter().fold(1.0, |size: f64, value| size.max(value.abs()));
                 for (index, (exact, single)) in exact.iter().zip(single).enumerate() {
@@ -199,10 +213,51 @@ fn tall_products_agree_with_double_precision_for_any_number_of_threads() {
                     );
                 }
             }
-            for threads in [1, 3] {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                assert_eq!(pool.install(|| with_gradients(&case, DType::F32)), single, "{case} with {threads} threads");
+            same_for_any_number_of_threads(&case, DType::F32, &single);
+        }
+    }
+}
+
+fn same_for_any_number_of_threads(case: &Linear, dtype: DType, results: &[Vec<f64>]) {
+    for threads in [1, 3] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        assert_eq!(
+            pool.install(|| with_gradients(case, dtype, dtype)),
+            results,
+            "{case} {dtype} with {threads} threads"
+        );
+    }
+}
+
+/// In `bf16` a processor may multiply in `bf16`: output and gradients are at most twice as far from those in `f64`, from the
+/// same rounded inputs, as those of the separate ops by way of `f32`, as other processors compute them.
+#[test]
+fn products_of_bf16_are_as_good_as_those_of_f32_for_any_number_of_threads() {
+    for (rows, in_features, out_features, bias) in [
+        (1, 1, 1, true),
+        (3, 0, 2, true),
+        (0, 4, 3, true),
+        (42, 13, 11, true),
+        (392, 96, 70, true),
+        (1031, 40, 17, false),
+        (1100, 33, 48, true),
+        (1037, 600, 32, true),
+        (1025, 300, 560, true),
+        (2050, 96, 64, false),
+    ] {
+        for gelu in [false, true] {
+            let case = Linear { outer: vec![rows], in_features, out_features, bias, gelu };
+            let exact = with_gradients(&case, DType::F64, DType::Bf16);
+            let direct = with_gradients(&case, DType::Bf16, DType::Bf16);
+            let composed = |inputs: &[Tensor]| case.composed(inputs).unwrap_or_else(|| case.run(inputs));
+            let converted = without_instructions(|| gradients_of(composed, &case, DType::Bf16, DType::Bf16));
+            for (number, (exact, (direct, converted))) in exact.iter().zip(direct.iter().zip(&converted)).enumerate() {
+                let error = |got: &[f64]| got.iter().zip(exact).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+                let size = exact.iter().fold(1.0, |size: f64, value| size.max(value.abs()));
+                let (direct, converted) = (error(direct), error(converted));
+                assert!(direct <= 2.0 * converted + 1e-6 * size, "{case}, result {number}: {direct:e}, {converted:e}");
             }
+            same_for_any_number_of_threads(&case, DType::Bf16, &direct);
         }
     }
 }

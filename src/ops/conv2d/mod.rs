@@ -5,6 +5,7 @@
 //! arguments that are left, and each is a recorded function whose backward rule is the other two. So convolutions have
 //! derivatives of every order.
 
+mod bf16;
 pub(crate) mod cost;
 mod cpu;
 mod depthwise;
@@ -172,6 +173,11 @@ impl Map {
                 Map::Input => gpu::gather(gpu, &geometry, gpu::Pass::InputGradient, [first, second], bias, None)?,
                 Map::Weight => gpu::weight_gradient(gpu, &geometry, [first, second], None)?,
             },
+            Place::Host if bf16::takes(&geometry, dtype) => {
+                let bias = bias.map(Tensor::data).transpose()?;
+                let (values, shape) = bf16::apply(self, &geometry, [first.data()?, second.data()?], bias);
+                Tensor::from_buffer(values, shape)?
+            }
             Place::Host => dispatch_float!(op, dtype, T => {
                 let (a, b) = (first.floats::<T>(op)?, second.floats::<T>(op)?);
                 let bias = bias.map(|bias| bias.floats::<T>(op)).transpose()?;

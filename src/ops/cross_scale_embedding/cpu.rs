@@ -83,7 +83,7 @@ impl Problem {
         self.kernels.iter().zip(self.first_channels()).map(part).collect()
     }
 
-    fn prefers_rows(&self) -> bool {
+    pub fn prefers_rows(&self) -> bool {
         self.extents[3] <= 16
     }
 }

@@ -1,10 +1,12 @@
 //! Cross-scale embedding: several convolutions of one stride with concentric windows, side by side in the channels
 //! (CrossFormer, section 3.1).
 
+mod bf16;
 pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
 mod images;
+mod patches;
 mod rows;
 mod tiling;
 
@@ -138,6 +140,12 @@ pub fn cross_scale_embedding_with(
             let output = gpu::forward(gpu, &problem, &images, input, weights, biases)?;
             followed(record(output, &inputs, |_| rule(images)), options)
         }
+        Place::Host if images.is_plain(dtype) && bf16::takes(&problem, dtype) => {
+            let (weights, biases) = (data(weights)?, data(biases)?);
+            let output = bf16::forward(&problem, input.data()?, &weights, &biases);
+            let output = Tensor::from_buffer(output, problem.output_shape())?;
+            followed(record(output, &inputs, |_| rule(images)), options)
+        }
         Place::Host => {
             let output = dispatch_float!(OP, dtype, T => {
                 let (weights, biases) = (floats::<T>(weights)?, floats::<T>(biases)?);
@@ -185,6 +193,10 @@ fn problem(images: &Images, weights: &[Tensor], biases: &[Tensor], stride: usize
         kernels.push(cpu::Kernel { side, out });
     }
     Ok(cpu::Problem { extents: images.extents, stride, kernels })
+}
+
+fn data(tensors: &[Tensor]) -> Result<Vec<&[half::bf16]>> {
+    tensors.iter().map(Tensor::data).collect()
 }
 
 fn floats<T: crate::cpu::Float>(tensors: &[Tensor]) -> Result<Vec<crate::tensor::Floats<'_, T>>> {
@@ -239,6 +251,28 @@ impl EmbeddingRule {
 
     fn backward_on_host(&self, grad: &Tensor, needs_input: bool) -> Result<Vec<Option<Tensor>>> {
         let dtype = grad.dtype();
+        let mut results = if self.images.is_plain(dtype) && bf16::takes(&self.problem, dtype) {
+            let (input, weights) = (self.input.data()?, data(&self.weights)?);
+            let gradients = bf16::backward(&self.problem, input, &weights, grad.data()?, needs_input);
+            let input = gradients.input.map(|values| Tensor::from_buffer(values, self.input.shape())).transpose()?;
+            let weights = gradients.weights.into_iter().zip(&self.weights);
+            let weights = weights.map(|(values, weight)| Tensor::from_buffer(values, weight.shape()).map(Some));
+            std::iter::once(Ok(input)).chain(weights).collect::<Result<Vec<_>>>()?
+        } else {
+            self.gradients_on_host(grad, needs_input)?
+        };
+        let per_channel = grad.sum(&[0, 1, 2], false)?;
+        let mut first = 0;
+        for kernel in &self.problem.kernels {
+            results.push(Some(per_channel.narrow(0, first, kernel.out)?));
+            first += kernel.out;
+        }
+        Ok(results)
+    }
+
+    /// Of the input and the weights, in the compute type.
+    fn gradients_on_host(&self, grad: &Tensor, needs_input: bool) -> Result<Vec<Option<Tensor>>> {
+        let dtype = grad.dtype();
         dispatch_float!(OP, dtype, T => {
             let weights = floats::<T>(&self.weights)?;
             let grads = grad.floats::<T>(OP)?;
@@ -260,12 +294,6 @@ impl EmbeddingRule {
             let mut results = vec![gradients.input.map(of_pixels).transpose()?];
             for (gradient, weight) in gradients.weights.into_iter().zip(&self.weights) {
                 results.push(Some(tensor(gradient, weight)?));
-            }
-            let per_channel = grad.sum(&[0, 1, 2], false)?;
-            let mut first = 0;
-            for kernel in &self.problem.kernels {
-                results.push(Some(per_channel.narrow(0, first, kernel.out)?));
-                first += kernel.out;
             }
             Ok(results)
         })

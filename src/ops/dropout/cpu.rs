@@ -1,7 +1,7 @@
 //! Masks made where they are used: writing and reading them would cost more than computing them again.
 
 use super::Mask;
-use crate::cpu::{Float, parallel, simd};
+use crate::cpu::{Float, Stored, parallel, simd};
 use crate::random::Philox;
 use crate::tensor::Buffer;
 
@@ -12,7 +12,7 @@ const BLOCKS: usize = 16;
 const WORDS: usize = 4;
 
 /// One decision per element.
-pub(super) fn elements<T: Float>(input: &[T], mask: Mask, stream: Philox) -> Buffer<T> {
+pub(super) fn elements<S: Stored<T>, T: Float>(input: &[S], mask: Mask, stream: Philox) -> Buffer<S> {
     let mut output = Buffer::recycled(input.len());
     let scale = T::from_f64(mask.scale);
     parallel::pieces_mut(&mut output, parallel::PIECE, |index, piece| {
@@ -27,7 +27,7 @@ pub(super) fn elements<T: Float>(input: &[T], mask: Mask, stream: Philox) -> Buf
                     let first = (at / WORDS + chunk * BLOCKS) as u64;
                     let words = stream.blocks::<BLOCKS>(first);
                     for (y, (&x, &bits)) in output.iter_mut().zip(input.iter().zip(words.as_flattened())) {
-                        *y = x * if mask.keeps(bits) { scale } else { T::ZERO };
+                        *y = S::store(x.load() * if mask.keeps(bits) { scale } else { T::ZERO });
                     }
                 }
             },
@@ -37,7 +37,7 @@ pub(super) fn elements<T: Float>(input: &[T], mask: Mask, stream: Philox) -> Buf
 }
 
 /// One decision for each `sample_len` consecutive elements.
-pub(super) fn samples<T: Float>(input: &[T], sample_len: usize, mask: Mask, stream: Philox) -> Buffer<T> {
+pub(super) fn samples<S: Stored<T>, T: Float>(input: &[S], sample_len: usize, mask: Mask, stream: Philox) -> Buffer<S> {
     let mut output = Buffer::recycled(input.len());
     let scale = T::from_f64(mask.scale);
     parallel::pieces_mut(&mut output, parallel::PIECE, |index, piece| {
@@ -51,7 +51,7 @@ pub(super) fn samples<T: Float>(input: &[T], sample_len: usize, mask: Mask, stre
                 #[inline(always)]
                 || {
                     for (y, &x) in part.iter_mut().zip(input) {
-                        *y = x * factor;
+                        *y = S::store(x.load() * factor);
                     }
                 },
             );

@@ -12,8 +12,8 @@ mod tests;
 
 use crate::autograd::{Backward, Function, record};
 use crate::random::Philox;
-use crate::tensor::{Place, place};
-use crate::{Error, Result, Tensor, dispatch_float};
+use crate::tensor::{Place, dispatch_stored, place};
+use crate::{Error, Result, Tensor};
 
 /// Sets elements to 0 with probability `p` and divides the others by 1 − p (Srivastava et al. 2014). Element i in
 /// row-major order goes by number i of `stream`. Derivatives of any order.
@@ -89,16 +89,16 @@ fn apply(input: &Tensor, granularity: Granularity, p: f64, stream: Philox) -> Re
     let mask = Mask::new(p);
     let output = match place(op, &[input])? {
         Place::Gpu(gpu) => gpu::apply(gpu, input, granularity, mask, stream)?,
-        Place::Host => dispatch_float!(op, dtype, T => {
-            let values = input.floats::<T>(op)?;
+        Place::Host => dispatch_stored!(op, dtype, (S, T) => {
+            let values = input.stored::<S>(op)?;
             let output = match granularity {
-                Granularity::Element => cpu::elements(&values, mask, stream),
+                Granularity::Element => cpu::elements::<S, T>(&values, mask, stream),
                 Granularity::Sample => {
                     let sample_len = input.shape()[1..].iter().product();
-                    cpu::samples(&values, sample_len, mask, stream)
+                    cpu::samples::<S, T>(&values, sample_len, mask, stream)
                 }
             };
-            Tensor::from_floats(output, input.shape(), dtype)
+            Tensor::from_stored(output, input.shape(), dtype)
         })?,
     };
     Ok(record(output, &[input], |_| DropoutRule { granularity, p, stream }))

@@ -1,15 +1,15 @@
 //! Loops over elements.
 
 use super::{Binary, Unary};
-use crate::cpu::{Float, parallel, simd};
+use crate::cpu::{Float, Stored, parallel, simd};
 use crate::ops::strided::{Axis, broadcast_strides, collapse};
-use crate::tensor::{Buffer, Shape};
+use crate::tensor::{Buffer, Element, Shape};
 
 /// Beyond ±LIMIT the logistic function and Φ are 0 or 1 in every compute type. Products with them are taken inside, so
 /// that an infinity times 0 does not become NaN.
 pub(super) const LIMIT: f64 = 1e4;
 
-pub(super) fn unary<T: Float>(function: Unary, input: &[T]) -> Buffer<T> {
+pub(super) fn unary<S: Stored<T>, T: Float>(function: Unary, input: &[S]) -> Buffer<S> {
     let mut output = Buffer::recycled(input.len());
     let constant = T::from_f64;
     // One loop per function, so that the choice is made outside of it.
@@ -19,7 +19,10 @@ pub(super) fn unary<T: Float>(function: Unary, input: &[T]) -> Buffer<T> {
                 input,
                 &mut output,
                 #[inline(always)]
-                move |$x: T| $value,
+                move |stored: S| {
+                    let $x: T = stored.load();
+                    S::store($value)
+                },
             )
         };
     }
@@ -100,7 +103,7 @@ fn softplus<T: Float>(x: T) -> T {
 
 /// grad · f′, with f′ at the saved input, or at the saved output where `derives_from_output`. Where the saved value is NaN,
 /// so is the result.
-pub(super) fn unary_backward<T: Float>(function: Unary, saved: &[T], grad: &[T]) -> Buffer<T> {
+pub(super) fn unary_backward<S: Stored<T>, T: Float>(function: Unary, saved: &[S], grad: &[S]) -> Buffer<S> {
     let mut output = Buffer::recycled(grad.len());
     let constant = T::from_f64;
     let (one, half, two) = (T::ONE, constant(0.5), constant(2.0));
@@ -111,7 +114,10 @@ pub(super) fn unary_backward<T: Float>(function: Unary, saved: &[T], grad: &[T])
                 grad,
                 &mut output,
                 #[inline(always)]
-                move |$x: T, $grad: T| $value,
+                move |saved: S, grad: S| {
+                    let ($x, $grad): (T, T) = (saved.load(), grad.load());
+                    S::store($value)
+                },
             )
         };
     }
@@ -159,12 +165,12 @@ pub(super) fn unary_backward<T: Float>(function: Unary, saved: &[T], grad: &[T])
     output
 }
 
-pub(super) fn binary<T: Float>(
+pub(super) fn binary<S: Stored<T>, T: Float>(
     function: Binary,
-    left: (&[T], &Shape),
-    right: (&[T], &Shape),
+    left: (&[S], &Shape),
+    right: (&[S], &Shape),
     shape: &Shape,
-) -> Buffer<T> {
+) -> Buffer<S> {
     let mut output = Buffer::recycled(shape.elements());
     macro_rules! zip {
         ($a:ident, $b:ident => $value:expr) => {
@@ -174,7 +180,10 @@ pub(super) fn binary<T: Float>(
                 shape,
                 &mut output,
                 #[inline(always)]
-                move |$a: T, $b: T| $value,
+                move |a: S, b: S| {
+                    let ($a, $b): (T, T) = (a.load(), b.load());
+                    S::store($value)
+                },
             )
         };
     }
@@ -194,7 +203,7 @@ pub(super) fn binary<T: Float>(
 
 /// Applies `f` over two operands broadcast to `shape`.
 #[inline(always)]
-fn broadcast<T: Float>(
+fn broadcast<T: Element>(
     (left, left_shape): (&[T], &Shape),
     (right, right_shape): (&[T], &Shape),
     shape: &Shape,
@@ -280,11 +289,11 @@ pub(super) fn select<T: Float>(mask: &[T], on_true: &[T], on_false: &[T]) -> Buf
     output
 }
 
-pub(super) fn accumulate<T: Float>(sum: &mut [T], addend: &[T]) {
+pub(super) fn accumulate<S: Stored<T>, T: Float>(sum: &mut [S], addend: &[S]) {
     parallel::update(
         sum,
         addend,
         #[inline(always)]
-        |sum, value| *sum += value,
+        |sum, value| *sum = S::store(sum.load() + value.load()),
     );
 }

@@ -7,8 +7,8 @@ pub(crate) mod gpu;
 pub(crate) use cpu::scalar;
 
 use crate::autograd::{Backward, Function, SavedOutput, record};
-use crate::tensor::{Place, place};
-use crate::{Error, Result, Tensor, dispatch_float};
+use crate::tensor::{Place, dispatch_stored, place};
+use crate::{DType, Error, Result, Tensor, dispatch_float};
 
 /// A function of one element. Parameters are part of it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -238,8 +238,8 @@ impl Tensor {
         self.expect_float(op)?;
         let output = match place(op, &[self])? {
             Place::Gpu(gpu) => gpu::unary(gpu, function, self)?,
-            Place::Host => dispatch_float!(op, dtype, T => {
-                Tensor::from_floats(cpu::unary::<T>(function, &self.floats(op)?), self.shape(), dtype)
+            Place::Host => dispatch_stored!(op, dtype, (S, T) => {
+                Tensor::from_stored(cpu::unary::<S, T>(function, &self.stored(op)?), self.shape(), dtype)
             })?,
         };
         Ok(record(output, &[self], |output| UnaryRule {
@@ -262,9 +262,10 @@ impl Tensor {
         let shape = self.shape().broadcast(rhs.shape(), op)?;
         let output = match place(op, &[self, rhs])? {
             Place::Gpu(gpu) => gpu::binary(gpu, function, self, rhs, &shape)?,
-            Place::Host => dispatch_float!(op, dtype, T => {
-                let (a, b) = (self.floats::<T>(op)?, rhs.floats::<T>(op)?);
-                Tensor::from_floats(cpu::binary(function, (&a, self.shape()), (&b, rhs.shape()), &shape), shape, dtype)
+            Place::Host => dispatch_stored!(op, dtype, (S, T) => {
+                let (a, b) = (self.stored::<S>(op)?, rhs.stored::<S>(op)?);
+                let output = cpu::binary::<S, T>(function, (&a, self.shape()), (&b, rhs.shape()), &shape);
+                Tensor::from_stored(output, shape, dtype)
             })?,
         };
         if matches!(function, Binary::Greater | Binary::Equal) {
@@ -304,9 +305,9 @@ fn fused_gradient(function: Unary, saved: &Tensor, grad: &Tensor) -> Result<Tens
     if let Place::Gpu(gpu) = place(op, &[saved, grad])? {
         return gpu::unary_backward(gpu, function, saved, grad);
     }
-    dispatch_float!(op, dtype, T => {
-        let gradient = cpu::unary_backward::<T>(function, &saved.floats(op)?, &grad.floats(op)?);
-        Tensor::from_floats(gradient, grad.shape(), dtype)
+    dispatch_stored!(op, dtype, (S, T) => {
+        let gradient = cpu::unary_backward::<S, T>(function, &saved.stored(op)?, &grad.stored(op)?);
+        Tensor::from_stored(gradient, grad.shape(), dtype)
     })
 }
 
@@ -437,9 +438,9 @@ pub(crate) fn add_in_place(mut sum: Tensor, addend: &Tensor) -> Result<Tensor> {
             gpu::accumulate(gpu, &mut sum, addend)?;
             Ok(sum)
         }
-        // Half precision has no loop of its own in place: it is widened first.
-        Place::Host if same && sum.dtype().size() > 2 => dispatch_float!("add", sum.dtype(), T => {
-            cpu::accumulate::<T>(sum.data_mut()?, addend.data()?);
+        // `f16` has no loop of its own in place: it is widened first.
+        Place::Host if same && sum.dtype() != DType::F16 => dispatch_stored!("add", sum.dtype(), (S, T) => {
+            cpu::accumulate::<S, T>(sum.data_mut()?, addend.data()?);
             Ok(sum)
         }),
         _ => crate::autograd::no_grad(|| sum.add(addend)),

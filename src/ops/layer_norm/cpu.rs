@@ -93,21 +93,32 @@ pub(super) fn forward<T: Float>(input: &[T], weight: &[T], bias: &[T], eps: f64)
             let input = &input[index * rows_per_piece * width..][..output.len()];
             simd::dispatch(
                 #[inline(always)]
-                || {
-                    let rows = input.chunks_exact(width).zip(output.chunks_exact_mut(width));
-                    for ((x, y), saved) in rows.zip(statistics.chunks_exact_mut(SAVED)) {
-                        let row = Statistics::of(x, eps);
-                        row.store(saved);
-                        let parameters = weight.iter().zip(bias);
-                        for ((y, &x), (&weight, &bias)) in y.iter_mut().zip(x).zip(parameters) {
-                            *y = row.normalise(x).mul_add(weight, bias);
-                        }
-                    }
-                },
+                || forward_rows(input, weight, bias, eps, output, statistics),
             );
         },
     );
     (output, statistics)
+}
+
+#[inline(always)]
+pub(super) fn forward_rows<T: Float>(
+    input: &[T],
+    weight: &[T],
+    bias: &[T],
+    eps: T,
+    output: &mut [T],
+    statistics: &mut [T],
+) {
+    let width = weight.len().max(1);
+    let rows = input.chunks_exact(width).zip(output.chunks_exact_mut(width));
+    for ((x, y), saved) in rows.zip(statistics.chunks_exact_mut(SAVED)) {
+        let row = Statistics::of(x, eps);
+        row.store(saved);
+        let parameters = weight.iter().zip(bias);
+        for ((y, &x), (&weight, &bias)) in y.iter_mut().zip(x).zip(parameters) {
+            *y = row.normalise(x).mul_add(weight, bias);
+        }
+    }
 }
 
 /// Gradients of the input, where wanted, and of weight and bias, one after the other in one buffer.
@@ -147,16 +158,16 @@ pub(super) fn backward<T: Float>(
 }
 
 /// Consecutive rows of the backward's operands.
-struct Rows<'a, T> {
-    input: &'a [T],
-    grad: &'a [T],
-    statistics: &'a [T],
-    weight: &'a [T],
+pub(super) struct Rows<'a, T> {
+    pub input: &'a [T],
+    pub grad: &'a [T],
+    pub statistics: &'a [T],
+    pub weight: &'a [T],
 }
 
 impl<T: Float> Rows<'_, T> {
     #[inline(always)]
-    fn backward(&self, mut dx: Option<&mut [T]>, sums: &mut [T]) {
+    pub fn backward(&self, mut dx: Option<&mut [T]>, sums: &mut [T]) {
         let width = self.weight.len();
         let (dw, db) = sums.split_at_mut(width);
         let rows = self.input.chunks_exact(width).zip(self.grad.chunks_exact(width));

@@ -1,5 +1,6 @@
 //! Normalisation of the last axis.
 
+mod bf16;
 pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
@@ -20,6 +21,12 @@ pub fn layer_norm(input: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> R
     check(input.shape(), dtype, weight, bias, eps)?;
     let (output, statistics) = match place("layer_norm", &[input, weight, bias])? {
         Place::Gpu(gpu) => gpu::forward(gpu, input, weight, bias, eps)?,
+        Place::Host if dtype == DType::Bf16 => {
+            let (w, b) = (weight.floats("layer_norm")?, bias.floats("layer_norm")?);
+            let (output, statistics) = bf16::forward(input.data()?, &w, &b, eps);
+            let rows = statistics.len();
+            (Tensor::from_buffer(output, input.shape())?, Tensor::from_buffer(statistics, [rows])?)
+        }
         Place::Host => dispatch_float!("layer_norm", dtype, T => {
             let (x, w, b) = (input.floats("layer_norm")?, weight.floats("layer_norm")?, bias.floats("layer_norm")?);
             let (output, statistics) = cpu::forward::<T>(&x, &w, &b, eps);
@@ -89,6 +96,15 @@ impl LayerNormRule {
         if let Place::Gpu(gpu) = place(op, &[&self.input, grad])? {
             let wanted = (backward.needs(0), backward.needs(1) || backward.needs(2));
             return gpu::backward(gpu, &self.input, &self.weight, &self.statistics, grad, wanted);
+        }
+        if dtype == DType::Bf16 {
+            let w = self.weight.floats(op)?;
+            let (x, dy) = (self.input.data()?, grad.data()?);
+            let (dx, sums) = bf16::backward(x, &w, self.statistics.data()?, dy, backward.needs(0));
+            let (dw, db) = sums.split_at(w.len());
+            let parameter = |sum| Tensor::from_floats(Buffer::copy_of(sum), self.weight.shape(), dtype).map(Some);
+            let dx = dx.map(|dx| Tensor::from_buffer(dx, self.input.shape())).transpose()?;
+            return Ok([dx, parameter(dw)?, parameter(db)?]);
         }
         dispatch_float!(op, dtype, T => {
             let (x, w, dy) = (self.input.floats(op)?, self.weight.floats(op)?, grad.floats(op)?);

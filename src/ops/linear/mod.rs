@@ -1,5 +1,6 @@
 //! Affine maps of the last axis, alone and with a GELU behind them.
 
+pub(crate) mod bf16;
 pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
@@ -18,6 +19,10 @@ pub fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<
     let Call { extents, shape, inputs, place } = Call::new("linear", input, weight, bias)?;
     let output = match place {
         Place::Gpu(gpu) => gpu::linear(gpu, [input, weight], bias, extents)?.reshape(shape)?,
+        Place::Host if crate::cpu::bf16::serves(input.dtype()) => {
+            let bias = bias.map(Tensor::data).transpose()?;
+            Tensor::from_buffer(bf16::forward(input.data()?, weight.data()?, bias, extents), shape)?
+        }
         Place::Host => dispatch_float!("linear", input.dtype(), T => {
             let bias = bias.map(|bias| bias.floats::<T>("linear")).transpose()?;
             let (x, w) = (input.floats::<T>("linear")?, weight.floats::<T>("linear")?);
@@ -46,6 +51,12 @@ pub fn linear_gelu(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Re
     let keeps_sums = records(&inputs);
     let (output, sums) = match place {
         Place::Gpu(gpu) => gpu::linear_gelu(gpu, [input, weight], bias, extents, keeps_sums)?,
+        Place::Host if crate::cpu::bf16::serves(input.dtype()) => {
+            let bias = bias.map(Tensor::data).transpose()?;
+            let (output, sums) = bf16::forward_gelu(input.data()?, weight.data()?, bias, extents, keeps_sums);
+            let of_rows = |values| Tensor::from_buffer(values, [extents[0], extents[2]]);
+            (of_rows(output)?, sums.map(of_rows).transpose()?)
+        }
         Place::Host => dispatch_float!("linear_gelu", input.dtype(), T => {
             let bias = bias.map(|bias| bias.floats::<T>("linear_gelu")).transpose()?;
             let (x, w) = (input.floats::<T>("linear_gelu")?, weight.floats::<T>("linear_gelu")?);
@@ -141,6 +152,15 @@ fn host_gradients(
     let [out_features, in_features] = weight.dims::<2>(OP, "weight (out, in)")?;
     let extents = [grad.shape()[0], in_features, out_features];
     let needs = [backward.needs(0), backward.needs(1), backward.needs(2)];
+    if crate::cpu::bf16::serves(grad.dtype()) {
+        let sums = sums.map(Tensor::data).transpose()?;
+        let gradients = bf16::backward(grad.data()?, sums, input.data()?, weight.data()?, extents, needs);
+        return Ok(vec![
+            gradients.input.map(|values| Tensor::from_buffer(values, input.shape())).transpose()?,
+            gradients.weight.map(|values| Tensor::from_buffer(values, weight.shape())).transpose()?,
+            gradients.bias.map(|values| Tensor::from_buffer(values, [out_features])).transpose()?,
+        ]);
+    }
     dispatch_float!(OP, grad.dtype(), T => {
         let sums = sums.map(|sums| sums.floats::<T>(OP)).transpose()?;
         let (grad, x, w) = (grad.floats::<T>(OP)?, input.floats::<T>(OP)?, weight.floats::<T>(OP)?);

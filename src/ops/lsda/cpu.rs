@@ -12,7 +12,7 @@ use super::expanded_bias::{ExpandedBias, expand, fold_bias_grads, size, size_num
 use super::gather::{Part, gather, gather_transposed, prefetch};
 use super::grouping::{Group, Grouping};
 use crate::cpu::small_gemm::{LANES, Left, multiply};
-use crate::cpu::{Float, simd};
+use crate::cpu::{Float, Stored, simd};
 use crate::tensor::Buffer;
 
 /// Queries whose scores are in scratch at once.
@@ -167,7 +167,7 @@ struct Scratch<T> {
 
 impl<T: Float> Scratch<T> {
     /// Takes the tokens of `work`, numbered over the batch, and those of the group behind it.
-    fn take_tokens(&mut self, problem: &Problem, work: &Work<'_, T>, next: Option<&Work<'_, T>>) {
+    fn take_tokens<S>(&mut self, problem: &Problem, work: &Work<'_, S>, next: Option<&Work<'_, S>>) {
         let [_, height, width] = problem.extents;
         for (tokens, work) in [(&mut self.tokens, Some(work)), (&mut self.next, next)] {
             tokens.clear();
@@ -195,13 +195,13 @@ impl<T: Float> Scratch<T> {
     }
 }
 
-pub(super) fn forward<T: Float>(problem: &Problem, qkv: &[T], table: Option<&[T]>) -> Buffer<T> {
+pub(super) fn forward<S: Stored<T>, T: Float>(problem: &Problem, qkv: &[S], table: Option<&[T]>) -> Buffer<S> {
     let [batch, height, width] = problem.extents;
     let mut output = Buffer::recycled(batch * height * width * problem.channels());
     let biases = expand(problem, table);
     let mut work = problem.split(&mut output, problem.channels());
     let per_task = problem.groups_per_task(work.len());
-    let body = |task: &mut [Work<'_, T>]| {
+    let body = |task: &mut [Work<'_, S>]| {
         let mut scratch = Scratch::new(problem);
         let mut rest = task;
         while let Some((work, behind)) = rest.split_first_mut() {
@@ -219,11 +219,11 @@ pub(super) fn forward<T: Float>(problem: &Problem, qkv: &[T], table: Option<&[T]
 }
 
 #[inline(always)]
-fn forward_group<T: Float>(
+fn forward_group<S: Stored<T>, T: Float>(
     problem: &Problem,
-    qkv: &[T],
+    qkv: &[S],
     biases: &[ExpandedBias<T>],
-    work: &mut Work<'_, T>,
+    work: &mut Work<'_, S>,
     scratch: &mut Scratch<T>,
 ) {
     let (channels, d, padded_d) = (problem.channels(), problem.head_width, problem.padded_width());
@@ -268,7 +268,7 @@ fn forward_group<T: Float>(
             for ((row, result), share) in rows.zip(shares) {
                 let out = &mut row[head * d..][..d];
                 for (out, &value) in out.iter_mut().zip(result) {
-                    *out = value * share;
+                    *out = S::store(value * share);
                 }
             }
         }
@@ -314,12 +314,12 @@ impl<T: Float> BackwardScratch<T> {
 }
 
 /// Gradients of qkv and of the table (empty where there is none).
-pub(super) fn backward<T: Float>(
+pub(super) fn backward<S: Stored<T>, T: Float>(
     problem: &Problem,
-    qkv: &[T],
+    qkv: &[S],
     table: Option<&[T]>,
-    grad: &[T],
-) -> (Buffer<T>, Buffer<T>) {
+    grad: &[S],
+) -> (Buffer<S>, Buffer<T>) {
     let mut dqkv = Buffer::recycled(qkv.len());
     let biases = expand(problem, table);
     let mut work = problem.split(&mut dqkv, 3 * problem.channels());
@@ -328,7 +328,7 @@ pub(super) fn backward<T: Float>(
     let tasks = work.len().div_ceil(per_task);
     // One table per task, summed in order: the same bits whichever thread ran which task.
     let mut partial = Buffer::<T>::zeroed(tasks * table_len);
-    let body = |(task, dtable): (&mut [Work<'_, T>], &mut [T])| {
+    let body = |(task, dtable): (&mut [Work<'_, S>], &mut [T])| {
         let mut scratch = BackwardScratch::new(problem, &biases, table_len > 0);
         let mut rest = task;
         while let Some((work, behind)) = rest.split_first_mut() {
@@ -359,12 +359,12 @@ pub(super) fn backward<T: Float>(
 /// With P the probabilities and M the factors of dropout: dV = (P ∘ M)ᵀ dO, dP = dO Vᵀ ∘ M, dS = P ∘ (dP − rowsum(P ∘ dP)),
 /// dQ = dS K / √d, dK = dSᵀ Q / √d.
 #[inline(always)]
-fn backward_group<T: Float>(
+fn backward_group<S: Stored<T>, T: Float>(
     problem: &Problem,
-    qkv: &[T],
-    grad_rows: &[T],
+    qkv: &[S],
+    grad_rows: &[S],
     biases: &[ExpandedBias<T>],
-    work: &mut Work<'_, T>,
+    work: &mut Work<'_, S>,
     scratch: &mut BackwardScratch<T>,
 ) {
     let (channels, d, padded_d) = (problem.channels(), problem.head_width, problem.padded_width());
@@ -440,7 +440,7 @@ fn backward_group<T: Float>(
             for (row, grads) in work.rows.iter_mut().zip(grads.chunks_exact(padded_d)) {
                 let out = &mut row[number * channels + head * d..][..d];
                 for (out, &grad) in out.iter_mut().zip(grads) {
-                    *out = grad * factor;
+                    *out = S::store(grad * factor);
                 }
             }
         }

@@ -2,7 +2,7 @@
 //! ahead.
 
 use crate::cpu::small_gemm::LANES;
-use crate::cpu::{Float, simd};
+use crate::cpu::{Float, Stored, simd};
 
 /// Where the elements of heads lie in the rows of a tensor.
 #[derive(Clone, Copy)]
@@ -17,7 +17,14 @@ pub(super) struct Part {
 
 /// Copies some heads' channels of a group's tokens to `out` (head, token, padded width); the padding becomes 0.
 #[inline(always)]
-pub(super) fn gather<T: Float>(source: &[T], part: Part, heads: usize, tokens: &[usize], padded: usize, out: &mut [T]) {
+pub(super) fn gather<S: Stored<T>, T: Float>(
+    source: &[S],
+    part: Part,
+    heads: usize,
+    tokens: &[usize],
+    padded: usize,
+    out: &mut [T],
+) {
     let Part { row, channel, width } = part;
     for (place, &token) in tokens.iter().enumerate() {
         let source = source[token * row + channel..][..heads * width].chunks_exact(width);
@@ -25,12 +32,12 @@ pub(super) fn gather<T: Float>(source: &[T], part: Part, heads: usize, tokens: &
             // Whole vectors by value, where there are some: a call to copy a few of them costs more.
             let ((vectors, _), (out, rest)) = (source.as_chunks::<LANES>(), out[..padded].as_chunks_mut::<LANES>());
             if width == padded {
-                for (out, &source) in out.iter_mut().zip(vectors) {
-                    *out = source;
+                for (out, source) in out.iter_mut().zip(vectors) {
+                    load(source, out);
                 }
             } else {
                 let out = out.as_flattened_mut();
-                out[..width].copy_from_slice(source);
+                load(source, &mut out[..width]);
                 out[width..].fill(T::ZERO);
             }
             debug_assert!(rest.is_empty(), "padded widths are whole vectors");
@@ -38,11 +45,18 @@ pub(super) fn gather<T: Float>(source: &[T], part: Part, heads: usize, tokens: &
     }
 }
 
+#[inline(always)]
+fn load<S: Stored<T>, T: Float>(source: &[S], out: &mut [T]) {
+    for (out, source) in out.iter_mut().zip(source) {
+        *out = source.load();
+    }
+}
+
 /// Like [`gather`], to (head, width, padded tokens): the transposes of every head's rows.
 #[inline(always)]
 #[allow(clippy::needless_range_loop, reason = "one index for four rows")]
-pub(super) fn gather_transposed<T: Float>(
-    source: &[T],
+pub(super) fn gather_transposed<S: Stored<T>, T: Float>(
+    source: &[S],
     part: Part,
     heads: usize,
     tokens: &[usize],
@@ -55,12 +69,15 @@ pub(super) fn gather_transposed<T: Float>(
         let channel = channel + head * width;
         let (fours, rest) = tokens.as_chunks::<SIDE>();
         for (number, four) in fours.iter().enumerate() {
-            let mut rows: [&[[T; SIDE]]; SIDE] = [&[]; SIDE];
+            let mut rows: [&[[S; SIDE]]; SIDE] = [&[]; SIDE];
             for (row_out, &token) in rows.iter_mut().zip(four) {
                 *row_out = source[token * row + channel..][..width].as_chunks::<SIDE>().0;
             }
             for at in 0..width / SIDE {
-                let square = [rows[0][at], rows[1][at], rows[2][at], rows[3][at]];
+                let mut square = [[T::ZERO; SIDE]; SIDE];
+                for (square, row) in square.iter_mut().zip(rows) {
+                    load(&row[at], square);
+                }
                 for column in 0..SIDE {
                     let transposed = [square[0][column], square[1][column], square[2][column], square[3][column]];
                     let to = (at * SIDE + column) * padded_tokens + number * SIDE;
@@ -72,7 +89,7 @@ pub(super) fn gather_transposed<T: Float>(
             let out = &mut out[column * padded_tokens..][..padded_tokens];
             let first = if column < width / SIDE * SIDE { tokens.len() - rest.len() } else { 0 };
             for (out, &token) in out[first..].iter_mut().zip(&tokens[first..]) {
-                *out = source[token * row + channel + column];
+                *out = source[token * row + channel + column].load();
             }
             out[tokens.len()..].fill(T::ZERO);
         }

@@ -14,8 +14,8 @@ mod grouping;
 
 use crate::autograd::{Backward, Function, record};
 use crate::random::Philox;
-use crate::tensor::{Place, place};
-use crate::{Error, Result, Tensor, dispatch_float};
+use crate::tensor::{Place, dispatch_stored, place};
+use crate::{Error, Result, Tensor};
 
 use dropout::Dropout;
 pub use grouping::{Group, Grouping, Line};
@@ -111,10 +111,10 @@ fn attend(
     let inputs: Vec<&Tensor> = [Some(qkv), bias].into_iter().flatten().collect();
     let output = match place(OP, &inputs)? {
         Place::Gpu(gpu) => gpu::forward(gpu, &problem, qkv, bias)?,
-        Place::Host => dispatch_float!(OP, dtype, T => {
+        Place::Host => dispatch_stored!(OP, dtype, (S, T) => {
             let table = bias.map(|bias| bias.floats::<T>(OP)).transpose()?;
-            let output = cpu::forward::<T>(&problem, &qkv.floats(OP)?, table.as_deref());
-            Tensor::from_floats(output, [batch, height, width, channels / 3], dtype)
+            let output = cpu::forward::<S, T>(&problem, &qkv.stored(OP)?, table.as_deref());
+            Tensor::from_stored(output, [batch, height, width, channels / 3], dtype)
         })?,
     };
     Ok(record(output, &inputs, |_| LsdaRule { qkv: qkv.clone(), bias: bias.cloned(), problem }))
@@ -183,12 +183,12 @@ impl Function for LsdaRule {
         let (dtype, bias, grad) = (self.qkv.dtype(), self.bias.as_ref(), backward.grad());
         let (dqkv, dtable) = match place(OP, &[&self.qkv, grad])? {
             Place::Gpu(gpu) => gpu::backward(gpu, &self.problem, &self.qkv, bias, grad)?,
-            Place::Host => dispatch_float!(OP, dtype, T => {
+            Place::Host => dispatch_stored!(OP, dtype, (S, T) => {
                 let table = bias.map(|bias| bias.floats::<T>(OP)).transpose()?;
                 let (dqkv, dtable) =
-                    cpu::backward(&self.problem, &self.qkv.floats::<T>(OP)?, table.as_deref(), &grad.floats::<T>(OP)?);
+                    cpu::backward::<S, T>(&self.problem, &self.qkv.stored(OP)?, table.as_deref(), &grad.stored(OP)?);
                 let dtable = bias.map(|bias| Tensor::from_floats(dtable, bias.shape(), dtype)).transpose()?;
-                Ok((Tensor::from_floats(dqkv, self.qkv.shape(), dtype)?, dtable))
+                Ok((Tensor::from_stored(dqkv, self.qkv.shape(), dtype)?, dtable))
             })?,
         };
         Ok([Some(Some(dqkv)), bias.map(|_| dtable)].into_iter().flatten().collect())

@@ -1,5 +1,6 @@
 //! Batched matrix products.
 
+mod bf16;
 pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
@@ -61,10 +62,15 @@ impl Tensor {
                 let offsets = |operand: &[usize]| batch_offsets(operand, &batch);
                 let (left_batches, right_batches) = (offsets(left_batch), offsets(right_batch));
                 let problem = cpu::Problem { extents: [m, n, k], transposed, left_batches, right_batches };
-                dispatch_float!("matmul", dtype, T => {
+                let shape = [&batch[..], &[m, n]].concat();
+                if crate::cpu::bf16::serves(dtype) {
+                    Tensor::from_buffer(bf16::matmul(&problem, self.data()?, rhs.data()?), shape)?
+                } else {
+                    dispatch_float!("matmul", dtype, T => {
                     let product = cpu::matmul::<T>(&problem, &self.floats("matmul")?, &rhs.floats("matmul")?);
-                    Tensor::from_floats(product, [&batch[..], &[m, n]].concat(), dtype)
-                })?
+                        Tensor::from_floats(product, shape, dtype)
+                    })?
+                }
             }
         };
         Ok(record(output, &[self, rhs], |_| MatmulRule { left: self.clone(), right: rhs.clone(), transposed }))

@@ -1,0 +1,199 @@
+//! The products in AVX-512 with its `bf16` extension: blocks of 8 rows by two vectors of 16 sums, which hide the latency of
+//! the instruction. For each pair of the depth a block loads two vectors of the panel and 8 pairs, each for two products.
+
+#![allow(
+    unsafe_code,
+    reason = "loads and stores of vectors, and functions of an instruction set that is asked for first"
+)]
+
+use std::arch::x86_64::{
+    __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_loadu_ps,
+    _mm512_loadu_si512, _mm512_mask_storeu_epi16, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_epi32,
+    _mm512_setzero_ps, _mm512_storeu_ps, _mm512_stream_si512,
+};
+use std::mem::transmute;
+
+use half::bf16;
+
+use super::{GROUP, PANEL, Product, To, has_instructions};
+
+/// Sums of a vector.
+const LANES: usize = 16;
+/// Vectors of a panel.
+const VECTORS: usize = PANEL / LANES;
+
+/// As [`Product::run`].
+pub(super) fn multiply(product: &Product<'_>, to: To<'_>) {
+    assert!(has_instructions(), "AVX-512 with bf16");
+    // SAFETY: the processor has the instructions.
+    unsafe { all_rows(product, to) }
+}
+
+/// As [`super::add_transposed`].
+pub(super) fn add_transposed(left: &[bf16], right: &[bf16], sums: &mut [f32], stride: usize, rows: usize) {
+    assert!(has_instructions(), "AVX-512 with bf16");
+    // SAFETY: the processor has the instructions.
+    unsafe { all_groups(left, right, sums, stride, rows) }
+}
+
+type Block<const R: usize> = [[__m512; VECTORS]; R];
+
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn all_rows(product: &Product<'_>, mut to: To<'_>) {
+    let mut first = 0;
+    while first < product.starts.len() {
+        let to = &mut to;
+        first += match product.starts.len() - first {
+            GROUP.. => rows::<GROUP>(product, first, to),
+            4.. => rows::<4>(product, first, to),
+            2.. => rows::<2>(product, first, to),
+            _ => rows::<1>(product, first, to),
+        };
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn rows<const R: usize>(product: &Product<'_>, first: usize, to: &mut To<'_>) -> usize {
+    let Product { data, starts, depth, panel, start, used, stride, streamed } = *product;
+    let start = [load_sums(&start[..LANES]), load_sums(&start[LANES..])];
+    let mut sums: Block<R> = [start; R];
+    let mut left: [&[[bf16; 2]]; R] = [&[]; R];
+    let mut last = [[bf16::ZERO; 2]; R];
+    for r in 0..R {
+        let (whole, rest) = data[starts[first + r]..][..depth].as_chunks::<2>();
+        left[r] = &whole[..depth / 2];
+        last[r][0] = rest.first().copied().unwrap_or_default();
+    }
+    let (panel, _) = panel.as_chunks::<{ 2 * PANEL }>();
+    for (pair, right) in panel[..depth / 2].iter().enumerate() {
+        let mut factors = [[bf16::ZERO; 2]; R];
+        for r in 0..R {
+            factors[r] = left[r][pair];
+        }
+        add(factors, right, &mut sums);
+    }
+    if !depth.is_multiple_of(2) {
+        add(last, &panel[depth / 2], &mut sums);
+    }
+    for (r, sums) in sums.into_iter().enumerate() {
+        let at = (first + r) * stride;
+        match to {
+            To::Narrow(to) => store_narrow(&mut to[at..at + used], sums, streamed),
+            To::Wide(to) => {
+                let (low, high) = to[at..at + used].split_at_mut(used.min(LANES));
+                store_wide(low, sums[0]);
+                store_wide(high, sums[1]);
+            }
+            To::Added(to) => {
+                let (low, high) = to[at..at + used].split_at_mut(used.min(LANES));
+                store_wide(low, _mm512_add_ps(load_wide(low), sums[0]));
+                store_wide(high, _mm512_add_ps(load_wide(high), sums[1]));
+            }
+        }
+    }
+    R
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn all_groups(left: &[bf16], right: &[bf16], sums: &mut [f32], stride: usize, rows: usize) {
+    for first in (0..rows).step_by(GROUP) {
+        let mut block: Block<GROUP> = [[_mm512_setzero_ps(); VECTORS]; GROUP];
+        let (left, right) = (left.as_chunks::<{ 2 * PANEL }>().0, right.as_chunks::<{ 2 * PANEL }>().0);
+        for (left, right) in left.iter().zip(right) {
+            let (factors, _) = left[2 * first..].as_chunks::<2>();
+            let Some(factors) = factors.first_chunk::<GROUP>() else { return };
+            add(*factors, right, &mut block);
+        }
+        for (r, block) in block.into_iter().enumerate() {
+            let row = &mut sums[(first + r) * stride..][..PANEL];
+            for (row, block) in row.chunks_exact_mut(LANES).zip(block) {
+                let sum = _mm512_add_ps(load_sums(row), block);
+                store_sums(row, sum);
+            }
+        }
+    }
+}
+
+/// Adds the products of a pair of each row with a pair of all columns.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn add<const R: usize>(factors: [[bf16; 2]; R], right: &[bf16; 2 * PANEL], sums: &mut Block<R>) {
+    let right = [load_pairs(&right[..PANEL]), load_pairs(&right[PANEL..])];
+    for (sums, factors) in sums.iter_mut().zip(factors) {
+        let factors = as_pairs(_mm512_set1_epi32(bytemuck::cast(factors)));
+        for (sum, right) in sums.iter_mut().zip(right) {
+            *sum = _mm512_dpbf16_ps(*sum, factors, right);
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn as_pairs(bits: __m512i) -> __m512bh {
+    // SAFETY: both are 512 bits, of which any are valid.
+    unsafe { transmute::<__m512i, __m512bh>(bits) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_pairs(from: &[bf16]) -> __m512bh {
+    assert_eq!(from.len(), 2 * LANES);
+    // SAFETY: the slice is as long as the vector; the load needs no alignment.
+    as_pairs(unsafe { _mm512_loadu_si512(from.as_ptr().cast()) })
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_sums(from: &[f32]) -> __m512 {
+    assert_eq!(from.len(), LANES);
+    // SAFETY: the slice is as long as the vector; the load needs no alignment.
+    unsafe { _mm512_loadu_ps(from.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store_sums(to: &mut [f32], value: __m512) {
+    assert_eq!(to.len(), LANES);
+    // SAFETY: the slice is as long as the vector; the store needs no alignment.
+    unsafe { _mm512_storeu_ps(to.as_mut_ptr(), value) }
+}
+
+/// As many elements as `from` has, and zeros.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_wide(from: &[f32]) -> __m512 {
+    assert!(from.len() <= LANES);
+    let mask = ((1u32 << from.len()) - 1) as u16;
+    // SAFETY: the mask has one bit for each element of the slice, and the others are not read.
+    unsafe { _mm512_maskz_loadu_ps(mask, from.as_ptr()) }
+}
+
+/// The first elements of a vector, as many as `to` has.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store_wide(to: &mut [f32], value: __m512) {
+    assert!(to.len() <= LANES);
+    let mask = ((1u32 << to.len()) - 1) as u16;
+    // SAFETY: the mask has one bit for each element of the slice, and the others are not written.
+    unsafe { _mm512_mask_storeu_ps(to.as_mut_ptr(), mask, value) }
+}
+
+/// The first elements of two vectors, rounded, as many as `to` has.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn store_narrow(to: &mut [bf16], [low, high]: [__m512; VECTORS], streamed: bool) {
+    assert!(to.len() <= PANEL);
+    let mask = ((1u64 << to.len()) - 1) as u32;
+    let rounded = _mm512_cvtne2ps_pbh(high, low);
+    // SAFETY: both are 512 bits, of which any are valid.
+    let bits = unsafe { transmute::<__m512bh, __m512i>(rounded) };
+    if streamed && to.len() == PANEL && to.as_ptr().addr().is_multiple_of(64) {
+        // SAFETY: the slice is as long as the vector and begins on a line, as was just checked; who asked for streaming
+        // orders what was written before it is read.
+        unsafe { _mm512_stream_si512(to.as_mut_ptr().cast(), bits) };
+    } else {
+        // SAFETY: the mask has one bit for each element of the slice, and the others are not written.
+        unsafe { _mm512_mask_storeu_epi16(to.as_mut_ptr().cast(), mask, bits) };
+    }
+}
