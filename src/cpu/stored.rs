@@ -11,6 +11,15 @@ use crate::tensor::Element;
 pub(crate) trait Stored<T: Float>: Element {
     /// Exact.
     fn load(self) -> T;
+    /// Of a whole vector: where nothing is converted, a copy of it.
+    #[inline(always)]
+    fn load_all<const N: usize>(stored: &[Self; N]) -> [T; N] {
+        let mut values = [T::ZERO; N];
+        for (value, stored) in values.iter_mut().zip(stored) {
+            *value = stored.load();
+        }
+        values
+    }
     /// Rounded to the nearest.
     fn store(value: T) -> Self;
 }
@@ -19,6 +28,11 @@ impl<T: Float> Stored<T> for T {
     #[inline(always)]
     fn load(self) -> T {
         self
+    }
+
+    #[inline(always)]
+    fn load_all<const N: usize>(stored: &[T; N]) -> [T; N] {
+        *stored
     }
 
     #[inline(always)]

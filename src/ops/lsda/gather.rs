@@ -33,22 +33,17 @@ pub(super) fn gather<S: Stored<T>, T: Float>(
             let ((vectors, _), (out, rest)) = (source.as_chunks::<LANES>(), out[..padded].as_chunks_mut::<LANES>());
             if width == padded {
                 for (out, source) in out.iter_mut().zip(vectors) {
-                    load(source, out);
+                    *out = S::load_all(source);
                 }
             } else {
                 let out = out.as_flattened_mut();
-                load(source, &mut out[..width]);
+                for (out, source) in out.iter_mut().zip(source) {
+                    *out = source.load();
+                }
                 out[width..].fill(T::ZERO);
             }
             debug_assert!(rest.is_empty(), "padded widths are whole vectors");
         }
-    }
-}
-
-#[inline(always)]
-fn load<S: Stored<T>, T: Float>(source: &[S], out: &mut [T]) {
-    for (out, source) in out.iter_mut().zip(source) {
-        *out = source.load();
     }
 }
 
@@ -74,10 +69,8 @@ pub(super) fn gather_transposed<S: Stored<T>, T: Float>(
                 *row_out = source[token * row + channel..][..width].as_chunks::<SIDE>().0;
             }
             for at in 0..width / SIDE {
-                let mut square = [[T::ZERO; SIDE]; SIDE];
-                for (square, row) in square.iter_mut().zip(rows) {
-                    load(&row[at], square);
-                }
+                let [a, b, c, d] = rows;
+                let square = [S::load_all(&a[at]), S::load_all(&b[at]), S::load_all(&c[at]), S::load_all(&d[at])];
                 for column in 0..SIDE {
                     let transposed = [square[0][column], square[1][column], square[2][column], square[3][column]];
                     let to = (at * SIDE + column) * padded_tokens + number * SIDE;
