@@ -322,6 +322,7 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         case([3, 3, 2, 20], &[[4, 3], [2, 4], [6, 1]], 2),
         case([1, 5, 5, 18], &[[1, 2]], 1),
         case([0, 8, 8, 3], &[[4, 2], [8, 2]], 4),
+        case([0, 4, 6, 20], &[[2, 3], [4, 2]], 2),
         // Two channels at once, and more of the result than a tile has columns.
         case([1, 9, 10, 3], &[[2, 34], [4, 2]], 2),
         // Two channels at once in the result, but not in the windows.
@@ -379,6 +380,7 @@ fn bad_arguments_are_errors() {
     assert!(run(&[1, 8, 8, 3], &[2, 3, 4, 4], 2, 0).contains("no window of stride 0"));
     assert!(run(&[1, 8, 8, 3], &[2, 3, 5, 5], 2, 4).contains("kernel 5 for stride 4"));
     assert!(run(&[1, 8, 8, 3], &[2, 3, 2, 2], 2, 4).contains("kernel 2 for stride 4"));
+    assert!(run(&[1, 8, 8, 20], &[0, 20, 4, 4], 0, 4).contains("without outputs"));
     assert!(run(&[1, 8, 8, 3], &[2, 4, 4, 4], 2, 4).contains("for 3 channels"));
     assert!(run(&[1, 8, 8, 3], &[2, 3, 4, 4], 3, 4).contains("bias (3)"));
     assert!(cross_scale_embedding(&randn(&[1, 8, 8, 3], 0), &[], &[], 4).is_err());

@@ -1,6 +1,7 @@
 //! The command line of gridgrad.
 
 use std::process::ExitCode;
+use std::thread::available_parallelism;
 
 use clap::{Parser, Subcommand};
 
@@ -26,7 +27,7 @@ mod train;
 #[derive(Parser)]
 #[command(version, propagate_version = true, arg_required_else_help = true)]
 struct Arguments {
-    /// Threads to compute with; all processors where absent.
+    /// Threads to compute with; where absent, RAYON_NUM_THREADS or all processors.
     #[arg(long, global = true, value_name = "N", display_order = 100)]
     threads: Option<usize>,
     #[command(subcommand)]
@@ -93,8 +94,14 @@ fn set_threads(threads: Option<usize>) -> gridgrad::Result<()> {
     if let Some(threads) = threads.filter(|threads| !(1..=1024).contains(threads)) {
         return Err(gridgrad::Error::Config(format!("--threads {threads} is not in 1 to 1024")));
     }
-    let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |threads| threads.get()));
+    let threads =
+        threads.or_else(asked_of_rayon).unwrap_or_else(|| available_parallelism().map_or(1, |threads| threads.get()));
     let builder = rayon::ThreadPoolBuilder::new().num_threads(threads);
     let builder = if threads > 1 { builder.use_current_thread() } else { builder };
     builder.build_global().map_err(|error| gridgrad::Error::Config(format!("cannot start {threads} threads: {error}")))
+}
+
+/// What the environment asks for with RAYON_NUM_THREADS, read as rayon reads it: zero and what is no number ask for nothing.
+fn asked_of_rayon() -> Option<usize> {
+    std::env::var("RAYON_NUM_THREADS").ok()?.parse().ok().filter(|threads| *threads > 0)
 }

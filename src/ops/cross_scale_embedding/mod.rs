@@ -186,6 +186,9 @@ fn problem(images: &Images, weights: &[Tensor], biases: &[Tensor], stride: usize
             let message = format!("weight {} and bias {} for {channels} channels", weight.shape(), bias.shape());
             return Err(Error::shape(OP, message));
         }
+        if out == 0 {
+            return Err(Error::shape(OP, format!("weight {} without outputs", weight.shape())));
+        }
         if side < stride || !(side - stride).is_multiple_of(2) {
             let message = format!("kernel {side} for stride {stride}; expected stride plus an even number");
             return Err(Error::argument(OP, message));
