@@ -163,17 +163,21 @@ fn normal_f32(x: f32) -> [f32; 2] {
     [if x < 0.0 { tail } else { 1.0 - tail }, e * INVERSE_SQRT_TAU as f32]
 }
 
+/// Added to a number, leaves it rounded in the lowest bits of the sum.
+pub(super) const EXP_NEGATIVE_ROUND: f32 = 12_582_912.0;
+/// What f32's log₂ e leaves of it.
+pub(super) const LOG2_E_REST: f32 = 1.925_963e-8;
+/// 2ʳ for |r| ≤ ½, the highest power first.
+pub(super) const POWER_OF_TWO: [f32; 7] =
+    [1.534_581_4e-4, 1.339_993_2e-3, 9.618_489e-3, 5.550_328_6e-2, 2.402_264_6e-1, std::f32::consts::LN_2, 1.0];
+
 /// exp(x) for x ≤ 0, with 0 for what is not a normal number: x = (n + r) ln 2 with |r| ≤ ½, and a polynomial for 2ʳ.
 #[inline(always)]
 fn exp_negative_f32(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0;
+    const ROUND: f32 = EXP_NEGATIVE_ROUND;
     let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
-    // What f32's log₂ e leaves of it, times x, comes back as the second term.
-    let r = x.mul_add(1.925_963e-8, x.mul_add(std::f32::consts::LOG2_E, ROUND - shifted));
-    let p = horner(
-        r,
-        [1.534_581_4e-4, 1.339_993_2e-3, 9.618_489e-3, 5.550_328_6e-2, 2.402_264_6e-1, std::f32::consts::LN_2, 1.0],
-    );
+    let r = x.mul_add(LOG2_E_REST, x.mul_add(std::f32::consts::LOG2_E, ROUND - shifted));
+    let p = horner(r, POWER_OF_TWO);
     let n = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
     let value = p * f32::from_bits((n.wrapping_add(127) << 23) as u32);
     // NaN is not less than anything, and stays.

@@ -30,6 +30,7 @@ mod peak;
 pub mod simd;
 pub mod small_gemm;
 mod stored;
+pub(crate) mod vector_math;
 
 pub use float::Float;
 pub use peak::peak_flops;

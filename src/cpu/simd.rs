@@ -45,9 +45,9 @@ pub(crate) fn with_vectors<W: pulp::WithSimd>(work: W) -> W::Output {
 /// Asks for the cache lines under `data`, which will be written.
 #[inline(always)]
 #[allow(unsafe_code, reason = "an instruction that has no safe form")]
-pub(crate) fn prefetch_to_write(data: &[f32]) {
+pub(crate) fn prefetch_to_write<T>(data: &[T]) {
     #[cfg(target_arch = "x86_64")]
-    for line in data.chunks(16) {
+    for line in data.chunks((64 / size_of::<T>().max(1)).max(1)) {
         // SAFETY: a prefetch reads and writes nothing, wherever it points; x86-64 always has it (without effect on
         // processors that know no such hint).
         unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_ET0 }>(line.as_ptr().cast()) };

@@ -1,9 +1,16 @@
-//! Products of matrices that fit in the L1 or L2 cache: attention scores and their gradients.
+//! Products of matrices that fit in the L1 or L2 cache: attention scores and their gradients, rows of windows.
 //!
 //! A general product packs its operands, which costs more than it saves at 49×32. Here the right operand is read in
-//! place, [`LANES`] columns at a time, and a block of the result stays in registers over the whole depth.
+//! place, and a block of the result stays in registers over the whole depth. `f32` in explicit vectors; other types, which
+//! are references, in plain loops.
 
+use std::ops::Range;
+
+use pulp::{Simd, WithSimd};
+
+use super::block_gemm::{load, store};
 use super::{Float, simd};
+use crate::tensor::DType;
 
 /// Widths of right operands and results are multiples of this.
 pub const LANES: usize = 16;
@@ -28,108 +35,192 @@ impl<'a, T> Left<'a, T> {
     }
 }
 
-/// `result = left · right`, or `result += left · right` with `ADD`: `rows` × `depth` by `depth` × `width`, both right
-/// operand and result row-major without gaps.
+/// What a product is added to.
+#[derive(Clone, Copy)]
+pub enum Onto<'a, T> {
+    /// result = product
+    Nothing,
+    /// result += product
+    Itself,
+    /// result = these values + product, in the same order.
+    Values(&'a [T]),
+}
+
+/// Runs of `data` that are read soon after a product: it asks for some of them with every block of rows, so that they come
+/// while it computes.
+#[derive(Clone, Copy, Default)]
+pub struct Ahead<'a> {
+    /// Where the runs lie.
+    pub data: &'a [u8],
+    /// Bytes of `data`.
+    pub runs: &'a [Range<usize>],
+}
+
+/// `left · right`, `rows` × `depth` by `depth` × `width`; right operand and result are row-major without gaps.
 ///
 /// # Panics
-/// Where an operand is too short or `width` is not a multiple of [`LANES`].
+/// Where an operand is too short, `width` is not a multiple of [`LANES`], or a run leaves its data.
 #[inline(never)]
-pub fn multiply<T: Float, const ADD: bool>(
+pub fn multiply<T: Float>(
     left: Left<'_, T>,
     [rows, depth, width]: [usize; 3],
     right: &[T],
+    onto: Onto<'_, T>,
     result: &mut [T],
+    ahead: Ahead<'_>,
 ) {
     assert!(width.is_multiple_of(LANES), "width");
     let (right, result) = (&right[..depth * width], &mut result[..rows * width]);
+    if T::DTYPE != DType::F32 {
+        return multiply_in_loops(left, [rows, depth, width], right, onto, result);
+    }
+    let left =
+        Left { data: bytemuck::cast_slice(left.data), row_stride: left.row_stride, depth_stride: left.depth_stride };
+    let onto = match onto {
+        Onto::Nothing => Onto::Nothing,
+        Onto::Itself => Onto::Itself,
+        Onto::Values(values) => Onto::Values(bytemuck::cast_slice(values)),
+    };
+    let (right, result) = (bytemuck::cast_slice(right), bytemuck::cast_slice_mut(result));
+    simd::with_vectors(Product { left, rows, depth, width, right, onto, result, ahead });
+}
+
+fn multiply_in_loops<T: Float>(
+    left: Left<'_, T>,
+    [rows, depth, width]: [usize; 3],
+    right: &[T],
+    onto: Onto<'_, T>,
+    result: &mut [T],
+) {
     simd::dispatch(
         #[inline(always)]
         || {
-            let mut first = 0;
-            while first < rows {
-                let result = &mut result[first * width..];
-                // AVX-512 has 32 registers of 16 floats; AVX2 has 16 of 8, which hold a quarter of that.
-                first += match rows - first {
-                    6.. if simd::has_wide_registers() => {
-                        row_block::<T, 6, ADD>(left, first, depth, width, right, result)
+            for row in 0..rows {
+                for column in (0..width).step_by(LANES) {
+                    let mut sums = [T::ZERO; LANES];
+                    for at in 0..depth {
+                        let factor = left.data[row * left.row_stride + at * left.depth_stride];
+                        for (sum, &right) in sums.iter_mut().zip(&right[at * width + column..][..LANES]) {
+                            *sum = factor.mul_add(right, *sum);
+                        }
                     }
-                    2.. => row_block::<T, 2, ADD>(left, first, depth, width, right, result),
-                    _ => row_block::<T, 1, ADD>(left, first, depth, width, right, result),
-                };
+                    let place = row * width + column;
+                    for (lane, sum) in sums.into_iter().enumerate() {
+                        result[place + lane] = match onto {
+                            Onto::Nothing => sum,
+                            Onto::Itself => result[place + lane] + sum,
+                            Onto::Values(values) => values[place + lane] + sum,
+                        };
+                    }
+                }
             }
         },
     );
 }
 
-#[inline(always)]
-fn row_block<T: Float, const R: usize, const ADD: bool>(
-    left: Left<'_, T>,
-    first: usize,
+struct Product<'a> {
+    left: Left<'a, f32>,
+    rows: usize,
     depth: usize,
     width: usize,
-    right: &[T],
-    result: &mut [T],
-) -> usize {
-    let mut column = 0;
-    while column + 2 * LANES <= width {
-        tile::<T, R, 2, ADD>(left, first, depth, width, column, right, result);
-        column += 2 * LANES;
-    }
-    if column < width {
-        tile::<T, R, 1, ADD>(left, first, depth, width, column, right, result);
-    }
-    R
+    right: &'a [f32],
+    onto: Onto<'a, f32>,
+    result: &'a mut [f32],
+    ahead: Ahead<'a>,
 }
 
-#[inline(always)]
-fn tile<T: Float, const R: usize, const V: usize, const ADD: bool>(
-    left: Left<'_, T>,
-    first: usize,
-    depth: usize,
-    width: usize,
-    column: usize,
-    right: &[T],
-    result: &mut [T],
-) {
-    // Loops and no closures: a closure may stay a function of its own, compiled without the vector instructions.
-    let mut sums = [[[T::ZERO; LANES]; V]; R];
-    if left.depth_stride == 1 {
-        let mut rows: [&[T]; R] = [&[]; R];
-        for (row, slice) in rows.iter_mut().enumerate() {
-            *slice = &left.data[(first + row) * left.row_stride..][..depth];
-        }
-        for (at, right) in right.chunks_exact(width).enumerate() {
-            let mut factors = [T::ZERO; R];
-            for (factor, row) in factors.iter_mut().zip(rows) {
-                *factor = row[at];
+impl WithSimd for Product<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        // Rows of a block by the number of registers: 32 of AVX-512, 16 of AVX2, 32 of NEON for a quarter of the lanes.
+        let most = match S::F32_LANES {
+            16.. => 8,
+            8.. => 6,
+            4.. => 4,
+            _ => 2,
+        };
+        let blocks = self.rows.div_ceil(most);
+        let share = self.ahead.runs.len().div_ceil(blocks.max(1));
+        let mut first = 0;
+        for block in 0..blocks {
+            for run in self.ahead.runs.iter().skip(block * share).take(share) {
+                simd::prefetch(&self.ahead.data[run.clone()]);
             }
-            accumulate(&mut sums, factors, &right[column..][..V * LANES]);
-        }
-    } else {
-        for (at, right) in right.chunks_exact(width).enumerate() {
-            let mut factors = [T::ZERO; R];
-            factors.copy_from_slice(&left.data[at * left.depth_stride + first..][..R]);
-            accumulate(&mut sums, factors, &right[column..][..V * LANES]);
-        }
-    }
-    for (row, sums) in sums.iter().enumerate() {
-        let out = &mut result[row * width + column..][..V * LANES];
-        for (out, &sum) in out.iter_mut().zip(sums.as_flattened()) {
-            *out = if ADD { *out + sum } else { sum };
+            // Blocks differ by one row at most: a short one at the end would wait for its own sums.
+            let rows = (self.rows - first).div_ceil(blocks - block);
+            match rows {
+                8 if most >= 8 => self.row_block::<S, 8>(simd, first),
+                7 if most >= 8 => self.row_block::<S, 7>(simd, first),
+                6 if most >= 6 => self.row_block::<S, 6>(simd, first),
+                5 if most >= 6 => self.row_block::<S, 5>(simd, first),
+                4 if most >= 4 => self.row_block::<S, 4>(simd, first),
+                3 if most >= 4 => self.row_block::<S, 3>(simd, first),
+                2 => self.row_block::<S, 2>(simd, first),
+                _ => self.row_block::<S, 1>(simd, first),
+            }
+            first += rows;
         }
     }
 }
 
-/// Adds the outer product of `factors` and `row` to the block.
-#[inline(always)]
-#[allow(clippy::needless_range_loop, reason = "one index for both arrays")]
-fn accumulate<T: Float, const R: usize, const V: usize>(sums: &mut [[[T; LANES]; V]; R], factors: [T; R], row: &[T]) {
-    for r in 0..R {
-        for v in 0..V {
-            for lane in 0..LANES {
-                sums[r][v][lane] = factors[r].mul_add(row[v * LANES + lane], sums[r][v][lane]);
+impl Product<'_> {
+    #[inline(always)]
+    fn row_block<S: Simd, const R: usize>(&mut self, simd: S, first: usize) {
+        let mut column = 0;
+        while column < self.width {
+            let vectors = (self.width - column) / S::F32_LANES;
+            column += match vectors {
+                3 if S::F32_LANES >= 16 => self.tile::<S, R, 3>(simd, first, column),
+                2.. => self.tile::<S, R, 2>(simd, first, column),
+                _ => self.tile::<S, R, 1>(simd, first, column),
+            };
+        }
+    }
+
+    /// A block of `R` rows and `V` vectors; returns its columns.
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize, const V: usize>(&mut self, simd: S, first: usize, column: usize) -> usize {
+        let mut sums = [[simd.splat_f32s(0.0); V]; R];
+        if self.left.depth_stride == 1 {
+            let mut rows: [&[f32]; R] = [&[]; R];
+            for (r, row) in rows.iter_mut().enumerate() {
+                *row = &self.left.data[(first + r) * self.left.row_stride..][..self.depth];
+            }
+            for (at, right) in self.right.chunks_exact(self.width).enumerate() {
+                let right = &S::as_simd_f32s(&right[column..]).0[..V];
+                for r in 0..R {
+                    let factor = simd.splat_f32s(rows[r][at]);
+                    for v in 0..V {
+                        sums[r][v] = simd.mul_add_e_f32s(factor, right[v], sums[r][v]);
+                    }
+                }
+            }
+        } else {
+            for (at, right) in self.right.chunks_exact(self.width).enumerate() {
+                let right = &S::as_simd_f32s(&right[column..]).0[..V];
+                let left = &self.left.data[at * self.left.depth_stride + first..][..R];
+                for r in 0..R {
+                    let factor = simd.splat_f32s(left[r]);
+                    for v in 0..V {
+                        sums[r][v] = simd.mul_add_e_f32s(factor, right[v], sums[r][v]);
+                    }
+                }
             }
         }
+        for (r, sums) in sums.into_iter().enumerate() {
+            for (v, sum) in sums.into_iter().enumerate() {
+                let at = (first + r) * self.width + column + v * S::F32_LANES;
+                let sum = match self.onto {
+                    Onto::Nothing => sum,
+                    Onto::Itself => simd.add_f32s(load::<S>(self.result, at), sum),
+                    Onto::Values(values) => simd.add_f32s(load::<S>(values, at), sum),
+                };
+                store::<S>(self.result, at, sum);
+            }
+        }
+        V * S::F32_LANES
     }
 }
 
@@ -138,24 +229,51 @@ mod tests {
     use super::*;
     use crate::random::Philox;
 
-    #[test]
-    fn every_block_size_matches_the_definition() {
-        let random = |n: usize, seed| -> Vec<f64> { (0..n).map(|i| Philox::new(seed).normal(i as u64)).collect() };
-        for rows in 1..14 {
-            for (depth, width) in [(1, 16), (5, 32), (33, 48), (0, 16)] {
-                let (a, b) = (random(rows * depth, 1), random(depth * width, 2));
-                let mut transposed = vec![0.0; rows * depth];
+    fn every_block_size_matches_the_definition<T: Float>(tolerance: f64) {
+        let random =
+            |n: usize, seed| -> Vec<T> { (0..n).map(|i| T::from_f64(Philox::new(seed).normal(i as u64))).collect() };
+        for rows in 1..18 {
+            for (depth, width) in [(1, 16), (5, 32), (33, 48), (0, 16), (7, 64), (3, 80)] {
+                let (a, b, values) = (random(rows * depth, 1), random(depth * width, 2), random(rows * width, 3));
+                let mut transposed = vec![T::ZERO; rows * depth];
                 (0..rows * depth).for_each(|i| transposed[i % depth.max(1) * rows + i / depth.max(1)] = a[i]);
                 for left in [Left::rows(&a, depth), Left::transposed(&transposed, rows)] {
-                    let mut c = vec![1.0; rows * width];
-                    multiply::<f64, true>(left, [rows, depth, width], &b, &mut c);
-                    for (index, &got) in c.iter().enumerate() {
-                        let (row, column) = (index / width, index % width);
-                        let sum: f64 = (0..depth).map(|i| a[row * depth + i] * b[i * width + column]).sum();
-                        assert!((got - 1.0 - sum).abs() < 1e-12, "{rows}×{depth}×{width} at {index}");
+                    for (onto, start) in [
+                        (Onto::Nothing, &vec![T::ZERO; rows * width]),
+                        (Onto::Itself, &vec![T::ONE; rows * width]),
+                        (Onto::Values(&values), &values),
+                    ] {
+                        let mut c = vec![T::ONE; rows * width];
+                        multiply(
+                            left,
+                            [rows, depth, width],
+                            &b,
+                            onto,
+                            &mut c,
+                            Ahead { data: &[0; 9], runs: &[0..9, 3..4, 5..5] },
+                        );
+                        for (index, &got) in c.iter().enumerate() {
+                            let (row, column) = (index / width, index % width);
+                            let term = |i: usize| a[row * depth + i].to_f64() * b[i * width + column].to_f64();
+                            let exact = start[index].to_f64() + (0..depth).map(term).sum::<f64>();
+                            assert!(
+                                (got.to_f64() - exact).abs() < tolerance,
+                                "{rows}×{depth}×{width} at {index}: {got:?}, {exact}"
+                            );
+                        }
                     }
                 }
             }
         }
+    }
+
+    #[test]
+    fn every_block_size_matches_the_definition_in_f64() {
+        every_block_size_matches_the_definition::<f64>(1e-12);
+    }
+
+    #[test]
+    fn every_block_size_matches_the_definition_in_f32() {
+        every_block_size_matches_the_definition::<f32>(2e-5);
     }
 }

@@ -5,7 +5,7 @@
 //! row r of the weights, (k C × O), and summed over r, it gives the outputs without a copy of any window.
 
 use super::cpu::{Gradients, Kernel, Problem};
-use crate::cpu::small_gemm::{LANES, Left, multiply};
+use crate::cpu::small_gemm::{Ahead, LANES, Left, Onto, multiply};
 use crate::cpu::{Float, parallel};
 use crate::tensor::Buffer;
 
@@ -70,7 +70,7 @@ pub(super) fn forward<T: Float>(problem: &Problem, input: &[T], weights: &[&[T]]
             let mut sums = Buffer::zeroed(columns * width);
             for (r, weight) in packed.chunks_exact(depth * width).enumerate() {
                 let windows = Left::rows(padded.windows(problem, kernel, image, y, r), problem.stride * channels);
-                multiply::<T, true>(windows, [columns, depth, width], weight, &mut sums);
+                multiply(windows, [columns, depth, width], weight, Onto::Itself, &mut sums, Ahead::default());
             }
             for (output, sums) in output.chunks_exact_mut(out_channels).zip(sums.chunks_exact(width)) {
                 output[first..][..kernel.out].iter_mut().zip(sums).for_each(|(out, &sum)| *out += sum);
@@ -128,7 +128,7 @@ fn weight_gradient<T: Float>(
             for (r, sums) in sums.chunks_exact_mut(depth * width).enumerate() {
                 let windows = padded.windows(problem, kernel, row / rows, row % rows, r);
                 let transposed = Left::transposed(windows, problem.stride * channels);
-                multiply::<T, true>(transposed, [depth, columns, width], &row_grad, sums);
+                multiply(transposed, [depth, columns, width], &row_grad, Onto::Itself, sums, Ahead::default());
             }
         }
     });
@@ -168,7 +168,7 @@ fn input_gradient<T: Float>(problem: &Problem, weights: &[&[T]], grad: &[T]) -> 
                 grad_row(problem, kernel, first, image * rows + y, grad, &mut row_grad);
                 for (r, weight) in weight.chunks_exact(out * padded_depth).enumerate() {
                     let left = Left::rows(&row_grad, out);
-                    multiply::<T, false>(left, [columns, out, padded_depth], weight, &mut windows);
+                    multiply(left, [columns, out, padded_depth], weight, Onto::Nothing, &mut windows, Ahead::default());
                     let start = (y * problem.stride + inset + r) * row_len + inset * channels;
                     for (x, window) in windows.chunks_exact(padded_depth).enumerate() {
                         let sums = &mut padded[start + x * problem.stride * channels..][..depth];

@@ -2,16 +2,19 @@
 //!
 //! A group's rows of Q, K and V are gathered for a run of heads at once, since only reads of long runs are ones that a
 //! processor fetches ahead. Per head of width d and group of N tokens, everything lies in scratch of a few ten KiB: Q
-//! (N × d, scaled), Kᵀ (d × N), V (N × d) and the scores of up to 64 queries. Widths are rounded up to whole vectors; the
+//! (N × d), Kᵀ (d × N, scaled), V (N × d) and the scores of up to 64 queries. Widths are rounded up to whole vectors; the
 //! padding of a score row is −∞, which the softmax turns into 0.
+
+use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::dropout::Dropout;
 use super::expanded_bias::{ExpandedBias, expand, fold_bias_grads, size, size_number};
-use super::gather::{Part, gather, gather_transposed, prefetch};
+use super::gather::{Part, gather, gather_transposed, shares_of_rows};
 use super::grouping::{Group, Grouping};
-use crate::cpu::small_gemm::{LANES, Left, multiply};
+use super::softmax::{self, exponentials};
+use crate::cpu::small_gemm::{Ahead, LANES, Left, Onto, multiply};
 use crate::cpu::{Float, Stored, simd};
 use crate::tensor::Buffer;
 
@@ -115,33 +118,6 @@ impl Problem {
     }
 }
 
-/// Turns a row of scores into exp(score − max) and returns their sum.
-#[inline(always)]
-fn exponentials<T: Float>(scores: &mut [T]) -> T {
-    let mut lanes = [T::NEG_INFINITY; LANES];
-    for chunk in scores.as_chunks::<LANES>().0 {
-        for (lane, &score) in lanes.iter_mut().zip(chunk) {
-            *lane = lane.nan_max(score);
-        }
-    }
-    let largest = lanes.iter().fold(T::NEG_INFINITY, |largest, &lane| largest.nan_max(lane));
-    let mut sums = [T::ZERO; LANES];
-    for chunk in scores.as_chunks_mut::<LANES>().0 {
-        for (sum, score) in sums.iter_mut().zip(chunk) {
-            *score = (*score - largest).exp_negative();
-            *sum += *score;
-        }
-    }
-    sums.into_iter().sum()
-}
-
-#[inline(always)]
-fn scale_elements<T: Float>(values: &mut [T], factor: T) {
-    for value in values {
-        *value *= factor;
-    }
-}
-
 #[inline(always)]
 fn multiply_elements<T: Float>(values: &mut [T], factors: &[T]) {
     for (value, &factor) in values.iter_mut().zip(factors) {
@@ -149,11 +125,25 @@ fn multiply_elements<T: Float>(values: &mut [T], factors: &[T]) {
     }
 }
 
+/// Asks for some elements of rows that will be written.
+#[inline(always)]
+fn fetch_to_write<S>(rows: &[&mut [S]], elements: Range<usize>) {
+    for row in rows {
+        simd::prefetch_to_write(&row[elements.clone()]);
+    }
+}
+
+fn halves<T>(items: &[T]) -> [&[T]; 2] {
+    let (first, second) = items.split_at(items.len() / 2);
+    [first, second]
+}
+
 /// Scratch of one task, for groups of up to `tokens` tokens.
 struct Scratch<T> {
     tokens: Vec<usize>,
-    /// Those of the group that comes next.
+    /// Those of the group that comes next, and where their share for a head lies.
     next: Vec<usize>,
+    runs: Vec<Range<usize>>,
     /// Of a run of heads: (head, token, padded width).
     query: Buffer<T>,
     value: Buffer<T>,
@@ -185,6 +175,7 @@ impl<T: Float> Scratch<T> {
         Scratch {
             tokens: Vec::with_capacity(most),
             next: Vec::with_capacity(most),
+            runs: Vec::with_capacity(2 * most),
             query: rows(run),
             value: rows(run),
             transposed_key: Buffer::recycled(run * padded * problem.head_width),
@@ -239,33 +230,37 @@ fn forward_group<S: Stored<T>, T: Float>(
             let heads = run.min(problem.heads - head);
             let [query, key, value] = [0, 1, 2].map(|number| problem.part(number, head));
             gather(qkv, query, heads, &scratch.tokens, padded_d, &mut scratch.query);
-            scale_elements(&mut scratch.query[..heads * tokens * padded_d], scale);
-            gather_transposed(qkv, key, heads, &scratch.tokens, padded, &mut scratch.transposed_key);
+            gather_transposed(qkv, key, heads, &scratch.tokens, (padded, scale), &mut scratch.transposed_key);
             gather(qkv, value, heads, &scratch.tokens, padded_d, &mut scratch.value);
         }
-        prefetch(qkv, 3 * channels, &scratch.next, head, problem.heads);
+        scratch.runs.clear();
+        shares_of_rows::<S>(&scratch.next, 3 * channels, [head, problem.heads], &mut scratch.runs);
+        let data = bytemuck::cast_slice(qkv);
+        let [ahead, ahead_later] = halves(&scratch.runs).map(|runs| Ahead { data, runs });
         let of_head = in_run * tokens * padded_d..(in_run + 1) * tokens * padded_d;
         let (query, value) = (&scratch.query[of_head.clone()], &scratch.value[of_head]);
         let transposed_key = &scratch.transposed_key[in_run * d * padded..][..d * padded];
         for first in (0..tokens).step_by(QUERIES) {
             let queries = QUERIES.min(tokens - first);
             let scores = &mut scratch.scores[..queries * padded];
-            scores.copy_from_slice(&bias[(head * tokens + first) * padded..][..queries * padded]);
+            let bias = Onto::Values(&bias[(head * tokens + first) * padded..][..queries * padded]);
             let query = Left::rows(&query[first * padded_d..], padded_d);
-            multiply::<T, true>(query, [queries, d, padded], transposed_key, scores);
-            let mut shares = [T::ZERO; QUERIES];
-            for (row, (scores, share)) in scores.chunks_exact_mut(padded).zip(&mut shares).enumerate() {
-                *share = T::ONE / exponentials(scores);
-                if let Some(dropout) = &problem.dropout {
+            multiply(query, [queries, d, padded], transposed_key, bias, scores, ahead);
+            let mut sums = [T::ZERO; QUERIES];
+            fetch_to_write(&work.rows[first..first + queries], head * d..(head + 1) * d);
+            exponentials(scores, padded, &mut sums[..queries]);
+            if let Some(dropout) = &problem.dropout {
+                for (row, scores) in scores.chunks_exact_mut(padded).enumerate() {
                     let query = problem.query_number(work.image, head, scratch.tokens[first + row] - image_start);
                     dropout.factors(query, problem.most_tokens(), &mut scratch.factors[..padded]);
                     multiply_elements(scores, &scratch.factors);
                 }
             }
             let product = [queries, tokens, padded_d];
-            multiply::<T, false>(Left::rows(scores, padded), product, value, &mut scratch.output);
+            multiply(Left::rows(scores, padded), product, value, Onto::Nothing, &mut scratch.output, ahead_later);
             let rows = work.rows[first..first + queries].iter_mut().zip(scratch.output.chunks_exact(padded_d));
-            for ((row, result), share) in rows.zip(shares) {
+            for ((row, result), sum) in rows.zip(sums) {
+                let share = T::ONE / sum;
                 let out = &mut row[head * d..][..d];
                 for (out, &value) in out.iter_mut().zip(result) {
                     *out = S::store(value * share);
@@ -382,10 +377,9 @@ fn backward_group<S: Stored<T>, T: Float>(
             let heads = run.min(problem.heads - head);
             let [query, key, value] = [0, 1, 2].map(|number| problem.part(number, head));
             gather(qkv, query, heads, &forward.tokens, padded_d, &mut forward.query);
-            scale_elements(&mut forward.query[..heads * tokens * padded_d], scale);
             gather(qkv, key, heads, &forward.tokens, padded_d, &mut scratch.key);
-            gather_transposed(qkv, key, heads, &forward.tokens, padded, &mut forward.transposed_key);
-            gather_transposed(qkv, value, heads, &forward.tokens, padded, &mut scratch.transposed_value);
+            gather_transposed(qkv, key, heads, &forward.tokens, (padded, scale), &mut forward.transposed_key);
+            gather_transposed(qkv, value, heads, &forward.tokens, (padded, T::ONE), &mut scratch.transposed_value);
             let part = Part { row: channels, channel: head * d, width: d };
             gather(grad_rows, part, heads, &forward.tokens, padded_d, &mut scratch.grad);
         }
@@ -395,47 +389,56 @@ fn backward_group<S: Stored<T>, T: Float>(
         let of_head = in_run * d * padded..(in_run + 1) * d * padded;
         let transposed_key = &forward.transposed_key[of_head.clone()];
         let transposed_value = &scratch.transposed_value[of_head];
-        prefetch(qkv, 3 * channels, &forward.next, head, problem.heads);
-        prefetch(grad_rows, channels, &forward.next, head, problem.heads);
-        key_grad[..tokens * padded_d].fill(T::ZERO);
-        value_grad[..tokens * padded_d].fill(T::ZERO);
+        forward.runs.clear();
+        shares_of_rows::<S>(&forward.next, 3 * channels, [head, problem.heads], &mut forward.runs);
+        let of_qkv = forward.runs.len();
+        shares_of_rows::<S>(&forward.next, channels, [head, problem.heads], &mut forward.runs);
+        let (of_qkv, of_grad) = forward.runs.split_at(of_qkv);
+        let [ahead, ahead_later] = halves(of_qkv).map(|runs| Ahead { data: bytemuck::cast_slice(qkv), runs });
+        let of_grad = Ahead { data: bytemuck::cast_slice(grad_rows), runs: of_grad };
         for first in (0..tokens).step_by(QUERIES) {
             let queries = QUERIES.min(tokens - first);
             let probabilities = &mut forward.scores[..queries * padded];
             let bias_rows = (head * tokens + first) * padded..(head * tokens + first + queries) * padded;
-            probabilities.copy_from_slice(&bias[bias_rows.clone()]);
             let (query, grad) = (&query[first * padded_d..], &grad[first * padded_d..]);
             let to_scores = [queries, d, padded];
-            multiply::<T, true>(Left::rows(query, padded_d), to_scores, transposed_key, probabilities);
+            let bias = Onto::Values(&bias[bias_rows.clone()]);
+            multiply(Left::rows(query, padded_d), to_scores, transposed_key, bias, probabilities, ahead);
             let score_grads = &mut scratch.score_grads[..queries * padded];
-            multiply::<T, false>(Left::rows(grad, padded_d), to_scores, transposed_value, score_grads);
-            let rows = probabilities.chunks_exact_mut(padded).zip(score_grads.chunks_exact_mut(padded));
-            for (number, (row, grads)) in rows.enumerate() {
-                let Some(dropout) = &problem.dropout else {
-                    softmax_backward(row, grads);
-                    continue;
-                };
-                let query = problem.query_number(work.image, head, forward.tokens[first + number] - image_start);
-                dropout.factors(query, problem.most_tokens(), &mut forward.factors[..padded]);
-                multiply_elements(grads, &forward.factors);
-                softmax_backward(row, grads);
-                multiply_elements(row, &forward.factors);
+            multiply(Left::rows(grad, padded_d), to_scores, transposed_value, Onto::Nothing, score_grads, ahead_later);
+            let to_write = |number: usize| number * channels + head * d..number * channels + (head + 1) * d;
+            fetch_to_write(&work.rows[first..first + queries], to_write(0));
+            match &problem.dropout {
+                None => softmax::gradients(probabilities, score_grads, padded),
+                Some(dropout) => {
+                    let rows = probabilities.chunks_exact_mut(padded).zip(score_grads.chunks_exact_mut(padded));
+                    for (number, (row, grads)) in rows.enumerate() {
+                        let query =
+                            problem.query_number(work.image, head, forward.tokens[first + number] - image_start);
+                        dropout.factors(query, problem.most_tokens(), &mut forward.factors[..padded]);
+                        multiply_elements(grads, &forward.factors);
+                        softmax::gradients(row, grads, padded);
+                        multiply_elements(row, &forward.factors);
+                    }
+                }
             }
             let over_queries = [tokens, queries, padded_d];
-            multiply::<T, true>(Left::transposed(probabilities, padded), over_queries, grad, value_grad);
-            multiply::<T, true>(Left::transposed(score_grads, padded), over_queries, query, key_grad);
+            let onto = if first == 0 { Onto::Nothing } else { Onto::Itself };
+            fetch_to_write(&work.rows[first..first + queries], to_write(1));
+            multiply(Left::transposed(probabilities, padded), over_queries, grad, onto, value_grad, of_grad);
+            multiply(Left::transposed(score_grads, padded), over_queries, query, onto, key_grad, Ahead::default());
+            fetch_to_write(&work.rows[first..first + queries], to_write(2));
             let over_keys = [queries, tokens, padded_d];
             let query_grad = &mut query_grad[first * padded_d..];
-            multiply::<T, false>(Left::rows(score_grads, padded), over_keys, key, query_grad);
+            multiply(Left::rows(score_grads, padded), over_keys, key, Onto::Nothing, query_grad, Ahead::default());
             if let Some(sums) = scratch.bias_grads.get_mut(number) {
                 for (sum, &grad) in sums[bias_rows].iter_mut().zip(&*score_grads) {
                     *sum += grad;
                 }
             }
         }
-        // The query was scaled on gathering, so the key's gradient has the factor already.
         for (number, (grads, factor)) in
-            [(&*query_grad, scale), (&*key_grad, T::ONE), (&*value_grad, T::ONE)].into_iter().enumerate()
+            [(&*query_grad, scale), (&*key_grad, scale), (&*value_grad, T::ONE)].into_iter().enumerate()
         {
             for (row, grads) in work.rows.iter_mut().zip(grads.chunks_exact(padded_d)) {
                 let out = &mut row[number * channels + head * d..][..d];
@@ -444,22 +447,5 @@ fn backward_group<S: Stored<T>, T: Float>(
                 }
             }
         }
-    }
-}
-
-/// Turns scores into probabilities, and gradients of probabilities into gradients of scores.
-#[inline(always)]
-fn softmax_backward<T: Float>(scores: &mut [T], grads: &mut [T]) {
-    let share = T::ONE / exponentials(scores);
-    let mut lanes = [T::ZERO; LANES];
-    for (scores, grads) in scores.as_chunks_mut::<LANES>().0.iter_mut().zip(grads.as_chunks::<LANES>().0) {
-        for (lane, (score, &grad)) in lanes.iter_mut().zip(scores.iter_mut().zip(grads)) {
-            *score *= share;
-            *lane = score.mul_add(grad, *lane);
-        }
-    }
-    let dot: T = lanes.into_iter().sum();
-    for (grad, &mut probability) in grads.iter_mut().zip(scores) {
-        *grad = probability * (*grad - dot);
     }
 }

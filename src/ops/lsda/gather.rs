@@ -1,8 +1,10 @@
 //! Rows of a group's tokens, copied for a run of heads at once: only reads of long runs are ones that a processor fetches
 //! ahead.
 
+use std::ops::Range;
+
 use crate::cpu::small_gemm::LANES;
-use crate::cpu::{Float, Stored, simd};
+use crate::cpu::{Float, Stored};
 
 /// Where the elements of heads lie in the rows of a tensor.
 #[derive(Clone, Copy)]
@@ -47,7 +49,7 @@ pub(super) fn gather<S: Stored<T>, T: Float>(
     }
 }
 
-/// Like [`gather`], to (head, width, padded tokens): the transposes of every head's rows.
+/// Like [`gather`], to (head, width, padded tokens): the transposes of every head's rows, times `factor`.
 #[inline(always)]
 #[allow(clippy::needless_range_loop, reason = "one index for four rows")]
 pub(super) fn gather_transposed<S: Stored<T>, T: Float>(
@@ -55,7 +57,7 @@ pub(super) fn gather_transposed<S: Stored<T>, T: Float>(
     part: Part,
     heads: usize,
     tokens: &[usize],
-    padded_tokens: usize,
+    (padded_tokens, factor): (usize, T),
     out: &mut [T],
 ) {
     const SIDE: usize = 4;
@@ -73,6 +75,10 @@ pub(super) fn gather_transposed<S: Stored<T>, T: Float>(
                 let square = [S::load_all(&a[at]), S::load_all(&b[at]), S::load_all(&c[at]), S::load_all(&d[at])];
                 for column in 0..SIDE {
                     let transposed = [square[0][column], square[1][column], square[2][column], square[3][column]];
+                    let transposed = transposed.map(
+                        #[inline(always)]
+                        |value| value * factor,
+                    );
                     let to = (at * SIDE + column) * padded_tokens + number * SIDE;
                     out[to..to + SIDE].copy_from_slice(&transposed);
                 }
@@ -82,19 +88,15 @@ pub(super) fn gather_transposed<S: Stored<T>, T: Float>(
             let out = &mut out[column * padded_tokens..][..padded_tokens];
             let first = if column < width / SIDE * SIDE { tokens.len() - rest.len() } else { 0 };
             for (out, &token) in out[first..].iter_mut().zip(&tokens[first..]) {
-                *out = source[token * row + channel + column].load();
+                *out = source[token * row + channel + column].load() * factor;
             }
             out[tokens.len()..].fill(T::ZERO);
         }
     }
 }
 
-/// Asks for the rows of the next group's tokens, a share of them with each of `heads` heads of this one: they come while
-/// this one is computed.
-#[inline(always)]
-pub(super) fn prefetch<T>(source: &[T], row: usize, next: &[usize], head: usize, heads: usize) {
-    let share = next.len().div_ceil(heads);
-    for &token in next.iter().skip(head * share).take(share) {
-        simd::prefetch(&source[token * row..][..row]);
-    }
+/// The bytes of some tokens' rows, of `row` elements, that fall to `head` of `heads`: one run for each token.
+pub(super) fn shares_of_rows<S>(tokens: &[usize], row: usize, [head, heads]: [usize; 2], runs: &mut Vec<Range<usize>>) {
+    let (bytes, at) = (row * size_of::<S>(), |head: usize| row * head / heads * size_of::<S>());
+    runs.extend(tokens.iter().map(|token| token * bytes + at(head)..token * bytes + at(head + 1)));
 }

@@ -11,6 +11,7 @@ mod expanded_bias;
 mod gather;
 pub(crate) mod gpu;
 mod grouping;
+mod softmax;
 
 use crate::autograd::{Backward, Function, record};
 use crate::random::Philox;
