@@ -1,13 +1,16 @@
 //! Products with a packed weight, and sums of products over rows: in `f32` by the blocks of [`block_gemm`], in `f64` by the
 //! general product. One thread each: convolutions and linear layers share their rows among threads.
 
+use std::ops::Range;
+
 use super::block_gemm::{self, GROUP, LANES, Onto, PANEL, Rows, Strided, Writes};
 use super::gemm::{Into, Matrix, Threads, gemm};
 use super::{Float, parallel, simd};
 use crate::tensor::{Buffer, DType};
 
-/// Terms that are summed before they join a longer sum, which keeps errors small.
-const DEPTH: usize = 128;
+/// Products that are summed at most before they join a longer sum, which keeps errors small. A panel so deep stays in the
+/// nearest cache.
+const DEPTH: usize = 192;
 /// The same for [`Packed::rows`], whose short sums are written once.
 const ROW_DEPTH: usize = 256;
 
@@ -125,51 +128,87 @@ impl<T: Float> Packed<T> {
         rows: usize,
         (to, row_stride, into): (&mut [T], usize, Into),
     ) {
-        if rows == 0 {
-            return;
+        if is_f32::<T>() {
+            let starts = (0..rows).map(|row| row * stride).collect();
+            let term = Term { weight: first..first + depth, rows: (0..rows).collect(), starts };
+            return self.add_terms(data, &[term], rows, (to, row_stride, into));
         }
-        let columns = self.columns;
-        if !is_f32::<T>() {
+        if rows > 0 {
             let left = Matrix::strided(data, rows, depth, stride, 1);
-            let right = Matrix::row_major(&self.data[first * columns..][..depth * columns], depth, columns);
-            return gemm(to, row_stride, left, right, into, Threads::One);
+            let right =
+                Matrix::row_major(&self.data[first * self.columns..][..depth * self.columns], depth, self.columns);
+            gemm(to, row_stride, left, right, into, Threads::One);
         }
+    }
+
+    /// The sums of terms for each of `rows` rows, `row_stride` apart, in `f32`.
+    ///
+    /// # Panics
+    /// For other types.
+    pub fn add_terms(&self, data: &[T], terms: &[Term], rows: usize, (to, row_stride, into): (&mut [T], usize, Into)) {
+        assert!(is_f32::<T>(), "terms are products of f32");
+        let columns = self.columns;
         let (data, to) = (bytemuck::cast_slice(data), bytemuck::cast_slice_mut(to));
         let weight: &[f32] = bytemuck::cast_slice(&self.data);
         // Whole vectors are written: a panel that is not filled goes by way of a buffer.
         let mut scratch = Buffer::<f32>::recycled(if columns.is_multiple_of(LANES) { 0 } else { rows * PANEL });
-        let (mut starts, mut places) = (vec![0; rows], vec![0; rows]);
         for column in (0..columns).step_by(PANEL) {
             let (width, used) = (panel_width(columns, column), PANEL.min(columns - column));
-            let panel = &weight[column * self.depth + first * width..][..depth * width];
-            let direct = used == width;
-            for (row, place) in places.iter_mut().enumerate() {
-                *place = if direct { row * row_stride + column } else { row * width };
+            let panel = &weight[column * self.depth..][..self.depth * width];
+            if used == width {
+                let to: &mut [f32] = if rows == 0 { &mut [] } else { &mut to[column..] };
+                add_terms_to_panel(data, terms, (panel, width), rows, (to, row_stride, into));
+                continue;
             }
-            for (chunk, panel) in panel.chunks(DEPTH * width).enumerate() {
-                starts.iter_mut().enumerate().for_each(|(row, start)| *start = row * stride + chunk * DEPTH);
-                let add = if direct { into == Into::Add || chunk > 0 } else { chunk > 0 };
-                let onto = if add { Onto::Itself } else { Onto::Nothing };
-                let to: &mut [f32] = if direct { to } else { &mut scratch };
-                block_gemm::multiply(
-                    Rows { data, starts: &starts },
-                    panel,
-                    width,
-                    (to, &places),
-                    onto,
-                    Writes::Near,
-                    &[],
-                );
-            }
-            if !direct {
-                for (row, values) in scratch.chunks_exact(width).take(rows).enumerate() {
-                    let out = &mut to[row * row_stride + column..][..used];
-                    match into {
-                        Into::Overwrite => out.copy_from_slice(&values[..used]),
-                        Into::Add => out.iter_mut().zip(values).for_each(|(out, value)| *out += value),
-                    }
+            add_terms_to_panel(data, terms, (panel, width), rows, (&mut scratch, width, Into::Overwrite));
+            for (row, values) in scratch.chunks_exact(width).take(rows).enumerate() {
+                let out = &mut to[row * row_stride + column..][..used];
+                match into {
+                    Into::Overwrite => out.copy_from_slice(&values[..used]),
+                    Into::Add => out.iter_mut().zip(values).for_each(|(out, value)| *out += value),
                 }
             }
+        }
+    }
+}
+
+/// A share of a product's depth, for some of its rows.
+pub(crate) struct Term {
+    /// Rows of the weight.
+    pub weight: Range<usize>,
+    /// Rows of the result.
+    pub rows: Vec<usize>,
+    /// Where the elements of each of them lie, as many as the weight has rows.
+    pub starts: Vec<usize>,
+}
+
+/// The sums of terms for one panel of columns, into `rows` rows `row_stride` apart.
+fn add_terms_to_panel(
+    data: &[f32],
+    terms: &[Term],
+    (panel, width): (&[f32], usize),
+    rows: usize,
+    (to, row_stride, into): (&mut [f32], usize, Into),
+) {
+    // What no term reaches at first begins with zero.
+    let whole = terms.first().is_some_and(|term| term.rows.len() == rows);
+    if into == Into::Overwrite && !whole {
+        (0..rows).for_each(|row| to[row * row_stride..][..width].fill(0.0));
+    }
+    let (mut starts, mut places) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
+    for (number, term) in terms.iter().enumerate() {
+        let depth = term.weight.len();
+        let chunk = depth.div_ceil(depth.div_ceil(DEPTH).max(1)).max(1);
+        places.clear();
+        places.extend(term.rows.iter().map(|row| row * row_stride));
+        let panel = &panel[term.weight.start * width..term.weight.end * width];
+        for (index, panel) in panel.chunks(chunk * width).enumerate() {
+            starts.clear();
+            starts.extend(term.starts.iter().map(|start| start + index * chunk));
+            let first = number == 0 && index == 0;
+            let onto = if first && whole && into == Into::Overwrite { Onto::Nothing } else { Onto::Itself };
+            let rows = Rows { data, starts: &starts };
+            block_gemm::multiply(rows, panel, width, (&mut *to, &places), onto, Writes::Near, &[]);
         }
     }
 }

@@ -2,16 +2,25 @@
 
 use super::Geometry;
 use crate::cpu::gemm::Into;
-use crate::cpu::packed::Packed;
+use crate::cpu::packed::{Packed, Term};
 use crate::cpu::{Float, simd};
-use crate::tensor::Buffer;
+use crate::tensor::{Buffer, DType};
 
 /// Columns of a panel, unless one line of taps alone has more.
 pub(super) const PANEL_COLUMNS: usize = 1024;
 
-/// Rows of a tile: enough to pay for reading the weight, few enough to share a small problem between threads.
+/// Rows of a tile: enough to pay for reading the weight, few enough to share a small problem between threads, which several
+/// numbers of them can share evenly.
 pub(super) fn tile_rows(rows: usize) -> usize {
-    (rows / 16).clamp(64, 256)
+    const MOST: usize = 256;
+    const FEWEST: usize = 64;
+    let tiles = rows.div_ceil(MOST).max((rows / FEWEST).min(16));
+    let tiles = match tiles {
+        4.. if rows / tiles >= 2 * FEWEST => tiles.next_multiple_of(4),
+        4.. => tiles / 4 * 4,
+        _ => tiles / 2 * 2,
+    };
+    rows.div_ceil(tiles.max(1)).max(1)
 }
 
 /// A channels-last map and the channels of it that are read.
@@ -52,10 +61,7 @@ impl<T: Float> Source<'_, T> {
     /// the map and behind a patch.
     pub fn fill_panel(&self, panel: &mut [T], stride: usize, anchors: &[Anchor], ys: &[isize], xs: &[isize]) {
         let [height, width] = self.extents.map(|extent| extent as isize);
-        let dense = self.read == self.channels && xs.windows(2).all(|pair| pair[1] - pair[0] == 1);
-        // Neighbouring taps are neighbours in memory: one run per line, else one run per tap.
-        let runs: Vec<(isize, usize)> =
-            if dense { vec![(xs[0], xs.len())] } else { xs.iter().map(|&x| (x, 1)).collect() };
+        let runs = self.runs(xs);
         simd::dispatch(
             #[inline(always)]
             || {
@@ -86,6 +92,9 @@ impl<T: Float> Source<'_, T> {
     }
 
     /// The product of the patches of `anchors` with `weight` (tap, channel, column), into rows `row_stride` apart.
+    ///
+    /// Long runs of a patch are read where they are, and what lies outside of the map is left out; patches of short ones are
+    /// copied into a panel first.
     pub fn multiply(
         &self,
         taps: &Taps,
@@ -93,6 +102,11 @@ impl<T: Float> Source<'_, T> {
         weight: &Packed<T>,
         (destination, row_stride, mut into): (&mut [T], usize, Into),
     ) {
+        const LONG: usize = 64;
+        if T::DTYPE == DType::F32 && self.runs(&taps.xs)[0].1 * self.read >= LONG {
+            let terms = self.terms(taps, anchors);
+            return weight.add_terms(self.data, &terms, anchors.len(), (destination, row_stride, into));
+        }
         let line = self.line_columns(&taps.xs);
         let lines = (PANEL_COLUMNS / line).max(1);
         let mut panel = Buffer::recycled(anchors.len() * line * lines.min(taps.ys.len()));
@@ -104,6 +118,47 @@ impl<T: Float> Source<'_, T> {
             weight.multiply((panel, depth), rows, anchors.len(), (destination, row_stride, into));
             into = Into::Add;
         }
+    }
+
+    /// The horizontal taps that are neighbours in memory: the offset of the first one and how many there are.
+    fn runs(&self, xs: &[isize]) -> Vec<(isize, usize)> {
+        let dense = self.read == self.channels && xs.windows(2).all(|pair| pair[1] - pair[0] == 1);
+        if dense { vec![(xs[0], xs.len())] } else { xs.iter().map(|&x| (x, 1)).collect() }
+    }
+
+    /// Run by run, the parts of patches that lie in the map: rows of which the same taps do make a term.
+    fn terms(&self, taps: &Taps, anchors: &[Anchor]) -> Vec<Term> {
+        let [height, width] = self.extents.map(|extent| extent as isize);
+        let mut terms = Vec::new();
+        let mut first = 0;
+        for y in &taps.ys {
+            for &(offset, count) in &self.runs(&taps.xs) {
+                let mut of_run: Vec<Term> = Vec::new();
+                for (row, anchor) in anchors.iter().enumerate() {
+                    let (y, x) = (anchor.y + y, anchor.x + offset);
+                    let inside = (-x).clamp(0, count as isize)..(width - x).clamp(0, count as isize);
+                    if !(0..height).contains(&y) || inside.is_empty() {
+                        continue;
+                    }
+                    let position = (anchor.image * self.extents[0] + y as usize) * self.extents[1];
+                    let start = (position + (x + inside.start) as usize) * self.channels + self.first;
+                    let tap = |tap: isize| (first + tap as usize) * self.read;
+                    let weight = tap(inside.start)..tap(inside.end);
+                    let term = match of_run.iter().position(|term| term.weight == weight) {
+                        Some(term) => &mut of_run[term],
+                        None => {
+                            of_run.push(Term { weight, rows: Vec::new(), starts: Vec::new() });
+                            of_run.last_mut().expect("a term was pushed")
+                        }
+                    };
+                    term.rows.push(row);
+                    term.starts.push(start);
+                }
+                terms.append(&mut of_run);
+                first += count;
+            }
+        }
+        terms
     }
 }
 
