@@ -80,20 +80,50 @@ pub fn multiply(
     }
 }
 
-/// Rows of `columns` contiguous elements, `stride` apart.
+/// Where rows begin: `usize` apart, or at the places of a list.
+pub trait Starts: Copy {
+    /// The place of a row.
+    fn at(&self, row: usize) -> usize;
+    /// The furthest place of so many rows.
+    fn furthest(&self, rows: usize) -> usize;
+}
+
+impl Starts for usize {
+    #[inline(always)]
+    fn at(&self, row: usize) -> usize {
+        row * self
+    }
+
+    fn furthest(&self, rows: usize) -> usize {
+        rows.saturating_sub(1) * self
+    }
+}
+
+impl Starts for &[usize] {
+    #[inline(always)]
+    fn at(&self, row: usize) -> usize {
+        self[row]
+    }
+
+    fn furthest(&self, rows: usize) -> usize {
+        self[..rows].iter().copied().max().unwrap_or(0)
+    }
+}
+
+/// Rows of `columns` contiguous elements.
 #[derive(Clone, Copy)]
-pub struct Strided<'a> {
+pub struct Strided<'a, P = usize> {
     /// Where all rows lie.
     pub data: &'a [f32],
-    /// Distance of rows.
-    pub stride: usize,
+    /// Distance of rows, or where each of them begins.
+    pub stride: P,
     /// Elements of a row that count.
     pub columns: usize,
 }
 
-impl Strided<'_> {
+impl<P: Starts> Strided<'_, P> {
     fn holds(&self, rows: usize) -> bool {
-        rows == 0 || (rows - 1) * self.stride + self.columns <= self.data.len()
+        rows == 0 || self.stride.furthest(rows) + self.columns <= self.data.len()
     }
 }
 
@@ -103,7 +133,13 @@ impl Strided<'_> {
 /// # Panics
 /// Where extents do not match.
 #[inline(never)]
-pub fn multiply_transposed(left: Strided<'_>, right: Strided<'_>, depth: usize, sums: &mut [f32], ahead: &[f32]) {
+pub fn multiply_transposed<P: Starts>(
+    left: Strided<'_, P>,
+    right: Strided<'_, P>,
+    depth: usize,
+    sums: &mut [f32],
+    ahead: &[f32],
+) {
     assert!(left.columns.is_multiple_of(GROUP) && left.holds(depth), "left");
     assert!((right.columns == LANES || right.columns == PANEL) && right.holds(depth), "right");
     assert_eq!(sums.len(), left.columns * right.columns, "sums");
@@ -216,9 +252,9 @@ impl Multiply<'_> {
     }
 }
 
-struct MultiplyTransposed<'a> {
-    left: Strided<'a>,
-    right: Strided<'a>,
+struct MultiplyTransposed<'a, P> {
+    left: Strided<'a, P>,
+    right: Strided<'a, P>,
     depth: usize,
     sums: &'a mut [f32],
     ahead: &'a [f32],
@@ -235,7 +271,7 @@ fn prefetch_share(ahead: &[f32], index: usize, blocks: usize) {
     }
 }
 
-impl WithSimd for MultiplyTransposed<'_> {
+impl<P: Starts> WithSimd for MultiplyTransposed<'_, P> {
     type Output = ();
 
     #[inline(always)]
@@ -250,7 +286,7 @@ impl WithSimd for MultiplyTransposed<'_> {
     }
 }
 
-impl MultiplyTransposed<'_> {
+impl<P: Starts> MultiplyTransposed<'_, P> {
     #[inline(always)]
     fn all_blocks<S: Simd, const R: usize, const V: usize>(&mut self, simd: S) {
         for first in (0..self.left.columns).step_by(R) {
@@ -266,8 +302,8 @@ impl MultiplyTransposed<'_> {
         let mut sums = [[simd.splat_f32s(0.0); V]; R];
         let (left, right) = (&self.left.data[first..], &self.right.data[column..]);
         for t in 0..self.depth {
-            let left = &left[t * self.left.stride..][..R];
-            let right = S::as_simd_f32s(&right[t * self.right.stride..][..V * S::F32_LANES]).0;
+            let left = &left[self.left.stride.at(t)..][..R];
+            let right = S::as_simd_f32s(&right[self.right.stride.at(t)..][..V * S::F32_LANES]).0;
             let right = &right[..V];
             for r in 0..R {
                 let factor = simd.splat_f32s(left[r]);

@@ -343,6 +343,49 @@ impl<'a, T: Float> Patches<'a, T> {
     }
 }
 
+/// Pairs of rows whose products are summed.
+#[derive(Default)]
+pub(crate) struct Pairs {
+    /// Where those of patches begin.
+    pub patches: Vec<usize>,
+    /// Numbers of those of a gradient.
+    pub grads: Vec<usize>,
+}
+
+/// As [`add_product`], of patches that are read where they are: of each of their taps, `channels` columns, the pairs of rows in
+/// which it meets the map. Channels fill whole groups, features whole vectors, and the type is `f32`.
+pub(crate) fn add_product_of_taps<T: Float>(
+    (data, channels): (&[T], usize),
+    (grad, grad_stride, features): (&[T], usize, usize),
+    rows: usize,
+    taps: &mut [Pairs],
+    sums: &mut [T],
+) {
+    let (data, grad): (&[f32], &[f32]) = (bytemuck::cast_slice(data), bytemuck::cast_slice(grad));
+    let sums: &mut [f32] = bytemuck::cast_slice_mut(sums);
+    let mut near = Buffer::<f32>::recycled(rows * PANEL);
+    taps.iter_mut().flat_map(|pairs| &mut pairs.grads).for_each(|row| *row *= PANEL);
+    for (index, sums) in sums.chunks_mut(taps.len() * channels * PANEL).enumerate() {
+        let first = index * PANEL;
+        let width = panel_width(features, first);
+        // Rows of a gradient are often a power of two apart and would share few sets of a cache.
+        for (row, near) in near.chunks_exact_mut(PANEL).enumerate() {
+            near[..width].copy_from_slice(&grad[row * grad_stride + first..][..width]);
+        }
+        for (pairs, sums) in taps.iter().zip(sums.chunks_mut(channels * width)) {
+            let left = Strided { data, stride: pairs.patches.as_slice(), columns: channels };
+            let right = Strided { data: &near, stride: pairs.grads.as_slice(), columns: width };
+            block_gemm::multiply_transposed(left, right, pairs.patches.len(), sums, &[]);
+        }
+    }
+}
+
+/// Whether [`add_product_of_taps`] serves.
+pub(crate) fn has_whole_taps<T: Float>(channels: usize, features: usize) -> bool {
+    const MANY: usize = 64;
+    is_f32::<T>() && channels >= MANY && channels.is_multiple_of(GROUP) && features.is_multiple_of(LANES)
+}
+
 /// `sums += patchesᵀ · grad`: rows of the gradient are `grad_stride` apart; columns of patches fill whole groups or are
 /// [`Patches::filled`]. `ahead` is read soon after.
 pub(crate) fn add_product<T: Float>(

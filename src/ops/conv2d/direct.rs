@@ -11,7 +11,9 @@ use super::Geometry;
 use super::patches::{Anchor, PANEL_COLUMNS, Source, Taps, forward_anchor, forward_taps, input_source, tile_rows};
 use crate::cpu::block_gemm::PANEL;
 use crate::cpu::gemm::Into;
-use crate::cpu::packed::{Packed, Patches, add_product, copy_weights, patch_stride, start, sums_len};
+use crate::cpu::packed::{
+    Packed, Patches, add_product, add_product_of_taps, copy_weights, has_whole_taps, patch_stride, start, sums_len,
+};
 use crate::cpu::{Float, parallel};
 use crate::tensor::Buffer;
 
@@ -285,20 +287,29 @@ fn add_share<T: Float>(
     let group_outputs = g.group_outputs();
     let columns = share.ys.len() * source.line_columns(xs);
     let stride = patch_stride::<T>(columns);
+    let whole_taps = has_whole_taps::<T>(source.read, group_outputs);
     // The rows of a map are patches, if they fill whole groups.
     let in_place = g.is_pointwise() && stride == columns;
-    let mut panel = Buffer::recycled(if in_place { 0 } else { TILE.min(share.rows.len()) * stride });
+    let copied = !whole_taps && !in_place;
+    let mut panel = Buffer::recycled(if copied { TILE.min(share.rows.len()) * stride } else { 0 });
     share.sums.fill(T::ZERO);
     for first in share.rows.clone().step_by(TILE) {
         let rows = TILE.min(share.rows.end - first);
         let grad = &grad[first * channels + first_channel + share.group * group_outputs..];
-        let grad = (grad, channels, group_outputs);
         if in_place {
-            add_product(Patches { data: &input[first * columns..], stride, columns }, grad, rows, share.sums, &[]);
-        } else {
-            let anchors: Vec<Anchor> = (first..first + rows).map(|row| forward_anchor(g, row)).collect();
-            source.fill_panel(&mut panel[..rows * stride], stride, &anchors, share.ys, xs);
-            add_product(Patches::filled(&panel[..rows * stride], columns), grad, rows, share.sums, &[]);
+            let patches = Patches { data: &input[first * columns..], stride, columns };
+            add_product(patches, (grad, channels, group_outputs), rows, share.sums, &[]);
+            continue;
         }
+        let anchors: Vec<Anchor> = (first..first + rows).map(|row| forward_anchor(g, row)).collect();
+        if whole_taps {
+            let mut pairs = source.pairs(share.ys, xs, &anchors);
+            let grad = (grad, channels, group_outputs);
+            add_product_of_taps((input, source.read), grad, rows, &mut pairs, share.sums);
+            continue;
+        }
+        source.fill_panel(&mut panel[..rows * stride], stride, &anchors, share.ys, xs);
+        let patches = Patches::filled(&panel[..rows * stride], columns);
+        add_product(patches, (grad, channels, group_outputs), rows, share.sums, &[]);
     }
 }

@@ -2,7 +2,7 @@
 
 use super::Geometry;
 use crate::cpu::gemm::Into;
-use crate::cpu::packed::{Packed, Term};
+use crate::cpu::packed::{Packed, Pairs, Term};
 use crate::cpu::{Float, simd};
 use crate::tensor::{Buffer, DType};
 
@@ -118,6 +118,24 @@ impl<T: Float> Source<'_, T> {
             weight.multiply((panel, depth), rows, anchors.len(), (destination, row_stride, into));
             into = Into::Add;
         }
+    }
+
+    /// Of every tap, in the order (y, x), the anchors for which it meets the map, and where.
+    pub fn pairs(&self, ys: &[isize], xs: &[isize], anchors: &[Anchor]) -> Vec<Pairs> {
+        let [height, width] = self.extents.map(|extent| extent as isize);
+        let pairs_of = |y: &isize, x: &isize| {
+            let mut pairs = Pairs::default();
+            for (row, anchor) in anchors.iter().enumerate() {
+                let (y, x) = (anchor.y + y, anchor.x + x);
+                if (0..height).contains(&y) && (0..width).contains(&x) {
+                    let position = (anchor.image * self.extents[0] + y as usize) * self.extents[1] + x as usize;
+                    pairs.patches.push(position * self.channels + self.first);
+                    pairs.grads.push(row);
+                }
+            }
+            pairs
+        };
+        ys.iter().flat_map(|y| xs.iter().map(move |x| (y, x))).map(|(y, x)| pairs_of(y, x)).collect()
     }
 
     /// The horizontal taps that are neighbours in memory: the offset of the first one and how many there are.
