@@ -8,8 +8,8 @@
 //! used once, and no two tiles write to the same place.
 
 use super::Geometry;
-use super::patches::{Anchor, PANEL_COLUMNS, Source, Taps, forward_anchor, forward_taps, input_source, tile_rows};
-use crate::cpu::block_gemm::PANEL;
+use super::patches::{Anchor, PANEL_COLUMNS, Source, Taps, forward_anchors, forward_taps, input_source, tile_rows};
+use crate::cpu::block_gemm::{PANEL, Writes};
 use crate::cpu::gemm::Into;
 use crate::cpu::packed::{
     Packed, Patches, add_product, add_product_of_taps, copy_weights, has_whole_taps, patch_stride, start, sums_len,
@@ -46,12 +46,20 @@ pub(in crate::ops) fn output<T: Float>(
         })
         .collect();
     let mut output = Buffer::recycled(rows * channels);
-    let tile = tile_rows(rows);
+    let (tile, writes) = (tile_rows(rows), Writes::of_large::<T>(rows * channels));
     parallel::pieces_mut(&mut output, tile * channels, |index, out| {
         let (first_row, rows) = (index * tile, out.len() / channels);
+        if let ([Part { geometry: g, .. }], [(weights, taps)]) = (parts, packed.as_slice())
+            && g.options.groups == 1
+            && g.taps() * g.in_channels <= SHORT
+        {
+            let anchors = forward_anchors(g, first_row..first_row + rows);
+            let panel = input_source(g, input, 0).panel(taps, &anchors);
+            return weights[0].rows(&panel, bias, out, writes, &[]);
+        }
         let into = start(out, bias);
         for (&Part { geometry: g, first }, (weights, taps)) in parts.iter().zip(&packed) {
-            let anchors: Vec<Anchor> = (first_row..first_row + rows).map(|row| forward_anchor(&g, row)).collect();
+            let anchors = forward_anchors(&g, first_row..first_row + rows);
             for (group, weight) in weights.iter().enumerate() {
                 let destination = (&mut out[first + group * g.group_outputs()..], channels, into);
                 input_source(&g, input, group).multiply(taps, &anchors, weight, destination);
@@ -60,6 +68,9 @@ pub(in crate::ops) fn output<T: Float>(
     });
     output
 }
+
+/// Elements of a patch whose product is written once, so that large results can go past the caches.
+const SHORT: usize = 128;
 
 /// The taps that meet input positions h with (h + padding) mod stride = `remainder`: tap i meets such a position in
 /// the output position ⌊(h + padding) / stride⌋ + offset.
@@ -301,7 +312,7 @@ fn add_share<T: Float>(
             add_product(patches, (grad, channels, group_outputs), rows, share.sums, &[]);
             continue;
         }
-        let anchors: Vec<Anchor> = (first..first + rows).map(|row| forward_anchor(g, row)).collect();
+        let anchors = forward_anchors(g, first..first + rows);
         if whole_taps {
             let mut pairs = source.pairs(share.ys, xs, &anchors);
             let grad = (grad, channels, group_outputs);

@@ -1,5 +1,7 @@
 //! The patches that a tile of positions reads, copied into a panel and multiplied with a weight.
 
+use std::ops::Range;
+
 use super::Geometry;
 use crate::cpu::gemm::Into;
 use crate::cpu::packed::{Packed, Pairs, Term};
@@ -89,6 +91,14 @@ impl<T: Float> Source<'_, T> {
                 }
             },
         );
+    }
+
+    /// The patches of `anchors`, one after the other.
+    pub fn panel(&self, taps: &Taps, anchors: &[Anchor]) -> Buffer<T> {
+        let depth = taps.ys.len() * self.line_columns(&taps.xs);
+        let mut panel = Buffer::recycled(anchors.len() * depth);
+        self.fill_panel(&mut panel, depth, anchors, &taps.ys, &taps.xs);
+        panel
     }
 
     /// The product of the patches of `anchors` with `weight` (tap, channel, column), into rows `row_stride` apart.
@@ -205,8 +215,21 @@ pub(super) fn forward_taps(g: &Geometry) -> Taps {
     Taps { ys: offsets(0), xs: offsets(1) }
 }
 
-pub(super) fn forward_anchor(g: &Geometry, row: usize) -> Anchor {
+/// The anchors of some positions of the result, counted over the batch.
+pub(super) fn forward_anchors(g: &Geometry, rows: Range<usize>) -> Vec<Anchor> {
     let [height, width] = g.output;
     let start = |axis: usize, at: usize| (at * g.options.stride[axis]) as isize - g.options.padding[axis] as isize;
-    Anchor { image: row / (height * width), y: start(0, row / width % height), x: start(1, row % width) }
+    let (mut image, mut y, mut x) = (rows.start / (height * width), rows.start / width % height, rows.start % width);
+    let mut anchors = Vec::with_capacity(rows.len());
+    for _ in rows {
+        anchors.push(Anchor { image, y: start(0, y), x: start(1, x) });
+        x += 1;
+        if x == width {
+            (x, y) = (0, y + 1);
+        }
+        if y == height {
+            (y, image) = (0, image + 1);
+        }
+    }
+    anchors
 }
