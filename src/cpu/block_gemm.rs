@@ -84,8 +84,8 @@ pub fn multiply(
 pub trait Starts: Copy {
     /// The place of a row.
     fn at(&self, row: usize) -> usize;
-    /// The furthest place of so many rows.
-    fn furthest(&self, rows: usize) -> usize;
+    /// Whether so many rows of `columns` elements lie in data of length `len`. Of a list that shows when a row is read.
+    fn hold(&self, rows: usize, columns: usize, len: usize) -> bool;
 }
 
 impl Starts for usize {
@@ -94,8 +94,8 @@ impl Starts for usize {
         row * self
     }
 
-    fn furthest(&self, rows: usize) -> usize {
-        rows.saturating_sub(1) * self
+    fn hold(&self, rows: usize, columns: usize, len: usize) -> bool {
+        rows == 0 || (rows - 1) * self + columns <= len
     }
 }
 
@@ -105,8 +105,8 @@ impl Starts for &[usize] {
         self[row]
     }
 
-    fn furthest(&self, rows: usize) -> usize {
-        self[..rows].iter().copied().max().unwrap_or(0)
+    fn hold(&self, rows: usize, _: usize, _: usize) -> bool {
+        rows <= self.len()
     }
 }
 
@@ -123,24 +123,24 @@ pub struct Strided<'a, P = usize> {
 
 impl<P: Starts> Strided<'_, P> {
     fn holds(&self, rows: usize) -> bool {
-        rows == 0 || self.stride.furthest(rows) + self.columns <= self.data.len()
+        self.stride.hold(rows, self.columns, self.data.len())
     }
 }
 
-/// `sums += leftᵀ · right`, over `depth` rows: `left` has a multiple of [`GROUP`] columns, `right` [`LANES`] or [`PANEL`];
+/// `sums += leftᵀ · right`, over `depth` rows: `left` has a multiple of four columns, best of [`GROUP`], `right` [`LANES`] or [`PANEL`];
 /// `sums` is row-major without gaps. `ahead` is read soon after this product.
 ///
 /// # Panics
-/// Where extents do not match.
+/// Where extents do not match or a row leaves its data.
 #[inline(never)]
-pub fn multiply_transposed<P: Starts>(
-    left: Strided<'_, P>,
-    right: Strided<'_, P>,
+pub fn multiply_transposed<L: Starts, R: Starts>(
+    left: Strided<'_, L>,
+    right: Strided<'_, R>,
     depth: usize,
     sums: &mut [f32],
     ahead: &[f32],
 ) {
-    assert!(left.columns.is_multiple_of(GROUP) && left.holds(depth), "left");
+    assert!(left.columns.is_multiple_of(4) && left.holds(depth), "left");
     assert!((right.columns == LANES || right.columns == PANEL) && right.holds(depth), "right");
     assert_eq!(sums.len(), left.columns * right.columns, "sums");
     if depth > 0 {
@@ -252,9 +252,9 @@ impl Multiply<'_> {
     }
 }
 
-struct MultiplyTransposed<'a, P> {
-    left: Strided<'a, P>,
-    right: Strided<'a, P>,
+struct MultiplyTransposed<'a, A, B> {
+    left: Strided<'a, A>,
+    right: Strided<'a, B>,
     depth: usize,
     sums: &'a mut [f32],
     ahead: &'a [f32],
@@ -271,7 +271,7 @@ fn prefetch_share(ahead: &[f32], index: usize, blocks: usize) {
     }
 }
 
-impl<P: Starts> WithSimd for MultiplyTransposed<'_, P> {
+impl<A: Starts, B: Starts> WithSimd for MultiplyTransposed<'_, A, B> {
     type Output = ();
 
     #[inline(always)]
@@ -286,13 +286,18 @@ impl<P: Starts> WithSimd for MultiplyTransposed<'_, P> {
     }
 }
 
-impl<P: Starts> MultiplyTransposed<'_, P> {
+impl<A: Starts, B: Starts> MultiplyTransposed<'_, A, B> {
     #[inline(always)]
     fn all_blocks<S: Simd, const R: usize, const V: usize>(&mut self, simd: S) {
-        for first in (0..self.left.columns).step_by(R) {
-            prefetch_share(self.ahead, first / R, self.left.columns / R);
+        let blocks = self.left.columns.div_ceil(R);
+        for block in 0..blocks {
+            prefetch_share(self.ahead, block, blocks);
             for column in (0..self.right.columns).step_by(V * S::F32_LANES) {
-                self.block::<S, R, V>(simd, first, column);
+                if (block + 1) * R <= self.left.columns {
+                    self.block::<S, R, V>(simd, block * R, column);
+                } else {
+                    self.block::<S, 4, V>(simd, block * R, column);
+                }
             }
         }
     }
@@ -400,7 +405,7 @@ mod tests {
                         );
                     }
                 }
-                let columns = rows.next_multiple_of(GROUP);
+                let columns = rows.next_multiple_of(4);
                 let left = random(depth * columns, 3);
                 for got in on_every_set(|| Transposed(&left, &right, [columns, depth, width])) {
                     for (index, got) in got.iter().enumerate() {
@@ -413,5 +418,20 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn rows_of_a_list_give_the_bits_of_rows_so_far_apart() {
+        let (columns, depth, width) = (12, 21, PANEL);
+        let (left, right) = (random(depth * columns, 1), random(depth * width, 2));
+        let [left_starts, right_starts] =
+            [columns, width].map(|stride| (0..depth).map(|t| t * stride).collect::<Vec<_>>());
+        let (mut sums, mut of_lists) = (vec![0.5; columns * width], vec![0.5; columns * width]);
+        let left_rows = Strided { data: &left, stride: columns, columns };
+        multiply_transposed(left_rows, Strided { data: &right, stride: width, columns: width }, depth, &mut sums, &[]);
+        let left_rows = Strided { data: &left, stride: left_starts.as_slice(), columns };
+        let right_rows = Strided { data: &right, stride: right_starts.as_slice(), columns: width };
+        multiply_transposed(left_rows, right_rows, depth, &mut of_lists, &[]);
+        assert_eq!(sums, of_lists);
     }
 }

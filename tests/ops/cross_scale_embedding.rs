@@ -323,6 +323,10 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         case([1, 5, 5, 18], &[[1, 2]], 1),
         case([0, 8, 8, 3], &[[4, 2], [8, 2]], 4),
         case([0, 4, 6, 20], &[[2, 3], [4, 2]], 2),
+        // Lines of outputs fill more lanes than channels do: whole and partial vectors of them, odd extents.
+        case([1, 12, 56, 3], &[[4, 12], [8, 20], [16, 12]], 4),
+        case([1, 8, 184, 3], &[[4, 12], [8, 4]], 4),
+        case([2, 5, 29, 2], &[[2, 12], [4, 4]], 2),
         // Two channels at once, and more of the result than a tile has columns.
         case([1, 9, 10, 3], &[[2, 34], [4, 2]], 2),
         // Two channels at once in the result, but not in the windows.

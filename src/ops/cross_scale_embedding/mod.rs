@@ -6,6 +6,7 @@ pub(crate) mod cost;
 mod cpu;
 pub(crate) mod gpu;
 mod images;
+mod lines;
 mod patches;
 mod rows;
 mod tiling;

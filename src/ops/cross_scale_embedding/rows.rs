@@ -5,6 +5,7 @@
 //! row r of the weights, (k C × O), and summed over r, it gives the outputs without a copy of any window.
 
 use super::cpu::{Gradients, Kernel, Problem};
+use super::lines::{self, LineKernel, Planes};
 use crate::cpu::small_gemm::{Ahead, LANES, Left, Onto, multiply};
 use crate::cpu::{Float, parallel};
 use crate::tensor::Buffer;
@@ -59,13 +60,31 @@ fn pack<T: Float>(problem: &Problem, kernel: Kernel, weight: &[T]) -> Buffer<T> 
 pub(super) fn forward<T: Float>(problem: &Problem, input: &[T], weights: &[&[T]], output: &mut [T]) {
     let [rows, columns] = problem.output_map();
     let (channels, out_channels) = (problem.extents[3], problem.out_channels());
+    let planes = problem.kernels.iter().any(|&kernel| lines::pays::<T>(problem, kernel));
+    let planes = planes.then(|| Planes::of(problem, input));
     let padded = pad(problem, input);
-    let packed: Vec<Buffer<T>> =
-        problem.kernels.iter().zip(weights).map(|(&kernel, weight)| pack(problem, kernel, weight)).collect();
+    let ways: Vec<Way<T>> = problem
+        .kernels
+        .iter()
+        .zip(weights)
+        .map(|(&kernel, weight)| match &planes {
+            Some(planes) if lines::pays::<T>(problem, kernel) => {
+                Way::Line(LineKernel::new(problem, kernel, weight, planes), planes)
+            }
+            _ => Way::Windows(pack(problem, kernel, weight)),
+        })
+        .collect();
     let first_channels = problem.first_channels();
     parallel::pieces_mut(output, columns * out_channels, |number, output| {
         let (image, y) = (number / rows, number % rows);
-        for ((&kernel, packed), &first) in problem.kernels.iter().zip(&packed).zip(&first_channels) {
+        for ((&kernel, way), &first) in problem.kernels.iter().zip(&ways).zip(&first_channels) {
+            let packed = match way {
+                Way::Line(line, planes) => {
+                    line.add(problem, planes, [image, y], (&mut *output, first));
+                    continue;
+                }
+                Way::Windows(packed) => packed,
+            };
             let (depth, width) = (kernel.side * channels, kernel.out.next_multiple_of(LANES));
             let mut sums = Buffer::zeroed(columns * width);
             for (r, weight) in packed.chunks_exact(depth * width).enumerate() {
@@ -77,6 +96,12 @@ pub(super) fn forward<T: Float>(problem: &Problem, input: &[T], weights: &[&[T]]
             }
         }
     });
+}
+
+/// How a kernel's lines are computed, with its weights in the order for that.
+enum Way<'a, T> {
+    Windows(Buffer<T>),
+    Line(LineKernel, &'a Planes),
 }
 
 pub(super) fn backward<T: Float>(
