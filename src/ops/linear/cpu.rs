@@ -1,7 +1,9 @@
 //! Tall products by packed weights, a block of rows at a time: what belongs to a row (bias, GELU, their gradients) is done
-//! while the block is in a core's second-level cache. Other shapes and `f64` by the general product.
+//! while the block is in a core's second-level cache. Flat products by strips ([`flat`]); other shapes and `f64` by the
+//! general product.
 
 use super::Gradients;
+use super::flat::{self, Results, Weight};
 use crate::cpu::block_gemm::{GROUP, LANES, Writes};
 use crate::cpu::gemm::{Into, Matrix, Threads, gemm};
 use crate::cpu::packed::{Packed, Patches, add_product, ahead, copy_sums, sums_len};
@@ -29,6 +31,11 @@ pub(super) fn forward<T: Float>(input: &[T], weight: &[T], bias: Option<&[T]>, e
     if is_tall::<T>(extents) {
         let weight = Packed::transposed(weight, in_features, out_features);
         tall_product(input, &weight, bias, extents, &mut output);
+        return output;
+    }
+    if flat::serves::<T>(extents) {
+        let results = Results { sums: Some(&mut output), gelu: None };
+        flat::product(input, Weight::Transposed(weight), bias, extents, results);
         return output;
     }
     let into = if let Some(bias) = bias {
@@ -64,6 +71,13 @@ pub(super) fn forward_gelu<T: Float>(
     keeps_sums: bool,
 ) -> (Buffer<T>, Option<Buffer<T>>) {
     let [rows, in_features, out_features] = extents;
+    if flat::serves::<T>(extents) {
+        let of_results = || Buffer::recycled(rows * out_features);
+        let (mut output, mut sums) = (of_results(), keeps_sums.then(of_results));
+        let results = Results { sums: sums.as_deref_mut(), gelu: Some(&mut output) };
+        flat::product(input, Weight::Transposed(weight), bias, extents, results);
+        return (output, sums);
+    }
     if !is_tall::<T>(extents) {
         let sums = forward(input, weight, bias, extents);
         let mut output = Buffer::recycled(sums.len());
@@ -139,6 +153,9 @@ fn products<T: Float>(
         if is_tall::<T>(extents) {
             let weight = Packed::new(weight, out_features, in_features);
             tall_product(grad, &weight, None, [rows, out_features, in_features], &mut output);
+        } else if flat::serves::<T>(extents) {
+            let results = Results { sums: Some(&mut output), gelu: None };
+            flat::product(grad, Weight::Plain(weight), None, [rows, out_features, in_features], results);
         } else {
             let weight = Matrix::row_major(weight, out_features, in_features);
             gemm(&mut output, in_features, grad_matrix, weight, Into::Overwrite, Threads::All);
@@ -148,6 +165,9 @@ fn products<T: Float>(
     let weight_gradient = || {
         if is_tall::<T>(extents) && out_features.is_multiple_of(GROUP) {
             return weight_gradient(grad, input, extents);
+        }
+        if flat::serves::<T>(extents) {
+            return flat::weight_gradient(grad, input, extents);
         }
         let mut output = Buffer::recycled(out_features * in_features);
         let input = Matrix::row_major(input, rows, in_features);
