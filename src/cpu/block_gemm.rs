@@ -68,7 +68,13 @@ pub fn multiply(
     writes: Writes,
     ahead: &[f32],
 ) {
-    multiply_ahead(rows, panel, width, to, onto, writes, Strided::lines(ahead));
+    multiply_ahead(rows, panel, width, to, onto, writes, lines(ahead));
+}
+
+/// Contiguous elements, a cache line in each row.
+fn lines(data: &[f32]) -> Strided<'_> {
+    const LINE: usize = 16;
+    Strided { data, stride: LINE, columns: LINE }
 }
 
 /// [`multiply`], where what is read soon is rows of a matrix, as many as begin in its data.
@@ -107,13 +113,7 @@ pub struct Strided<'a> {
     pub columns: usize,
 }
 
-impl<'a> Strided<'a> {
-    /// Contiguous elements, a cache line in each row.
-    fn lines(data: &'a [f32]) -> Self {
-        const LINE: usize = 16;
-        Strided { data, stride: LINE, columns: LINE }
-    }
-
+impl Strided<'_> {
     fn holds(&self, rows: usize) -> bool {
         rows == 0 || (rows - 1) * self.stride + self.columns <= self.data.len()
     }
@@ -276,7 +276,7 @@ impl MultiplyTransposed<'_> {
     #[inline(always)]
     fn all_blocks<S: Simd, const R: usize, const V: usize>(&mut self, simd: S) {
         for first in (0..self.left.columns).step_by(R) {
-            prefetch_share(Strided::lines(self.ahead), first / R, self.left.columns / R);
+            prefetch_share(lines(self.ahead), first / R, self.left.columns / R);
             for column in (0..self.right.columns).step_by(V * S::F32_LANES) {
                 self.block::<S, R, V>(simd, first, column);
             }
@@ -345,17 +345,8 @@ mod tests {
                 (Onto::Itself, Writes::Near),
             ] {
                 let rows = Rows { data: left, starts: &starts };
-                Multiply {
-                    rows,
-                    panel,
-                    width,
-                    data: &mut data,
-                    places: &places,
-                    onto,
-                    writes,
-                    ahead: Strided::lines(left),
-                }
-                .with_simd(simd);
+                let (data, places, ahead) = (&mut data[..], &places[..], lines(left));
+                Multiply { rows, panel, width, data, places, onto, writes, ahead }.with_simd(simd);
             }
             data
         }

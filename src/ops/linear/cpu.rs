@@ -1,9 +1,9 @@
 //! Tall products by packed weights, a block of rows at a time: what belongs to a row (bias, GELU, their gradients) is done
-//! while the block is in a core's second-level cache. Flat products by strips ([`flat`]); other shapes and `f64` by the
+//! while the block is in a core's second-level cache. Flat products by [`flat`]; other shapes and `f64` by the
 //! general product.
 
 use super::Gradients;
-use super::flat::{self, Results, Weight};
+use super::flat::{self, Results};
 use crate::cpu::block_gemm::{GROUP, LANES, Writes};
 use crate::cpu::gemm::{Into, Matrix, Threads, gemm};
 use crate::cpu::packed::{Packed, Patches, add_product, ahead, copy_sums, sums_len};
@@ -35,7 +35,7 @@ pub(super) fn forward<T: Float>(input: &[T], weight: &[T], bias: Option<&[T]>, e
     }
     if flat::serves::<T>(extents) {
         let results = Results { sums: Some(&mut output), gelu: None };
-        flat::product(input, Weight::Transposed(weight), bias, extents, results);
+        flat::forward(input, weight, bias, extents, results);
         return output;
     }
     let into = if let Some(bias) = bias {
@@ -75,7 +75,7 @@ pub(super) fn forward_gelu<T: Float>(
         let of_results = || Buffer::recycled(rows * out_features);
         let (mut output, mut sums) = (of_results(), keeps_sums.then(of_results));
         let results = Results { sums: sums.as_deref_mut(), gelu: Some(&mut output) };
-        flat::product(input, Weight::Transposed(weight), bias, extents, results);
+        flat::forward(input, weight, bias, extents, results);
         return (output, sums);
     }
     if !is_tall::<T>(extents) {
@@ -153,9 +153,6 @@ fn products<T: Float>(
         if is_tall::<T>(extents) {
             let weight = Packed::new(weight, out_features, in_features);
             tall_product(grad, &weight, None, [rows, out_features, in_features], &mut output);
-        } else if flat::serves::<T>(extents) {
-            let results = Results { sums: Some(&mut output), gelu: None };
-            flat::product(grad, Weight::Plain(weight), None, [rows, out_features, in_features], results);
         } else {
             let weight = Matrix::row_major(weight, out_features, in_features);
             gemm(&mut output, in_features, grad_matrix, weight, Into::Overwrite, Threads::All);
@@ -165,9 +162,6 @@ fn products<T: Float>(
     let weight_gradient = || {
         if is_tall::<T>(extents) && out_features.is_multiple_of(GROUP) {
             return weight_gradient(grad, input, extents);
-        }
-        if flat::serves::<T>(extents) {
-            return flat::weight_gradient(grad, input, extents);
         }
         let mut output = Buffer::recycled(out_features * in_features);
         let input = Matrix::row_major(input, rows, in_features);
