@@ -59,7 +59,6 @@ impl Writes {
 ///
 /// # Panics
 /// Where extents do not match or a row leaves its slice.
-#[inline(never)]
 pub fn multiply(
     rows: Rows<'_>,
     panel: &[f32],
@@ -68,6 +67,29 @@ pub fn multiply(
     onto: Onto<'_>,
     writes: Writes,
     ahead: &[f32],
+) {
+    multiply_ahead(rows, panel, width, to, onto, writes, lines(ahead));
+}
+
+/// Contiguous elements, a cache line in each row.
+fn lines(data: &[f32]) -> Strided<'_> {
+    const LINE: usize = 16;
+    Strided { data, stride: LINE, columns: LINE }
+}
+
+/// [`multiply`], where what is read soon is rows of a matrix, as many as begin in its data.
+///
+/// # Panics
+/// As [`multiply`].
+#[inline(never)]
+pub fn multiply_ahead(
+    rows: Rows<'_>,
+    panel: &[f32],
+    width: usize,
+    to: (&mut [f32], &[usize]),
+    onto: Onto<'_>,
+    writes: Writes,
+    ahead: Strided<'_>,
 ) {
     assert!((width == LANES || width == PANEL) && panel.len().is_multiple_of(width), "panel");
     assert_eq!(rows.starts.len(), to.1.len(), "rows");
@@ -168,7 +190,7 @@ struct Multiply<'a> {
     places: &'a [usize],
     onto: Onto<'a>,
     writes: Writes,
-    ahead: &'a [f32],
+    ahead: Strided<'a>,
 }
 
 impl WithSimd for Multiply<'_> {
@@ -260,14 +282,14 @@ struct MultiplyTransposed<'a, A, B> {
     ahead: &'a [f32],
 }
 
-/// Asks for the part of `ahead` that falls to block `index` of `blocks`.
+/// Asks for the rows of `ahead` that fall to block `index` of `blocks`.
 #[inline(always)]
-fn prefetch_share(ahead: &[f32], index: usize, blocks: usize) {
-    const LINE: usize = 16;
-    if !ahead.is_empty() {
-        let share = ahead.len().div_ceil(blocks).next_multiple_of(LINE);
-        let first = (index * share).min(ahead.len());
-        simd::prefetch(&ahead[first..(first + share).min(ahead.len())]);
+fn prefetch_share(ahead: Strided<'_>, index: usize, blocks: usize) {
+    if !ahead.data.is_empty() {
+        let share = ahead.data.len().div_ceil(ahead.stride).div_ceil(blocks);
+        for row in ahead.data.chunks(ahead.stride).skip(index * share).take(share) {
+            simd::prefetch(&row[..ahead.columns.min(row.len())]);
+        }
     }
 }
 
@@ -291,7 +313,7 @@ impl<A: Starts, B: Starts> MultiplyTransposed<'_, A, B> {
     fn all_blocks<S: Simd, const R: usize, const V: usize>(&mut self, simd: S) {
         let blocks = self.left.columns.div_ceil(R);
         for block in 0..blocks {
-            prefetch_share(self.ahead, block, blocks);
+            prefetch_share(lines(self.ahead), block, blocks);
             for column in (0..self.right.columns).step_by(V * S::F32_LANES) {
                 if (block + 1) * R <= self.left.columns {
                     self.block::<S, R, V>(simd, block * R, column);
@@ -364,8 +386,8 @@ mod tests {
                 (Onto::Itself, Writes::Near),
             ] {
                 let rows = Rows { data: left, starts: &starts };
-                Multiply { rows, panel, width, data: &mut data, places: &places, onto, writes, ahead: left }
-                    .with_simd(simd);
+                let (data, places, ahead) = (&mut data[..], &places[..], lines(left));
+                Multiply { rows, panel, width, data, places, onto, writes, ahead }.with_simd(simd);
             }
             data
         }

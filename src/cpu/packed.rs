@@ -214,7 +214,7 @@ fn add_terms_to_panel(
 }
 
 /// Writes rows of the transpose, `width` apart: element (row, column) is `weight[column * stride + row]`.
-fn pack_transposed<T: Float>(weight: &[T], stride: usize, packed: &mut [T], width: usize, columns: usize) {
+pub(crate) fn pack_transposed<T: Float>(weight: &[T], stride: usize, packed: &mut [T], width: usize, columns: usize) {
     // Rows whose lines stay in the nearest cache until all columns are there.
     const ROWS: usize = 64;
     const SIDE: usize = 4;

@@ -189,9 +189,9 @@ fn gradients_of(
     results().unwrap()
 }
 
-/// In `f32`, rows from 1024 on take ways of their own, which depend on the weight's size and widths.
+/// In `f32`, rows from 128 and from 1024 on take ways of their own, which depend on the weight's size and widths.
 #[test]
-fn tall_products_agree_with_double_precision_for_any_number_of_threads() {
+fn flat_and_tall_products_agree_with_double_precision_for_any_number_of_threads() {
     for (rows, in_features, out_features, bias) in [
         (1024, 16, 24, true),
         (1031, 40, 17, false),
@@ -199,6 +199,12 @@ fn tall_products_agree_with_double_precision_for_any_number_of_threads() {
         (1037, 600, 32, true),
         (1025, 300, 560, true),
         (2050, 96, 64, false),
+        // Flat: panels that are not filled, one strip or several, one chunk of the depth or several.
+        (128, 64, 64, false),
+        (129, 80, 112, true),
+        (392, 300, 73, true),
+        (131, 70, 1560, false),
+        (1023, 176, 96, true),
     ] {
         for gelu in [false, true] {
             let case = Linear { outer: vec![rows], in_features, out_features, bias, gelu };

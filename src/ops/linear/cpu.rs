@@ -1,7 +1,9 @@
 //! Tall products by packed weights, a block of rows at a time: what belongs to a row (bias, GELU, their gradients) is done
-//! while the block is in a core's second-level cache. Other shapes and `f64` by the general product.
+//! while the block is in a core's second-level cache. Flat products by [`flat`]; other shapes and `f64` by the
+//! general product.
 
 use super::Gradients;
+use super::flat::{self, Results};
 use crate::cpu::block_gemm::{GROUP, LANES, Writes};
 use crate::cpu::gemm::{Into, Matrix, Threads, gemm};
 use crate::cpu::packed::{Packed, Patches, add_product, ahead, copy_sums, sums_len};
@@ -29,6 +31,11 @@ pub(super) fn forward<T: Float>(input: &[T], weight: &[T], bias: Option<&[T]>, e
     if is_tall::<T>(extents) {
         let weight = Packed::transposed(weight, in_features, out_features);
         tall_product(input, &weight, bias, extents, &mut output);
+        return output;
+    }
+    if flat::serves::<T>(extents) {
+        let results = Results { sums: Some(&mut output), gelu: None };
+        flat::forward(input, weight, bias, extents, results);
         return output;
     }
     let into = if let Some(bias) = bias {
@@ -64,6 +71,13 @@ pub(super) fn forward_gelu<T: Float>(
     keeps_sums: bool,
 ) -> (Buffer<T>, Option<Buffer<T>>) {
     let [rows, in_features, out_features] = extents;
+    if flat::serves::<T>(extents) {
+        let of_results = || Buffer::recycled(rows * out_features);
+        let (mut output, mut sums) = (of_results(), keeps_sums.then(of_results));
+        let results = Results { sums: sums.as_deref_mut(), gelu: Some(&mut output) };
+        flat::forward(input, weight, bias, extents, results);
+        return (output, sums);
+    }
     if !is_tall::<T>(extents) {
         let sums = forward(input, weight, bias, extents);
         let mut output = Buffer::recycled(sums.len());

@@ -3,6 +3,7 @@
 pub(crate) mod bf16;
 pub(crate) mod cost;
 mod cpu;
+mod flat;
 pub(crate) mod gpu;
 
 use crate::autograd::{Backward, Function, record, records};

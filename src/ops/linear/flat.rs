@@ -1,0 +1,143 @@
+//! Flat products in `f32`: fewer rows than are worth a weight packed beforehand. Gradients of so few rows are no faster this
+//! way than by the general product, which reads their operands as they lie.
+//!
+//! A task computes a strip of columns for all rows: over chunks of the depth it packs one panel of its weight after the
+//! other and multiplies all rows by it at once, asking for the next panel's weight meanwhile. A chunk of the rows and the
+//! strip's sums stay in the second-level cache, the panel in the first; each weight is read once, by the task that packs it.
+
+use crate::cpu::block_gemm::{self, LANES, Onto, PANEL, Rows, Strided, Writes};
+use crate::cpu::packed::pack_transposed;
+use crate::cpu::{Float, parallel, simd};
+use crate::ops::elementwise::scalar;
+use crate::tensor::{Buffer, DType};
+
+/// Whether products of these extents (rows, in, out) are computed here.
+pub(super) fn serves<T: Float>([rows, in_features, out_features]: [usize; 3]) -> bool {
+    T::DTYPE == DType::F32 && (128..1024).contains(&rows) && in_features.min(out_features) >= 64
+}
+
+/// Columns of one task: enough tasks for several threads, each with some use of the rows it reads.
+fn strip_width(columns: usize) -> usize {
+    const TASKS: usize = 12;
+    const MOST: usize = 4 * PANEL;
+    columns.div_ceil(TASKS).next_multiple_of(PANEL).min(MOST)
+}
+
+/// Where results go, (rows, out) each.
+pub(super) struct Results<'a, T> {
+    /// The product and the bias.
+    pub sums: Option<&'a mut [T]>,
+    /// GELU of the sums.
+    pub gelu: Option<&'a mut [T]>,
+}
+
+/// `input · weightᵀ + bias` into `results`.
+pub(super) fn forward<T: Float>(
+    input: &[T],
+    weight: &[T],
+    bias: Option<&[T]>,
+    extents: [usize; 3],
+    results: Results<'_, T>,
+) {
+    let width = strip_width(extents[2]);
+    let [sums, gelu] = [results.sums, results.gelu].map(|output| split(output, extents[2], width));
+    let mut strips: Vec<Strip<'_>> = sums.into_iter().zip(gelu).map(|(sums, gelu)| Strip { sums, gelu }).collect();
+    let (input, weight) = (bytemuck::cast_slice(input), bytemuck::cast_slice(weight));
+    let product = Product { input, weight, bias: bias.map(bytemuck::cast_slice), extents };
+    parallel::pieces_mut(&mut strips, 1, |index, strip| product.strip(index * width, width, &mut strip[0]));
+}
+
+/// The pieces of the rows in each strip.
+fn split<T: Float>(output: Option<&mut [T]>, columns: usize, width: usize) -> Vec<Vec<&mut [f32]>> {
+    let output: &mut [f32] = bytemuck::cast_slice_mut(output.unwrap_or_default());
+    let with_capacity = |_| Vec::with_capacity(output.len() / columns);
+    let mut strips: Vec<Vec<&mut [f32]>> = (0..columns.div_ceil(width)).map(with_capacity).collect();
+    for row in output.chunks_mut(columns) {
+        strips.iter_mut().zip(row.chunks_mut(width)).for_each(|(strip, piece)| strip.push(piece));
+    }
+    strips
+}
+
+/// A piece of each row of the results that there are.
+struct Strip<'a> {
+    sums: Vec<&'a mut [f32]>,
+    gelu: Vec<&'a mut [f32]>,
+}
+
+impl Strip<'_> {
+    /// Writes the results of sums whose rows are `stride` apart.
+    fn write(&mut self, sums: &[f32], stride: usize) {
+        for (out, sums) in self.sums.iter_mut().zip(sums.chunks_exact(stride)) {
+            out.copy_from_slice(&sums[..out.len()]);
+        }
+        simd::dispatch(
+            #[inline(always)]
+            || {
+                for (out, sums) in self.gelu.iter_mut().zip(sums.chunks_exact(stride)) {
+                    for (out, &sum) in out.iter_mut().zip(sums) {
+                        *out = scalar::gelu(sum);
+                    }
+                }
+            },
+        );
+    }
+}
+
+struct Product<'a> {
+    input: &'a [f32],
+    weight: &'a [f32],
+    bias: Option<&'a [f32]>,
+    /// rows, in, out
+    extents: [usize; 3],
+}
+
+impl Product<'_> {
+    /// Terms that are summed before they join a longer sum: so few that they stay near for all rows.
+    fn chunk(&self) -> usize {
+        const MOST: usize = 256;
+        const ELEMENTS: usize = 1 << 17;
+        let [rows, depth, _] = self.extents;
+        depth.div_ceil(depth.div_ceil(MOST.min(ELEMENTS / rows)))
+    }
+
+    /// Computes up to `width` columns from `first` on.
+    fn strip(&self, first: usize, width: usize, strip: &mut Strip<'_>) {
+        let [rows, depth, columns] = self.extents;
+        let (chunk, columns) = (self.chunk(), width.min(columns - first));
+        // Columns that fill the last vector are zeros and stay here.
+        let stride = columns.next_multiple_of(LANES);
+        let mut start = Buffer::<f32>::zeroed(stride);
+        if let Some(bias) = self.bias {
+            start[..columns].copy_from_slice(&bias[first..][..columns]);
+        }
+        let mut sums = Buffer::<f32>::recycled(rows * stride);
+        let mut packed = Buffer::<f32>::recycled(chunk * PANEL);
+        let (mut starts, mut places) = (vec![0; rows], vec![0; rows]);
+        for at in (0..depth).step_by(chunk) {
+            let len = chunk.min(depth - at);
+            starts.iter_mut().enumerate().for_each(|(row, start)| *start = row * depth + at);
+            for column in (0..columns).step_by(PANEL) {
+                let (width, used) = (PANEL.min(stride - column), PANEL.min(columns - column));
+                let panel = &mut packed[..len * width];
+                if used < width {
+                    panel.chunks_exact_mut(width).for_each(|row| row[used..].fill(0.0));
+                }
+                pack_transposed(&self.weight[(first + column) * depth + at..], depth, panel, width, used);
+                places.iter_mut().enumerate().for_each(|(row, place)| *place = row * stride + column);
+                let onto = if at > 0 { Onto::Itself } else { Onto::Row(&start[column..][..width]) };
+                let next = if column + PANEL < columns { [at, first + column + PANEL] } else { [at + chunk, first] };
+                let input = Rows { data: self.input, starts: &starts };
+                let to = (&mut sums[..], &places[..]);
+                block_gemm::multiply_ahead(input, panel, width, to, onto, Writes::Near, self.ahead(next, len));
+            }
+        }
+        strip.write(&sums, stride);
+    }
+
+    /// The weight of a whole panel from depth `at` and column `first` on, where there is one.
+    fn ahead(&self, [at, first]: [usize; 2], len: usize) -> Strided<'_> {
+        let depth = self.extents[1];
+        let data = if at < depth { &self.weight[first * depth + at..] } else { &[] };
+        Strided { data: &data[..data.len().min(PANEL * depth)], stride: depth, columns: len }
+    }
+}
