@@ -1,11 +1,12 @@
 //! Convolutions by products of patches, one or several side by side: their results are neighbouring channels of one map,
 //! as those of a cross-scale embedding are.
 //!
-//! A tile is some hundred positions of the result. The patches that they read are copied into a panel (position, tap,
-//! channel) that fits the second-level cache, and multiplied with the weight in the order (tap, channel, out). The input
-//! gradient is computed the same way: input positions with the same remainder of division by the stride read the same
-//! taps, so each such phase is a convolution of stride 1 over the output's gradient. Nothing is scattered, every tap is
-//! used once, and no two tiles write to the same place.
+//! A tile is some hundred positions of the result. Neighbouring taps of a line are neighbours in memory, so a patch is some
+//! runs of elements, read where they lie and multiplied with the weight in the order (tap, channel, out); what would lie in
+//! the padding is left out. Patches of short runs are copied into a panel first. The input gradient is computed the same
+//! way: input positions with the same remainder of division by the stride read the same taps, so each such phase is a
+//! convolution of stride 1 over the output's gradient. Nothing is scattered, every tap is used once, and no two tiles
+//! write to the same place.
 
 use super::Geometry;
 use super::patches::{Anchor, PANEL_COLUMNS, Source, Taps, forward_anchors, forward_taps, input_source, tile_rows};

@@ -1,4 +1,4 @@
-//! The patches that a tile of positions reads, copied into a panel and multiplied with a weight.
+//! The patches that a tile of positions reads: where their runs lie, and panels that they are copied into.
 
 use std::ops::Range;
 

@@ -1,6 +1,7 @@
 //! Two ways to the same result. With few input channels (the stem, 3) a row of a window is a short contiguous run, and
-//! the windows of a row of outputs are one overlapping strided matrix: [`rows`] multiplies it in place. With many
-//! channels (merging) the kernels are convolutions side by side, [`direct`].
+//! the windows of a row of outputs are one overlapping strided matrix: [`rows`] multiplies it in place, or, for kernels with
+//! few outputs, planes of the image ([`lines`](super::lines)). With many channels (merging) the kernels are
+//! convolutions side by side, [`direct`].
 
 use super::rows;
 use crate::cpu::{Float, parallel};
