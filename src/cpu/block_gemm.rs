@@ -149,8 +149,8 @@ impl<P: Starts> Strided<'_, P> {
     }
 }
 
-/// `sums += leftᵀ · right`, over `depth` rows: `left` has a multiple of four columns, best of [`GROUP`], `right` [`LANES`] or [`PANEL`];
-/// `sums` is row-major without gaps. `ahead` is read soon after this product.
+/// `sums += leftᵀ · right`, over `depth` rows: `left` has a multiple of four columns, best of [`GROUP`], `right` [`LANES`] or
+/// [`PANEL`]; `sums` is row-major without gaps. `ahead` is read soon after this product.
 ///
 /// # Panics
 /// Where extents do not match or a row leaves its data.
