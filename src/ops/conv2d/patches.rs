@@ -172,13 +172,12 @@ impl<T: Float> Source<'_, T> {
                     let start = (position + (x + inside.start) as usize) * self.channels + self.first;
                     let tap = |tap: isize| (first + tap as usize) * self.read;
                     let weight = tap(inside.start)..tap(inside.end);
-                    let term = match of_run.iter().position(|term| term.weight == weight) {
-                        Some(term) => &mut of_run[term],
-                        None => {
-                            of_run.push(Term { weight, rows: Vec::new(), starts: Vec::new() });
-                            of_run.last_mut().expect("a term was pushed")
-                        }
-                    };
+                    let known = of_run.iter().position(|term| term.weight == weight);
+                    let number = known.unwrap_or_else(|| {
+                        of_run.push(Term { weight, rows: Vec::new(), starts: Vec::new() });
+                        of_run.len() - 1
+                    });
+                    let term = &mut of_run[number];
                     term.rows.push(row);
                     term.starts.push(start);
                 }
