@@ -59,49 +59,55 @@ fn pack<T: Float>(problem: &Problem, kernel: Kernel, weight: &[T]) -> Buffer<T> 
 /// Adds the convolutions to `output`, which holds the biases.
 pub(super) fn forward<T: Float>(problem: &Problem, input: &[T], weights: &[&[T]], output: &mut [T]) {
     let [rows, columns] = problem.output_map();
-    let (channels, out_channels) = (problem.extents[3], problem.out_channels());
-    let planes = problem.kernels.iter().any(|&kernel| lines::pays::<T>(problem, kernel));
-    let planes = planes.then(|| Planes::of(problem, input));
+    let out_channels = problem.out_channels();
+    let by_lines = |kernel: &Kernel| lines::pays::<T>(problem, *kernel);
+    let planes = problem.kernels.iter().any(by_lines).then(|| Planes::of(problem, input));
     let padded = pad(problem, input);
     let ways: Vec<Way<T>> = problem
         .kernels
         .iter()
         .zip(weights)
         .map(|(&kernel, weight)| match &planes {
-            Some(planes) if lines::pays::<T>(problem, kernel) => {
-                Way::Line(LineKernel::new(problem, kernel, weight, planes), planes)
-            }
+            Some(planes) if by_lines(&kernel) => Way::Lines(LineKernel::new(problem, kernel, weight, planes), planes),
             _ => Way::Windows(pack(problem, kernel, weight)),
         })
         .collect();
     let first_channels = problem.first_channels();
     parallel::pieces_mut(output, columns * out_channels, |number, output| {
-        let (image, y) = (number / rows, number % rows);
+        let line = [number / rows, number % rows];
         for ((&kernel, way), &first) in problem.kernels.iter().zip(&ways).zip(&first_channels) {
-            let packed = match way {
-                Way::Line(line, planes) => {
-                    line.add(problem, planes, [image, y], (&mut *output, first));
-                    continue;
-                }
-                Way::Windows(packed) => packed,
-            };
-            let (depth, width) = (kernel.side * channels, kernel.out.next_multiple_of(LANES));
-            let mut sums = Buffer::zeroed(columns * width);
-            for (r, weight) in packed.chunks_exact(depth * width).enumerate() {
-                let windows = Left::rows(padded.windows(problem, kernel, image, y, r), problem.stride * channels);
-                multiply(windows, [columns, depth, width], weight, Onto::Itself, &mut sums, Ahead::default());
-            }
-            for (output, sums) in output.chunks_exact_mut(out_channels).zip(sums.chunks_exact(width)) {
-                output[first..][..kernel.out].iter_mut().zip(sums).for_each(|(out, &sum)| *out += sum);
+            match way {
+                Way::Lines(kernel, planes) => kernel.add(problem, planes, line, (&mut *output, first)),
+                Way::Windows(weight) => add_windows(problem, &padded, (kernel, weight), line, (output, first)),
             }
         }
     });
 }
 
-/// How a kernel's lines are computed, with its weights in the order for that.
+/// How the lines of a kernel's result are computed, with its weights in the order for that.
 enum Way<'a, T> {
+    Lines(LineKernel, &'a Planes),
     Windows(Buffer<T>),
-    Line(LineKernel, &'a Planes),
+}
+
+/// Adds line `y` of an image's result to `output` (x, channels), from the kernel's `first` channel on.
+fn add_windows<T: Float>(
+    problem: &Problem,
+    padded: &Padded<T>,
+    (kernel, packed): (Kernel, &[T]),
+    [image, y]: [usize; 2],
+    (output, first): (&mut [T], usize),
+) {
+    let (channels, columns) = (problem.extents[3], problem.output_map()[1]);
+    let (depth, width) = (kernel.side * channels, kernel.out.next_multiple_of(LANES));
+    let mut sums = Buffer::zeroed(columns * width);
+    for (r, weight) in packed.chunks_exact(depth * width).enumerate() {
+        let windows = Left::rows(padded.windows(problem, kernel, image, y, r), problem.stride * channels);
+        multiply(windows, [columns, depth, width], weight, Onto::Itself, &mut sums, Ahead::default());
+    }
+    for (output, sums) in output.chunks_exact_mut(problem.out_channels()).zip(sums.chunks_exact(width)) {
+        output[first..][..kernel.out].iter_mut().zip(sums).for_each(|(out, &sum)| *out += sum);
+    }
 }
 
 pub(super) fn backward<T: Float>(
