@@ -1,15 +1,15 @@
 //! Host memory for tensors: 64-byte aligned, recycled between steps.
 //!
-//! Freshly mapped pages cost several times more to write than reused ones, so freed buffers wait in a pool for the
-//! next request of their size class. Once the first training step has filled the pool, later steps map nothing. The
-//! pool never holds the process above 1.25 times the peak of live bytes (plus 64 MiB).
+//! Freshly mapped pages cost several times more to write than reused ones, so freed buffers return to an arena that keeps
+//! its pages. Once the first training steps have filled it, later ones map nothing. It gives free pages back before it
+//! holds more than 1.25 times the peak of live bytes (plus 64 MiB).
 
-use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::sync::Mutex;
 
 use super::Element;
+use super::arena::{Arena, Block};
 
 const LINE: usize = 64;
 /// Smaller buffers come from the allocator: its own caches serve them well.
@@ -39,20 +39,19 @@ pub struct MemoryStats {
     pub live: usize,
     /// The largest value that `live` has had since the start or the last [`reset_peak`].
     pub peak: usize,
-    /// Bytes freed by tensors and kept for the next request.
+    /// Bytes freed by tensors and kept for the next request; on a CPU that and what else lies on their pages.
     pub cached: usize,
     /// Requests that the cache could not serve.
     pub allocations: u64,
 }
 
-#[derive(Default)]
 struct Pool {
-    free: BTreeMap<usize, Vec<Vec<CacheLine>>>,
+    arena: Arena,
     stats: MemoryStats,
 }
 
 static POOL: Mutex<Pool> =
-    Mutex::new(Pool { free: BTreeMap::new(), stats: MemoryStats { live: 0, peak: 0, cached: 0, allocations: 0 } });
+    Mutex::new(Pool { arena: Arena::new(), stats: MemoryStats { live: 0, peak: 0, cached: 0, allocations: 0 } });
 
 fn pool() -> std::sync::MutexGuard<'static, Pool> {
     // The pool's invariants hold between its statements, so a panic elsewhere does not spoil it.
@@ -73,99 +72,113 @@ pub fn reset_peak() {
 /// Gives all cached memory back to the system.
 pub fn release_cached() {
     let mut pool = pool();
-    pool.free.clear();
-    pool.stats.cached = 0;
+    pool.arena.give_back();
+    pool.count_cached();
 }
 
 impl Pool {
-    fn take(&mut self, lines: usize) -> Option<Vec<CacheLine>> {
-        self.stats.live += lines * LINE;
+    fn take(&mut self, bytes: usize) -> Option<Block> {
+        let before = self.arena.touched();
+        let block = self.arena.take(bytes)?;
+        self.stats.live += bytes;
         self.stats.peak = self.stats.peak.max(self.stats.live);
-        if let Some(found) = self.free.get_mut(&lines).and_then(Vec::pop) {
-            self.stats.cached -= lines * LINE;
-            return Some(found);
-        }
-        self.stats.allocations += 1;
-        let limit = self.stats.peak + self.stats.peak / 4 + SLACK_BYTES;
-        while self.stats.live + self.stats.cached > limit {
-            let Some(mut largest) = self.free.last_entry() else { break };
-            match largest.get_mut().pop() {
-                Some(freed) => self.stats.cached -= freed.len() * LINE,
-                None => drop(largest.remove()),
+        if self.arena.touched() > before {
+            self.stats.allocations += 1;
+            if self.arena.touched() > self.stats.peak + self.stats.peak / 4 + SLACK_BYTES {
+                self.arena.give_back();
             }
         }
-        None
+        self.count_cached();
+        Some(block)
     }
 
-    fn put(&mut self, lines: Vec<CacheLine>) {
-        self.stats.live -= lines.len() * LINE;
-        self.stats.cached += lines.len() * LINE;
-        self.free.entry(lines.len()).or_default().push(lines);
+    fn put(&mut self, block: Block) {
+        self.stats.live -= block.len();
+        self.arena.put(block);
+        self.count_cached();
+    }
+
+    fn count_cached(&mut self) {
+        self.stats.cached = self.arena.touched().saturating_sub(self.stats.live);
     }
 }
 
-/// Rounds up to one of eight sizes per power of two, so that nearby sizes share their buffers.
-fn size_class(lines: usize) -> usize {
-    if lines < POOLED_LINES {
-        return lines;
-    }
-    let step = (lines.next_power_of_two() / 16).max(1);
-    lines.next_multiple_of(step)
+/// Where some whole cache lines lie.
+enum Memory {
+    Own(Vec<CacheLine>),
+    Pooled(Block),
 }
 
-/// Zeros in memory that was not in the pool.
-fn fresh(lines: usize) -> Vec<CacheLine> {
-    let mut memory = Vec::with_capacity(lines);
-    super::pages::prefer_huge(memory.spare_capacity_mut());
-    memory.resize(lines, bytemuck::Zeroable::zeroed());
-    memory
+impl Memory {
+    fn of(lines: usize) -> Self {
+        let pooled = if lines >= POOLED_LINES { pool().take(lines * LINE) } else { None };
+        pooled.map_or_else(|| Memory::Own(bytemuck::zeroed_vec(lines)), Memory::Pooled)
+    }
+}
+
+impl Deref for Memory {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Memory::Own(lines) => bytemuck::cast_slice(lines),
+            Memory::Pooled(block) => block,
+        }
+    }
+}
+
+impl DerefMut for Memory {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        match self {
+            Memory::Own(lines) => bytemuck::cast_slice_mut(lines),
+            Memory::Pooled(block) => block,
+        }
+    }
 }
 
 /// Untyped aligned memory.
 pub(crate) struct Bytes {
-    lines: Vec<CacheLine>,
+    memory: Memory,
     len: usize,
 }
 
 impl Bytes {
     pub fn recycled(len: usize) -> Self {
-        let lines = size_class(len.div_ceil(LINE));
-        let pooled = if lines >= POOLED_LINES { pool().take(lines) } else { None };
         #[allow(unused_mut)]
-        let mut lines = pooled.unwrap_or_else(|| fresh(lines));
+        let mut memory = Memory::of(len.div_ceil(LINE));
         // An element that an op forgets to write shows up as NaN in debug builds.
         #[cfg(debug_assertions)]
-        bytemuck::cast_slice_mut::<CacheLine, u8>(&mut lines).fill(0xFF);
-        Bytes { lines, len }
+        memory.fill(0xFF);
+        Bytes { memory, len }
     }
 
     pub fn as_slice<T: Element>(&self) -> &[T] {
-        &bytemuck::cast_slice(&self.lines)[..self.len / size_of::<T>()]
+        bytemuck::cast_slice(&self.memory[..self.len / size_of::<T>() * size_of::<T>()])
     }
 
     pub fn as_mut_slice<T: Element>(&mut self) -> &mut [T] {
-        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len / size_of::<T>()]
+        bytemuck::cast_slice_mut(&mut self.memory[..self.len / size_of::<T>() * size_of::<T>()])
     }
 
     pub fn raw(&self) -> &[u8] {
-        &bytemuck::cast_slice(&self.lines)[..self.len]
+        &self.memory[..self.len]
     }
 
     pub fn raw_mut(&mut self) -> &mut [u8] {
-        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+        &mut self.memory[..self.len]
     }
 
     pub fn copy(&self) -> Self {
         let mut copy = Bytes::recycled(self.len);
-        copy.lines.copy_from_slice(&self.lines);
+        copy.raw_mut().copy_from_slice(self.raw());
         copy
     }
 }
 
 impl Drop for Bytes {
     fn drop(&mut self) {
-        if self.lines.len() >= POOLED_LINES {
-            pool().put(std::mem::take(&mut self.lines));
+        if let Memory::Pooled(block) = std::mem::replace(&mut self.memory, Memory::Own(Vec::new())) {
+            pool().put(block);
         }
     }
 }
@@ -241,14 +254,5 @@ mod tests {
         assert!(first.iter().all(|&v| v == 0.0));
         drop(first);
         assert!(memory_stats().cached > 0);
-    }
-
-    #[test]
-    fn size_classes_waste_little_and_are_stable() {
-        for lines in 1..100_000 {
-            let class = size_class(lines);
-            assert!(class >= lines && class as f64 <= lines as f64 * 1.13, "{lines} -> {class}");
-            assert_eq!(size_class(class), class);
-        }
     }
 }

@@ -10,10 +10,10 @@
 //! # Ok::<(), gridgrad::Error>(())
 //! ```
 
+mod arena;
 mod buffer;
 mod device;
 mod dtype;
-mod pages;
 mod shape;
 mod storage;
 
