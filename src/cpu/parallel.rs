@@ -9,12 +9,21 @@ use crate::tensor::{Buffer, Element};
 /// Elements per piece of an elementwise loop: a few of these fill a core's L1 cache.
 pub const PIECE: usize = 8192;
 
+/// How many of so many pieces a thread takes at once. Left to itself rayon hands out quarters where there are two threads;
+/// whoever is done first then waits for the last one.
+fn together(pieces: usize) -> usize {
+    const SHARES: usize = 128;
+    pieces.div_ceil(SHARES).max(1)
+}
+
 /// Calls `body(index, piece)` for consecutive pieces of `piece_len` elements (the last may be shorter), in parallel
 /// where there are several.
 pub fn pieces_mut<T: Send>(output: &mut [T], piece_len: usize, body: impl Fn(usize, &mut [T]) + Sync + Send) {
     // The loop is compiled once per element type, not once per body.
     fn run<T: Send>(output: &mut [T], piece_len: usize, body: &(dyn Fn(usize, &mut [T]) + Sync + Send)) {
-        output.par_chunks_mut(piece_len).enumerate().for_each(|(index, piece)| body(index, piece));
+        let pieces = output.par_chunks_mut(piece_len).enumerate();
+        let together = together(pieces.len());
+        pieces.with_max_len(together).for_each(|(index, piece)| body(index, piece));
     }
     let piece_len = piece_len.max(1);
     if output.len() <= piece_len {
@@ -33,13 +42,14 @@ pub fn pieces_mut2<A: Send, B: Send>(
     body: impl Fn(usize, &mut [A], &mut [B]) + Sync + Send,
 ) {
     let pieces = first.par_chunks_mut(first_len.max(1)).zip(second.par_chunks_mut(second_len.max(1)));
-    pieces.enumerate().for_each(|(index, (first, second))| body(index, first, second));
+    let together = together(pieces.len());
+    pieces.with_max_len(together).enumerate().for_each(|(index, (first, second))| body(index, first, second));
 }
 
 /// Calls `body(index)` for each index below `count`, in parallel.
 pub fn indices(count: usize, body: impl Fn(usize) + Sync + Send) {
     fn run(count: usize, body: &(dyn Fn(usize) + Sync + Send)) {
-        (0..count).into_par_iter().for_each(body);
+        (0..count).into_par_iter().with_max_len(together(count)).for_each(body);
     }
     if count <= 1 {
         (0..count).for_each(body);
@@ -140,7 +150,7 @@ pub fn accumulate_writing<T: Float>(
     let mut partial = Buffer::<T>::zeroed(partition.parts * width);
     let pieces = output.par_chunks_mut((partition.per_part * item_len).max(1));
     let sums = partial.par_chunks_mut(width.max(1));
-    pieces.zip(sums).enumerate().for_each(|(part, (piece, sums))| body(partition.range(part), piece, sums));
+    pieces.zip(sums).with_max_len(1).enumerate().for_each(|(part, (piece, sums))| body(partition.range(part), piece, sums));
     partition.total(partial, width)
 }
 
