@@ -144,7 +144,7 @@ pub struct Strided<'a, P = usize> {
 }
 
 impl<P: Starts> Strided<'_, P> {
-    fn holds(&self, rows: usize) -> bool {
+    pub(super) fn holds(&self, rows: usize) -> bool {
         self.stride.hold(rows, self.columns, self.data.len())
     }
 }
@@ -284,7 +284,7 @@ struct MultiplyTransposed<'a, A, B> {
 
 /// Asks for the rows of `ahead` that fall to block `index` of `blocks`.
 #[inline(always)]
-fn prefetch_share(ahead: Strided<'_>, index: usize, blocks: usize) {
+pub(super) fn prefetch_share(ahead: Strided<'_>, index: usize, blocks: usize) {
     if !ahead.data.is_empty() {
         let share = ahead.data.len().div_ceil(ahead.stride).div_ceil(blocks);
         for row in ahead.data.chunks(ahead.stride).skip(index * share).take(share) {

@@ -21,6 +21,7 @@
 
 pub mod bf16;
 pub mod block_gemm;
+pub(crate) mod dots;
 mod float;
 pub mod gemm;
 pub mod lanes;

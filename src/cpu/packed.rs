@@ -66,11 +66,17 @@ impl<T: Float> Packed<T> {
                     // By way of a short buffer: rows of a tap are so far apart that lines of them share few sets of a cache.
                     let mut near = Buffer::recycled(taps.len() * width);
                     near.fill(T::ZERO);
+                    let all_in_order = taps.iter().enumerate().all(|(t, &tap)| t == tap);
                     for row in 0..rows {
-                        for column in 0..used {
-                            let weight = &weight[row * strides[0] + column * strides[1]..];
-                            for (&tap, near) in taps.iter().zip(near.chunks_exact_mut(width)) {
-                                near[column] = weight[tap];
+                        let weight = &weight[row * strides[0]..];
+                        if all_in_order {
+                            pack_transposed(weight, strides[1], &mut near, width, used);
+                        } else {
+                            for column in 0..used {
+                                let weight = &weight[column * strides[1]..];
+                                for (&tap, near) in taps.iter().zip(near.chunks_exact_mut(width)) {
+                                    near[column] = weight[tap];
+                                }
                             }
                         }
                         for (t, near) in near.chunks_exact(width).enumerate() {

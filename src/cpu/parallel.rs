@@ -150,7 +150,11 @@ pub fn accumulate_writing<T: Float>(
     let mut partial = Buffer::<T>::zeroed(partition.parts * width);
     let pieces = output.par_chunks_mut((partition.per_part * item_len).max(1));
     let sums = partial.par_chunks_mut(width.max(1));
-    pieces.zip(sums).with_max_len(1).enumerate().for_each(|(part, (piece, sums))| body(partition.range(part), piece, sums));
+    pieces
+        .zip(sums)
+        .with_max_len(1)
+        .enumerate()
+        .for_each(|(part, (piece, sums))| body(partition.range(part), piece, sums));
     partition.total(partial, width)
 }
 

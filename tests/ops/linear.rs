@@ -189,9 +189,10 @@ fn gradients_of(
     results().unwrap()
 }
 
-/// In `f32`, rows from 128 and from 1024 on take ways of their own, which depend on the weight's size and widths.
+/// In `f32`, rows up to 128, below 1024 and from there on take ways of their own, which depend on the weight's size and
+/// widths.
 #[test]
-fn flat_and_tall_products_agree_with_double_precision_for_any_number_of_threads() {
+fn few_flat_and_tall_products_agree_with_double_precision_for_any_number_of_threads() {
     for (rows, in_features, out_features, bias) in [
         (1024, 16, 24, true),
         (1031, 40, 17, false),
@@ -200,6 +201,11 @@ fn flat_and_tall_products_agree_with_double_precision_for_any_number_of_threads(
         (1025, 300, 560, true),
         (2050, 96, 64, false),
         // Flat: panels that are not filled, one strip or several, one chunk of the depth or several.
+        // Few rows, by dot products: blocks that are not filled, several chunks of the depth.
+        (1, 64, 1000, true),
+        (5, 67, 70, false),
+        (49, 520, 96, true),
+        (127, 1100, 65, true),
         (128, 64, 64, false),
         (129, 80, 112, true),
         (392, 300, 73, true),

@@ -1,20 +1,24 @@
-//! Flat products in `f32`: fewer rows than are worth a weight packed beforehand. Gradients of so few rows are no faster this
-//! way than by the general product, which reads their operands as they lie.
+//! Flat products in `f32`: fewer rows than are worth a weight packed beforehand. Their gradients go to the general product,
+//! which reads its operands as they lie and is as fast from 128 rows on.
 //!
 //! A task computes a strip of columns for all rows: over chunks of the depth it packs one panel of its weight after the
 //! other and multiplies all rows by it at once, asking for the next panel's weight meanwhile. A chunk of the rows and the
 //! strip's sums stay in the second-level cache, the panel in the first; each weight is read once, by the task that packs it.
+//! Of few rows the products are dot products with the weight as it lies: packing it would cost as much as they do.
 
 use crate::cpu::block_gemm::{self, LANES, Onto, PANEL, Rows, Strided, Writes};
 use crate::cpu::packed::pack_transposed;
-use crate::cpu::{Float, parallel, simd};
+use crate::cpu::{Float, dots, parallel, simd};
 use crate::ops::elementwise::scalar;
 use crate::tensor::{Buffer, DType};
 
 /// Whether products of these extents (rows, in, out) are computed here.
 pub(super) fn serves<T: Float>([rows, in_features, out_features]: [usize; 3]) -> bool {
-    T::DTYPE == DType::F32 && (128..1024).contains(&rows) && in_features.min(out_features) >= 64
+    T::DTYPE == DType::F32 && (1..1024).contains(&rows) && in_features.min(out_features) >= 64
 }
+
+/// Rows up to which dot products with the weight as it lies are faster than products with packed panels of it.
+const FEW: usize = 128;
 
 /// Columns of one task: enough tasks for several threads, each with some use of the rows it reads.
 fn strip_width(columns: usize) -> usize {
@@ -102,6 +106,40 @@ impl Product<'_> {
 
     /// Computes up to `width` columns from `first` on.
     fn strip(&self, first: usize, width: usize, strip: &mut Strip<'_>) {
+        if self.extents[0] <= FEW { self.dots(first, width, strip) } else { self.panels(first, width, strip) }
+    }
+
+    /// By dot products: some rows of the weight, of as many elements as the nearest cache holds of them, with all of the input.
+    fn dots(&self, first: usize, width: usize, strip: &mut Strip<'_>) {
+        const TOGETHER: usize = 8;
+        const MOST: usize = 512;
+        let [rows, depth, columns] = self.extents;
+        let columns = width.min(columns - first);
+        let chunk = depth.div_ceil(depth.div_ceil(MOST)).next_multiple_of(LANES);
+        let mut sums = Buffer::<f32>::recycled(rows * columns);
+        for row in sums.chunks_exact_mut(columns) {
+            match self.bias {
+                Some(bias) => row.copy_from_slice(&bias[first..][..columns]),
+                None => row.fill(0.0),
+            }
+        }
+        for at in (0..depth).step_by(chunk) {
+            let len = chunk.min(depth - at);
+            let left = Strided { data: &self.input[at..], stride: depth, columns: len };
+            for column in (0..columns).step_by(TOGETHER) {
+                let used = TOGETHER.min(columns - column);
+                let right =
+                    Strided { data: &self.weight[(first + column) * depth + at..], stride: depth, columns: len };
+                let next = if column + used < columns { [at, first + column + used] } else { [at + chunk, first] };
+                let ahead = self.ahead(next, len, TOGETHER);
+                dots::add_dots(left, right, [rows, used], &mut sums[column..], columns, ahead);
+            }
+        }
+        strip.write(&sums, columns);
+    }
+
+    /// By panels of the weight, which are packed one at a time.
+    fn panels(&self, first: usize, width: usize, strip: &mut Strip<'_>) {
         let [rows, depth, columns] = self.extents;
         let (chunk, columns) = (self.chunk(), width.min(columns - first));
         // Columns that fill the last vector are zeros and stay here.
@@ -128,16 +166,16 @@ impl Product<'_> {
                 let next = if column + PANEL < columns { [at, first + column + PANEL] } else { [at + chunk, first] };
                 let input = Rows { data: self.input, starts: &starts };
                 let to = (&mut sums[..], &places[..]);
-                block_gemm::multiply_ahead(input, panel, width, to, onto, Writes::Near, self.ahead(next, len));
+                block_gemm::multiply_ahead(input, panel, width, to, onto, Writes::Near, self.ahead(next, len, PANEL));
             }
         }
         strip.write(&sums, stride);
     }
 
-    /// The weight of a whole panel from depth `at` and column `first` on, where there is one.
-    fn ahead(&self, [at, first]: [usize; 2], len: usize) -> Strided<'_> {
+    /// The weight of so many columns from depth `at` and column `first` on, where there is one.
+    fn ahead(&self, [at, first]: [usize; 2], len: usize, columns: usize) -> Strided<'_> {
         let depth = self.extents[1];
         let data = if at < depth { &self.weight[first * depth + at..] } else { &[] };
-        Strided { data: &data[..data.len().min(PANEL * depth)], stride: depth, columns: len }
+        Strided { data: &data[..data.len().min(columns * depth)], stride: depth, columns: len }
     }
 }
