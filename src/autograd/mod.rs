@@ -24,4 +24,4 @@ pub use check::{GradientCheck, check_gradients};
 pub use node::{Backward, Function, SavedOutput, no_grad, record, record_all};
 pub use walk::{GradOptions, Gradients, grad};
 
-pub(crate) use node::{Node, records};
+pub(crate) use node::{Node, answers, records};

@@ -117,24 +117,41 @@ impl Drop for Node {
     }
 }
 
+/// What this thread's ops are for.
+#[derive(Clone, Copy, PartialEq)]
+enum Purpose {
+    /// Results that may be asked for gradients.
+    Record,
+    /// Gradients of the first order.
+    Differentiate,
+    /// Results alone.
+    Answer,
+}
+
 thread_local! {
-    static RECORDING: Cell<bool> = const { Cell::new(true) };
+    static PURPOSE: Cell<Purpose> = const { Cell::new(Purpose::Record) };
 }
 
-/// Runs `body` without recording: its results need no gradients.
+/// Runs `body` without recording: its results need no gradients. What ops prepare from a weight, such as its values in the
+/// order of a product, is kept from the second time on, until the weight is written to or dropped.
 pub fn no_grad<R>(body: impl FnOnce() -> R) -> R {
-    recording(false, body)
+    with_purpose(Purpose::Answer, body)
 }
 
-/// Runs `body` with recording on or off, and restores the state after it, also on a panic.
+/// Runs `body`, a backward rule, with recording on or off.
 pub(super) fn recording<R>(on: bool, body: impl FnOnce() -> R) -> R {
-    struct Restore(bool);
+    with_purpose(if on { Purpose::Record } else { Purpose::Differentiate }, body)
+}
+
+/// Runs `body`, and restores the state after it, also on a panic.
+fn with_purpose<R>(purpose: Purpose, body: impl FnOnce() -> R) -> R {
+    struct Restore(Purpose);
     impl Drop for Restore {
         fn drop(&mut self) {
-            RECORDING.set(self.0);
+            PURPOSE.set(self.0);
         }
     }
-    let _restore = Restore(RECORDING.replace(on));
+    let _restore = Restore(PURPOSE.replace(purpose));
     body()
 }
 
@@ -198,7 +215,12 @@ pub fn record_all<F: Function>(outputs: Vec<Tensor>, inputs: &[&Tensor], functio
 
 /// Whether [`record`] would put a function of `inputs` on the tape.
 pub(crate) fn records(inputs: &[&Tensor]) -> bool {
-    RECORDING.get() && inputs.iter().any(|input| input.requires_grad())
+    PURPOSE.get() == Purpose::Record && inputs.iter().any(|input| input.requires_grad())
+}
+
+/// Whether ops compute results alone: weights will serve the next ones as they are.
+pub(crate) fn answers() -> bool {
+    PURPOSE.get() == Purpose::Answer
 }
 
 /// What a backward rule is given.

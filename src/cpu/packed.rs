@@ -178,6 +178,40 @@ impl<T: Float> Packed<T> {
     }
 }
 
+impl<T: Float> Packed<T> {
+    /// The first column of each panel of an `f32` weight, and how many columns it has.
+    pub fn panels(&self) -> impl Iterator<Item = (usize, usize)> + use<T> {
+        let columns = self.columns;
+        (0..columns).step_by(PANEL).map(move |first| (first, PANEL.min(columns - first)))
+    }
+
+    /// Of [`Packed::add_terms`] the panel that begins at column `first`: its part of `bias` and the sums of all terms, for each
+    /// row of `to`, which has the panel's columns.
+    pub fn panel_of_terms(
+        &self,
+        data: &[T],
+        terms: &[Term],
+        (first, bias): (usize, Option<&[T]>),
+        to: &mut [&mut [T]],
+    ) {
+        assert!(is_f32::<T>(), "terms are products of f32");
+        let (width, used) = (panel_width(self.columns, first), PANEL.min(self.columns - first));
+        let panel = &self.data[first * self.depth..][..self.depth * width];
+        let bias = bias.map(|bias| &bias[first..][..used]);
+        let mut sums = Buffer::<T>::zeroed(to.len() * width);
+        // In the order of `add_terms`, so with the same bits: the sums of a panel that is not filled join the bias at last.
+        let (before, behind) = if used == width { (bias, None) } else { (None, bias) };
+        before.iter().for_each(|bias| sums.chunks_exact_mut(width).for_each(|row| row.copy_from_slice(bias)));
+        let (data, panel) = (bytemuck::cast_slice(data), bytemuck::cast_slice(panel));
+        let into = (bytemuck::cast_slice_mut(&mut sums), width, Into::Add);
+        add_terms_to_panel(data, terms, (panel, width), to.len(), into);
+        for (to, row) in to.iter_mut().zip(sums.chunks_exact(width)) {
+            to.copy_from_slice(&row[..used]);
+            behind.iter().for_each(|bias| to.iter_mut().zip(*bias).for_each(|(to, &bias)| *to += bias));
+        }
+    }
+}
+
 /// A share of a product's depth, for some of its rows.
 pub(crate) struct Term {
     /// Rows of the weight.

@@ -46,6 +46,19 @@ pub fn pieces_mut2<A: Send, B: Send>(
     pieces.with_max_len(together).enumerate().for_each(|(index, (first, second))| body(index, first, second));
 }
 
+/// The rows of a matrix, each cut into pieces of these widths: for every width the pieces of all rows, a strip of columns.
+pub fn columns_mut<'a, T>(rows: &'a mut [T], widths: &[usize]) -> Vec<Vec<&'a mut [T]>> {
+    let len: usize = widths.iter().sum();
+    let count = rows.len() / len.max(1);
+    let mut strips: Vec<Vec<&mut [T]>> = widths.iter().map(|_| Vec::with_capacity(count)).collect();
+    for mut row in rows.chunks_exact_mut(len.max(1)) {
+        for (strip, &width) in strips.iter_mut().zip(widths) {
+            strip.extend(row.split_off_mut(..width));
+        }
+    }
+    strips
+}
+
 /// Calls `body(index)` for each index below `count`, in parallel.
 pub fn indices(count: usize, body: impl Fn(usize) + Sync + Send) {
     fn run(count: usize, body: &(dyn Fn(usize) + Sync + Send)) {

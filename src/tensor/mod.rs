@@ -14,6 +14,7 @@ mod arena;
 mod buffer;
 mod device;
 mod dtype;
+mod forms;
 mod shape;
 mod storage;
 
@@ -32,6 +33,8 @@ pub use dtype::{DType, Element};
 pub use shape::Shape;
 
 use buffer::Bytes;
+use forms::Forms;
+pub(crate) use forms::Weight;
 use storage::Storage;
 pub(crate) use storage::{Place, place};
 
@@ -72,7 +75,7 @@ struct Inner {
 
 impl Tensor {
     fn from_bytes(bytes: Bytes, shape: Shape, dtype: DType) -> Self {
-        Self::from_storage(Storage::Host(bytes), shape, dtype)
+        Self::from_storage(Storage::Host(bytes, Forms::default()), shape, dtype)
     }
 
     fn from_storage(storage: Storage, shape: Shape, dtype: DType) -> Self {
@@ -326,7 +329,7 @@ impl Tensor {
             return Ok(self.clone());
         }
         match &*self.0.storage {
-            Storage::Host(bytes) => Ok(Self::from_bytes(self.converted(bytes, dtype), self.shape().clone(), dtype)),
+            Storage::Host(bytes, _) => Ok(Self::from_bytes(self.converted(bytes, dtype), self.shape().clone(), dtype)),
             Storage::Gpu(memory) => crate::ops::gpu::cast(memory.gpu(), self, dtype),
         }
     }

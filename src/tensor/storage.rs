@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::buffer::Bytes;
+use super::forms::Forms;
 use super::{Device, Element, Inner, Shape, Tensor};
 use crate::autograd::{Backward, Function, record};
 use crate::driver::seam::Address;
@@ -11,28 +12,33 @@ use crate::{DType, Error, Result};
 
 /// Values on the host or on a GPU.
 pub(crate) enum Storage {
-    Host(Bytes),
+    /// And what ops have made of these values.
+    Host(Bytes, Forms),
     Gpu(Memory),
 }
 
 impl Storage {
     pub fn host(&self, op: &'static str) -> Result<&Bytes> {
         match self {
-            Storage::Host(bytes) => Ok(bytes),
+            Storage::Host(bytes, _) => Ok(bytes),
             Storage::Gpu(memory) => Err(Error::NotOnHost { op, device: memory.gpu().device() }),
         }
     }
 
+    /// The values for writing; forms of those from before are dropped.
     pub fn host_mut(&mut self, op: &'static str) -> Result<&mut Bytes> {
         match self {
-            Storage::Host(bytes) => Ok(bytes),
+            Storage::Host(bytes, forms) => {
+                forms.clear();
+                Ok(bytes)
+            }
             Storage::Gpu(memory) => Err(Error::NotOnHost { op, device: memory.gpu().device() }),
         }
     }
 
     pub fn copy(&self) -> Result<Self> {
         Ok(match self {
-            Storage::Host(bytes) => Storage::Host(bytes.copy()),
+            Storage::Host(bytes, _) => Storage::Host(bytes.copy(), Forms::default()),
             Storage::Gpu(memory) => Storage::Gpu(memory.copy()?),
         })
     }
@@ -74,7 +80,7 @@ impl Tensor {
     /// The device memory, if the values are in one.
     pub(crate) fn memory(&self) -> Option<&Memory> {
         match &*self.0.storage {
-            Storage::Host(_) => None,
+            Storage::Host(..) => None,
             Storage::Gpu(memory) => Some(memory),
         }
     }
@@ -138,7 +144,7 @@ impl Tensor {
         let Some(memory) = self.memory() else { return Ok(self.detach()) };
         let mut bytes = Bytes::recycled(memory.bytes());
         memory.read(bytes.raw_mut())?;
-        Ok(Self::from_storage(Storage::Host(bytes), self.shape().clone(), self.dtype()))
+        Ok(Self::from_storage(Storage::Host(bytes, Forms::default()), self.shape().clone(), self.dtype()))
     }
 
     /// A copy of the values, row-major.
@@ -148,7 +154,7 @@ impl Tensor {
     pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
         self.expect_dtype("Tensor::to_vec", T::DTYPE)?;
         match &*self.0.storage {
-            Storage::Host(bytes) => Ok(bytes.as_slice().to_vec()),
+            Storage::Host(bytes, _) => Ok(bytes.as_slice().to_vec()),
             Storage::Gpu(memory) => {
                 let mut values = vec![T::zeroed(); self.elements()];
                 memory.read(bytemuck::cast_slice_mut(&mut values))?;

@@ -418,6 +418,10 @@ fn blocks() -> Vec<Conv2d> {
         case([1, 12, 12, 3], 64, 3, 1, PLAIN),
         case([2, 6, 7, 20], 36, 3, 1, Conv2dOptions { groups: 2, ..PLAIN }),
         case([1, 35, 37, 5], 9, 3, 1, PLAIN),
+        // Patches read in place, of few positions and of many.
+        case([2, 4, 4, 80], 72, 3, 1, PLAIN),
+        case([3, 12, 11, 32], 70, 3, 1, strided),
+        case([5, 3, 3, 64], 9, 1, 0, strided),
     ]
 }
 
@@ -515,6 +519,27 @@ fn plain_sums(case: &Conv2d, inputs: &[Vec<f64>]) -> Vec<f64> {
 
 /// An ensemble is certified by training on batches that are filled up: images whose output has no gradient change no bit
 /// of the weight's gradient, and an image's own results are the same in every batch.
+/// What an op keeps of a weight for later answers is that of the weight's own values.
+#[test]
+fn answers_have_the_bits_of_training_whatever_is_kept() {
+    for case in blocks() {
+        for dtype in [DType::F32, DType::Bf16] {
+            let of_dtype = |tensor: &Tensor| tensor.cast(dtype).unwrap();
+            let inputs: Vec<Tensor> = case.inputs().iter().map(of_dtype).collect();
+            let other = of_dtype(&randn(&inputs[1].shape().to_vec(), 8));
+            let bits = |inputs: &[Tensor]| case.run(inputs).unwrap().raw_bytes().unwrap().to_vec();
+            let with_weight = |weight: &Tensor| [&inputs[..1], &[weight.clone()], &inputs[2..]].concat();
+            let (expected, of_other) = (bits(&inputs), bits(&with_weight(&other)));
+            gridgrad::autograd::no_grad(|| {
+                for number in 0..3 {
+                    assert_eq!(bits(&inputs), expected, "{case}, {dtype}, answer {number}");
+                    assert_eq!(bits(&with_weight(&other)), of_other, "{case}, {dtype}, other weight, answer {number}");
+                }
+            });
+        }
+    }
+}
+
 #[test]
 fn images_without_gradient_change_no_bit() {
     let more = |case: &Conv2d, batch| Conv2d { input: [batch, case.input[1], case.input[2], case.input[3]], ..*case };

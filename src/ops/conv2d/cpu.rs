@@ -7,18 +7,23 @@ use super::{Geometry, depthwise, direct, scatter, winograd};
 use crate::cpu::block_gemm::Writes;
 use crate::cpu::packed::{Packed, ahead};
 use crate::cpu::{Float, parallel};
-use crate::tensor::Buffer;
+use crate::tensor::{Buffer, Weight};
 
-pub(super) fn output<T: Float>(g: &Geometry, input: &[T], weight: &[T], bias: Option<&[T]>) -> Buffer<T> {
+/// A weight as [`output`] reads it, by its own extents.
+#[derive(Clone, PartialEq)]
+struct Pointwise([usize; 2]);
+
+pub(super) fn output<T: Float>(g: &Geometry, input: &[T], weight: Weight<'_, T>, bias: Option<&[T]>) -> Buffer<T> {
     if g.is_depthwise() {
-        return depthwise::output(g, input, weight, bias);
+        return depthwise::output(g, input, weight.values, bias);
     }
     if winograd::applies_both_ways::<T>(g) {
         return winograd::output(g, input, weight, bias);
     }
     if g.is_pointwise() {
-        let weight = Packed::transposed(weight, g.in_channels, g.out_channels);
-        return pointwise(input, &weight, bias, rows_of(g.batch, g.output), [g.in_channels, g.out_channels]);
+        let extents = [g.in_channels, g.out_channels];
+        let packed = || Packed::transposed(weight.values, extents[0], extents[1]);
+        return pointwise(input, &weight.form(Pointwise(extents), packed), bias, rows_of(g.batch, g.output), extents);
     }
     direct::output(&[Part { geometry: *g, first: 0 }], g.out_channels, input, &[weight], bias)
 }

@@ -8,15 +8,18 @@
 //! convolution of stride 1 over the output's gradient. Nothing is scattered, every tap is used once, and no two tiles
 //! write to the same place.
 
+use std::sync::Arc;
+
 use super::Geometry;
 use super::patches::{Anchor, PANEL_COLUMNS, Source, Taps, forward_anchors, forward_taps, input_source, tile_rows};
 use crate::cpu::block_gemm::{PANEL, Writes};
 use crate::cpu::gemm::Into;
 use crate::cpu::packed::{
-    Packed, Patches, add_product, add_product_of_taps, copy_weights, has_whole_taps, patch_stride, start, sums_len,
+    Packed, Patches, Term, add_product, add_product_of_taps, copy_weights, has_whole_taps, patch_stride, start,
+    sums_len,
 };
 use crate::cpu::{Float, parallel};
-use crate::tensor::Buffer;
+use crate::tensor::{Buffer, Weight};
 
 /// A convolution whose result is the channels of a map from `first` on.
 #[derive(Clone, Copy)]
@@ -31,22 +34,24 @@ pub(in crate::ops) fn output<T: Float>(
     parts: &[Part],
     channels: usize,
     input: &[T],
-    weights: &[&[T]],
+    weights: &[Weight<'_, T>],
     bias: Option<&[T]>,
 ) -> Buffer<T> {
     let Some(Part { geometry, .. }) = parts.first() else { return Buffer::zeroed(0) };
     let rows = geometry.batch * geometry.output[0] * geometry.output[1];
-    let packed: Vec<(Vec<Packed<T>>, Taps)> = parts
+    let packed: Vec<(Arc<Vec<Packed<T>>>, Taps)> = parts
         .iter()
         .zip(weights)
         .map(|(Part { geometry: g, .. }, weight)| {
-            let (extents, strides) = ([g.group_inputs(), g.group_outputs()], [g.taps(), g.group_inputs() * g.taps()]);
-            let order: Vec<usize> = (0..g.taps()).collect();
-            let groups = weight.chunks(g.taps() * extents[0] * extents[1]);
-            (groups.map(|weight| Packed::gathered(weight, extents, strides, &order)).collect(), forward_taps(g))
+            let key = ByGroups([g.taps(), g.group_inputs(), g.group_outputs()]);
+            (weight.form(key, || packed_groups(g, weight.values)), forward_taps(g))
         })
         .collect();
     let mut output = Buffer::recycled(rows * channels);
+    if rows <= FEW && parts.iter().zip(&packed).all(|(part, (_, taps))| reads_in_place(part, input, taps)) {
+        output_by_panels(parts, input, &packed, bias, &mut output);
+        return output;
+    }
     let (tile, writes) = (tile_rows(rows), Writes::of_large::<T>(rows * channels));
     parallel::pieces_mut(&mut output, tile * channels, |index, out| {
         let (first_row, rows) = (index * tile, out.len() / channels);
@@ -68,6 +73,56 @@ pub(in crate::ops) fn output<T: Float>(
         }
     });
     output
+}
+
+/// Positions up to which threads share the columns: tiles of so few would keep few of them busy, and each would read the
+/// whole weight.
+const FEW: usize = 256;
+
+fn reads_in_place<T: Float>(Part { geometry: g, .. }: &Part, input: &[T], taps: &Taps) -> bool {
+    g.options.groups == 1 && input_source(g, input, 0).has_long_runs(taps)
+}
+
+/// [`output`] by panels of columns, where every part [reads its patches in place](reads_in_place).
+fn output_by_panels<T: Float>(
+    parts: &[Part],
+    input: &[T],
+    weights: &[(Arc<Vec<Packed<T>>>, Taps)],
+    bias: Option<&[T]>,
+    output: &mut [T],
+) {
+    let terms: Vec<Vec<Term>> = parts
+        .iter()
+        .zip(weights)
+        .map(|(Part { geometry: g, .. }, (_, taps))| {
+            let rows = g.batch * g.output[0] * g.output[1];
+            input_source(g, input, 0).terms(taps, &forward_anchors(g, 0..rows))
+        })
+        .collect();
+    let panels: Vec<(usize, (usize, usize))> = weights
+        .iter()
+        .enumerate()
+        .flat_map(|(part, (weight, _))| weight[0].panels().map(move |panel| (part, panel)))
+        .collect();
+    let widths: Vec<usize> = panels.iter().map(|&(_, (_, width))| width).collect();
+    let mut strips = parallel::columns_mut(output, &widths);
+    parallel::pieces_mut(&mut strips, 1, |index, strip| {
+        let (part, (column, _)) = panels[index];
+        let Part { geometry: g, first } = parts[part];
+        let bias = bias.map(|bias| &bias[first..][..g.out_channels]);
+        weights[part].0[0].panel_of_terms(input, &terms[part], (column, bias), &mut strip[0]);
+    });
+}
+
+/// The weight of [`output`], by its own extents: taps, and inputs and outputs of a group.
+#[derive(Clone, PartialEq)]
+struct ByGroups([usize; 3]);
+
+fn packed_groups<T: Float>(g: &Geometry, weight: &[T]) -> Vec<Packed<T>> {
+    let (extents, strides) = ([g.group_inputs(), g.group_outputs()], [g.taps(), g.group_inputs() * g.taps()]);
+    let order: Vec<usize> = (0..g.taps()).collect();
+    let groups = weight.chunks(g.taps() * extents[0] * extents[1]);
+    groups.map(|weight| Packed::gathered(weight, extents, strides, &order)).collect()
 }
 
 /// Elements of a patch whose product is written once, so that large results can go past the caches.

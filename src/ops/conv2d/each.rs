@@ -4,7 +4,7 @@ use super::{Conv2dOptions, Geometry, Map, check_parameters, cpu, gpu};
 use crate::autograd::{Backward, Function, record};
 use crate::cpu::Float;
 use crate::ops::Counts;
-use crate::tensor::{Buffer, Place, Shape, place};
+use crate::tensor::{Buffer, Place, Shape, Weight, place};
 use crate::{Error, Result, Tensor, dispatch_float};
 
 /// [`conv2d`](super::conv2d) for every model: `input` (models, batch, height, width, channels), `weight` (models, out,
@@ -87,7 +87,7 @@ fn apply(
             let (a, b) = (first.floats::<T>(op)?, second.floats::<T>(op)?);
             let bias = bias.map(|bias| bias.floats::<T>(op)).transpose()?;
             let [.., result] = map.shapes(&geometry);
-            let values = on_host(map, [&a, &b], bias.as_deref(), &geometry, counts);
+            let values = on_host(map, &a, Weight::of(second, &b), bias.as_deref(), &geometry, counts);
             Tensor::from_floats(values, [&[models], &result[..]].concat(), dtype)
         })?,
     };
@@ -103,7 +103,8 @@ fn apply(
 /// Each model as a convolution of its own, over its real samples.
 fn on_host<T: Float>(
     map: Map,
-    [first, second]: [&[T]; 2],
+    first: &[T],
+    second: Weight<'_, T>,
     bias: Option<&[T]>,
     geometry: &Geometry,
     counts: &Counts,
@@ -113,10 +114,11 @@ fn on_host<T: Float>(
         let own = Geometry { batch: count, ..*geometry };
         let [of_first, of_second, _] = map.shapes(&own).map(|shape| shape.elements());
         let a = &first[model * lengths[0]..][..of_first];
-        let b = &second[model * lengths[1]..][..of_second];
+        let b = &second.values[model * lengths[1]..][..of_second];
         let bias = bias.map(|bias| &bias[model * own.out_channels..][..own.out_channels]);
         match map {
-            Map::Output => cpu::output(&own, a, b, bias),
+            Map::Output if counts.models() == 1 => cpu::output(&own, a, second, bias),
+            Map::Output => cpu::output(&own, a, b.into(), bias),
             Map::Input => cpu::input_gradient(&own, a, b, None),
             Map::Weight => cpu::weight_gradient(&own, a, b),
         }

@@ -22,7 +22,7 @@ pub(super) use geometry::Geometry;
 use geometry::window;
 
 use crate::autograd::{Backward, Function, record};
-use crate::tensor::{Place, Shape, place};
+use crate::tensor::{Place, Shape, Weight, place};
 use crate::{Error, Result, Tensor, dispatch_float};
 
 pub use each::{conv2d_each, linear_each};
@@ -182,7 +182,10 @@ impl Map {
                 let (a, b) = (first.floats::<T>(op)?, second.floats::<T>(op)?);
                 let bias = bias.map(|bias| bias.floats::<T>(op)).transpose()?;
                 let (values, shape) = match self {
-                    Map::Output => (cpu::output(&geometry, &a, &b, bias.as_deref()), geometry.output_shape()),
+                    Map::Output => {
+                        let weight = Weight::of(second, &b);
+                        (cpu::output(&geometry, &a, weight, bias.as_deref()), geometry.output_shape())
+                    },
                     Map::Input => (cpu::input_gradient(&geometry, &a, &b, bias.as_deref()), geometry.input_shape()),
                     Map::Weight => (cpu::weight_gradient(&geometry, &a, &b), geometry.weight_shape()),
                 };

@@ -112,8 +112,7 @@ impl<T: Float> Source<'_, T> {
         weight: &Packed<T>,
         (destination, row_stride, mut into): (&mut [T], usize, Into),
     ) {
-        const LONG: usize = 64;
-        if T::DTYPE == DType::F32 && self.runs(&taps.xs)[0].1 * self.read >= LONG {
+        if self.has_long_runs(taps) {
             let terms = self.terms(taps, anchors);
             return weight.add_terms(self.data, &terms, anchors.len(), (destination, row_stride, into));
         }
@@ -128,6 +127,12 @@ impl<T: Float> Source<'_, T> {
             weight.multiply((panel, depth), rows, anchors.len(), (destination, row_stride, into));
             into = Into::Add;
         }
+    }
+
+    /// Whether patches are read where they are, as [`Source::terms`].
+    pub fn has_long_runs(&self, taps: &Taps) -> bool {
+        const LONG: usize = 64;
+        T::DTYPE == DType::F32 && self.runs(&taps.xs)[0].1 * self.read >= LONG
     }
 
     /// Of every tap, in the order (y, x), the anchors for which it meets the map, and where.
@@ -155,7 +160,7 @@ impl<T: Float> Source<'_, T> {
     }
 
     /// Run by run, the parts of patches that lie in the map: rows of which the same taps do make a term.
-    fn terms(&self, taps: &Taps, anchors: &[Anchor]) -> Vec<Term> {
+    pub fn terms(&self, taps: &Taps, anchors: &[Anchor]) -> Vec<Term> {
         let [height, width] = self.extents.map(|extent| extent as isize);
         let mut terms = Vec::new();
         let mut first = 0;

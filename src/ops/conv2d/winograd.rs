@@ -29,7 +29,7 @@ use crate::cpu::block_gemm::{
     GROUP, LANES, Onto, PANEL, Rows, Strided, Writes, load, multiply, multiply_transposed, store,
 };
 use crate::cpu::{Float, parallel, simd};
-use crate::tensor::{Buffer, DType};
+use crate::tensor::{Buffer, DType, Weight};
 use transforms::{collect_square, input_square, scale_square, spread_square};
 
 /// Outputs of a tile, in one direction.
@@ -59,7 +59,11 @@ pub(super) fn applies_both_ways<T: Float>(g: &Geometry) -> bool {
     applies::<T>(g) && g.output.iter().any(|&extent| extent > OUTPUTS)
 }
 
-pub(super) fn output<T: Float>(g: &Geometry, input: &[T], weight: &[T], bias: Option<&[T]>) -> Buffer<T> {
+/// The transformed weight of [`output`], by its own extents.
+#[derive(Clone, PartialEq)]
+struct Spread([usize; 3]);
+
+pub(super) fn output<T: Float>(g: &Geometry, input: &[T], weight: Weight<'_, T>, bias: Option<&[T]>) -> Buffer<T> {
     let map = Map {
         batch: g.batch,
         source: bytemuck::cast_slice(input),
@@ -70,7 +74,9 @@ pub(super) fn output<T: Float>(g: &Geometry, input: &[T], weight: &[T], bias: Op
         padding: g.options.padding,
     };
     let strides = [g.taps(), g.taps() * g.in_channels];
-    correlate(g.kernel[0], &map, (weight, strides, false), bias)
+    let key = Spread([g.kernel[0], g.in_channels, g.out_channels]);
+    let packed = weight.form(key, || map.packed_kernel(g.kernel[0], weight.values, strides, false));
+    map.correlated(g.kernel[0], &packed, bias)
 }
 
 pub(super) fn input_gradient<T: Float>(g: &Geometry, grad: &[T], weight: &[T], bias: Option<&[T]>) -> Buffer<T> {
@@ -84,23 +90,7 @@ pub(super) fn input_gradient<T: Float>(g: &Geometry, grad: &[T], weight: &[T], b
         padding: g.options.padding.map(|padding| g.kernel[0] - 1 - padding),
     };
     let strides = [g.taps() * g.in_channels, g.taps()];
-    correlate(g.kernel[0], &map, (weight, strides, true), bias)
-}
-
-fn correlate<T: Float>(
-    kernel: usize,
-    map: &Map<'_>,
-    (weight, strides, flipped): (&[T], [usize; 2], bool),
-    bias: Option<&[T]>,
-) -> Buffer<T> {
-    let mut output = Buffer::recycled(map.batch * map.result[0] * map.result[1] * map.columns);
-    let (weight, bias) = (bytemuck::cast_slice(weight), bias.map(bytemuck::cast_slice));
-    let out = bytemuck::cast_slice_mut(&mut output);
-    match kernel {
-        3 => map.correlate::<6, 7>(&map.packed_weight::<3, 7>(weight, strides, flipped), bias, out),
-        _ => map.correlate::<8, 10>(&map.packed_weight::<5, 10>(weight, strides, flipped), bias, out),
-    }
-    output
+    map.correlated(g.kernel[0], &map.packed_kernel(g.kernel[0], weight, strides, true), bias)
 }
 
 pub(super) fn weight_gradient<T: Float>(g: &Geometry, input: &[T], grad: &[T]) -> Buffer<T> {
@@ -156,6 +146,26 @@ fn load_window<S: Simd, const N: usize>(
 }
 
 impl Map<'_> {
+    /// The transformed weight of a kernel of side `kernel`.
+    fn packed_kernel<T: Float>(&self, kernel: usize, weight: &[T], strides: [usize; 2], flipped: bool) -> Buffer<f32> {
+        let weight = bytemuck::cast_slice(weight);
+        match kernel {
+            3 => self.packed_weight::<3, 7>(weight, strides, flipped),
+            _ => self.packed_weight::<5, 10>(weight, strides, flipped),
+        }
+    }
+
+    /// The result, with the weight of [`Map::packed_kernel`].
+    fn correlated<T: Float>(&self, kernel: usize, weight: &[f32], bias: Option<&[T]>) -> Buffer<T> {
+        let mut output = Buffer::recycled(self.batch * self.result[0] * self.result[1] * self.columns);
+        let (bias, out) = (bias.map(bytemuck::cast_slice), bytemuck::cast_slice_mut(&mut output));
+        match kernel {
+            3 => self.correlate::<6, 7>(weight, bias, out),
+            _ => self.correlate::<8, 10>(weight, bias, out),
+        }
+        output
+    }
+
     /// Lines of tiles in an image, and tiles in a line.
     fn tiles(&self) -> [usize; 2] {
         self.result.map(|extent| extent.div_ceil(OUTPUTS))
@@ -177,17 +187,28 @@ impl Map<'_> {
         window(image, corner, [0; 2], self.result, self.columns)
     }
 
+    /// The numbers of a tile's outputs among all positions.
+    fn positions(&self, tile: usize) -> Window<OUTPUTS> {
+        let (image, corner) = self.place(tile);
+        window(image, corner, [0; 2], self.result, 1)
+    }
+
     /// Writes the result, block by block of whole lines of tiles.
     fn correlate<const T: usize, const P: usize>(&self, weight: &[f32], bias: Option<&[f32]>, mut rest: &mut [f32]) {
         // A block's operands should stay in the second-level cache, and be many beside a large weight.
         const BYTES: usize = 1 << 20;
         const LARGE: usize = 1 << 15;
+        /// So few would leave threads without work.
+        const FEW_BLOCKS: usize = 4;
         let fitting = BYTES / (P * P * size_of::<f32>() * (self.depth + PANEL));
         let tiles = if self.depth * self.columns < LARGE { fitting.clamp(16, 64) } else { 64 };
         let [height, width] = self.result;
         let [lines, across] = self.tiles();
         if rest.is_empty() {
             return;
+        }
+        if (self.batch * lines).div_ceil((tiles / across).max(1)) < FEW_BLOCKS {
+            return self.correlate_panels::<T, P>(weight, bias, rest);
         }
         let per_block = (tiles / across).max(1);
         let start = |q: usize| (q / lines * height + q % lines * OUTPUTS) * width * self.columns;
@@ -200,47 +221,77 @@ impl Map<'_> {
         }
         parallel::pieces_mut(&mut blocks, 1, |_, block| {
             let (first, last, out) = &mut block[0];
-            self.correlate_tiles::<T, P>(*first * across..*last * across, weight, bias, (out, start(*first)));
+            let to = Destination::Whole { out, offset: start(*first), columns: self.columns };
+            self.correlate_tiles::<T, P>(*first * across..*last * across, weight, bias, to);
         });
     }
 
-    /// The result of some tiles, which begins at `offset`.
+    /// Writes the result, panel by panel of its columns: what threads share where there are few tiles.
+    fn correlate_panels<const T: usize, const P: usize>(&self, weight: &[f32], bias: Option<&[f32]>, out: &mut [f32]) {
+        const TOGETHER: usize = 4;
+        let [lines, across] = self.tiles();
+        let (count, plane) = (self.batch * lines * across, P * P * self.depth);
+        let mut inputs = Buffer::<f32>::recycled(count * plane);
+        parallel::pieces_mut(&mut inputs, TOGETHER * plane, |index, inputs| {
+            let first = index * TOGETHER;
+            let tiles = first..first + inputs.len() / plane;
+            simd::with_vectors(SpreadInput::<T, P> { map: self, tiles, to: Operands::Rows(inputs) });
+        });
+        let widths: Vec<usize> =
+            (0..self.columns).step_by(PANEL).map(|first| PANEL.min(self.columns - first)).collect();
+        let mut strips = parallel::columns_mut(out, &widths);
+        parallel::pieces_mut(&mut strips, 1, |panel, strip| {
+            let (first, width) = (panel * PANEL, widths[panel]);
+            let mut products = Buffer::<f32>::recycled(count * P * P * width);
+            self.panel_products::<P>(&inputs, weight, (first, width), &mut products);
+            let (products, to) = (&*products, Destination::Strip(&mut strip[0]));
+            simd::with_vectors(CollectOutput::<P> { map: self, tiles: 0..count, products, first, bias, to });
+        });
+    }
+
+    /// The result of some tiles.
     fn correlate_tiles<const T: usize, const P: usize>(
         &self,
         tiles: Range<usize>,
         weight: &[f32],
         bias: Option<&[f32]>,
-        (out, offset): (&mut [f32], usize),
+        mut to: Destination<'_, '_>,
     ) {
         let (depth, columns, count) = (self.depth, self.columns, tiles.len());
         let mut inputs = Buffer::<f32>::recycled(count * P * P * depth);
         simd::with_vectors(SpreadInput::<T, P> { map: self, tiles: tiles.clone(), to: Operands::Rows(&mut inputs) });
-        let chunk_depth = depth.div_ceil(depth.div_ceil(DEPTH));
-        // For one panel of columns after the other, in the order (tile, product, column of the panel).
         let mut products = Buffer::<f32>::recycled(count * P * P * PANEL.min(columns));
-        let (mut starts, mut places) = (vec![0; count], vec![0; count]);
         for first in (0..columns).step_by(PANEL) {
             let width = PANEL.min(columns - first);
-            for p in 0..P * P {
-                let panel = &weight[(first * P * P + p * width) * depth..][..depth * width];
-                places.iter_mut().enumerate().for_each(|(t, place)| *place = (t * P * P + p) * width);
-                for (chunk, panel) in panel.chunks(chunk_depth * width).enumerate() {
-                    let start = p * depth + chunk * chunk_depth;
-                    starts.iter_mut().enumerate().for_each(|(t, place)| *place = start + t * P * P * depth);
-                    let onto = if chunk == 0 { Onto::Nothing } else { Onto::Itself };
-                    multiply(
-                        Rows { data: &inputs, starts: &starts },
-                        panel,
-                        width,
-                        (&mut products, &places),
-                        onto,
-                        Writes::Near,
-                        &[],
-                    );
-                }
+            let products = &mut products[..count * P * P * width];
+            self.panel_products::<P>(&inputs, weight, (first, width), products);
+            let (tiles, to) = (tiles.clone(), to.again());
+            simd::with_vectors(CollectOutput::<P> { map: self, tiles, products, first, bias, to });
+        }
+    }
+
+    /// The products of all tiles of `inputs` with the panel of the weight that begins at column `first`, in the order (tile,
+    /// product, column of the panel).
+    fn panel_products<const P: usize>(
+        &self,
+        inputs: &[f32],
+        weight: &[f32],
+        (first, width): (usize, usize),
+        products: &mut [f32],
+    ) {
+        let (depth, count) = (self.depth, products.len() / (P * P * width));
+        let chunk_depth = depth.div_ceil(depth.div_ceil(DEPTH));
+        let (mut starts, mut places) = (vec![0; count], vec![0; count]);
+        for p in 0..P * P {
+            let panel = &weight[(first * P * P + p * width) * depth..][..depth * width];
+            places.iter_mut().enumerate().for_each(|(t, place)| *place = (t * P * P + p) * width);
+            for (chunk, panel) in panel.chunks(chunk_depth * width).enumerate() {
+                let start = p * depth + chunk * chunk_depth;
+                starts.iter_mut().enumerate().for_each(|(t, place)| *place = start + t * P * P * depth);
+                let onto = if chunk == 0 { Onto::Nothing } else { Onto::Itself };
+                let rows = Rows { data: inputs, starts: &starts };
+                multiply(rows, panel, width, (&mut *products, &places), onto, Writes::Near, &[]);
             }
-            let (tiles, products) = (tiles.clone(), &products[..count * P * P * width]);
-            simd::with_vectors(CollectOutput::<P> { map: self, tiles, products, first, bias, out, offset });
         }
     }
 
@@ -415,26 +466,53 @@ impl<const P: usize> WithSimd for SpreadGrad<'_, P> {
 }
 
 /// Aᵀ z A of a panel of some tiles, with the bias.
-struct CollectOutput<'a, const P: usize> {
+struct CollectOutput<'a, 'b, const P: usize> {
     map: &'a Map<'a>,
     tiles: Range<usize>,
     products: &'a [f32],
     /// The panel's first column.
     first: usize,
     bias: Option<&'a [f32]>,
-    out: &'a mut [f32],
-    offset: usize,
+    to: Destination<'a, 'b>,
 }
 
-impl<const P: usize> WithSimd for CollectOutput<'_, P> {
+/// Where results go.
+enum Destination<'a, 'b> {
+    /// Rows of all columns, those that begin at `offset` of the result.
+    Whole { out: &'a mut [f32], offset: usize, columns: usize },
+    /// Of every position the columns of one panel.
+    Strip(&'a mut [&'b mut [f32]]),
+}
+
+impl<'b> Destination<'_, 'b> {
+    fn again(&mut self) -> Destination<'_, 'b> {
+        match self {
+            Destination::Whole { out, offset, columns } => {
+                Destination::Whole { out, offset: *offset, columns: *columns }
+            }
+            Destination::Strip(rows) => Destination::Strip(rows),
+        }
+    }
+
+    /// Where the columns of a position go that are `within` the panel that begins at column `first`.
+    #[inline(always)]
+    fn at(&mut self, position: usize, first: usize, within: usize) -> &mut [f32] {
+        match self {
+            Destination::Whole { out, offset, columns } => &mut out[position * *columns - *offset + first + within..],
+            Destination::Strip(rows) => &mut rows[position][within..],
+        }
+    }
+}
+
+impl<const P: usize> WithSimd for CollectOutput<'_, '_, P> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
+    fn with_simd<S: Simd>(mut self, simd: S) {
         let width = self.products.len() / (self.tiles.len() * P * P);
         let zero = simd.splat_f32s(0.0);
         for (tile, products) in self.tiles.zip(self.products.chunks_exact(P * P * width)) {
-            let window = self.map.output_window(tile);
+            let window: Window<OUTPUTS> = self.map.positions(tile);
             for within in (0..width).step_by(S::F32_LANES) {
                 let column = self.first + within;
                 let bias = self.bias.map_or(zero, |bias| load::<S>(bias, column));
@@ -445,8 +523,9 @@ impl<const P: usize> WithSimd for CollectOutput<'_, P> {
                 let values: Square<S::f32s, OUTPUTS> = collect_square(simd, &square);
                 for y in 0..OUTPUTS {
                     for x in 0..OUTPUTS {
-                        if let Some(at) = window[y][x] {
-                            store::<S>(self.out, at - self.offset + column, simd.add_f32s(values[y][x], bias));
+                        if let Some(position) = window[y][x] {
+                            let value = simd.add_f32s(values[y][x], bias);
+                            store::<S>(self.to.at(position, self.first, within), 0, value);
                         }
                     }
                 }

@@ -8,7 +8,7 @@ use crate::cpu::{Float, parallel};
 use crate::ops::Conv2dOptions;
 use crate::ops::conv2d::Geometry;
 use crate::ops::conv2d::direct::{self, Part};
-use crate::tensor::{Buffer, Shape};
+use crate::tensor::{Buffer, Shape, Weight};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Kernel {
@@ -89,7 +89,12 @@ impl Problem {
     }
 }
 
-pub(super) fn forward<T: Float>(problem: &Problem, input: &[T], weights: &[&[T]], biases: &[&[T]]) -> Buffer<T> {
+pub(super) fn forward<T: Float>(
+    problem: &Problem,
+    input: &[T],
+    weights: &[Weight<'_, T>],
+    biases: &[&[T]],
+) -> Buffer<T> {
     let (channels, bias) = (problem.out_channels(), biases.concat());
     if !problem.prefers_rows() {
         return direct::output(&problem.convolutions(), channels, input, weights, Some(&bias));
@@ -98,7 +103,8 @@ pub(super) fn forward<T: Float>(problem: &Problem, input: &[T], weights: &[&[T]]
     parallel::pieces_mut(&mut output, channels * 64, |_, piece| {
         piece.chunks_mut(channels).for_each(|row| row.copy_from_slice(&bias));
     });
-    rows::forward(problem, input, weights, &mut output);
+    let weights: Vec<&[T]> = weights.iter().map(|weight| weight.values).collect();
+    rows::forward(problem, input, &weights, &mut output);
     output
 }
 

@@ -13,7 +13,7 @@ mod tiling;
 
 use crate::autograd::{Backward, Function, record, records};
 use crate::gpu::Gpu;
-use crate::tensor::{Place, place};
+use crate::tensor::{Place, Weight, place};
 use crate::{Error, Result, Tensor, dispatch_float};
 use images::Images;
 pub use images::{ImageLayout, PixelNormalisation};
@@ -149,10 +149,11 @@ pub fn cross_scale_embedding_with(
         }
         Place::Host => {
             let output = dispatch_float!(OP, dtype, T => {
-                let (weights, biases) = (floats::<T>(weights)?, floats::<T>(biases)?);
+                let (values, biases) = (floats::<T>(weights)?, floats::<T>(biases)?);
+                let weights: Vec<_> = weights.iter().zip(&values).map(|(w, values)| Weight::of(w, values)).collect();
                 let output = match images.is_plain(dtype) {
-                    true => cpu::forward(&problem, &input.floats::<T>(OP)?, &slices(&weights), &slices(&biases)),
-                    false => cpu::forward(&problem, &images.rounded::<T>(input, dtype)?, &slices(&weights), &slices(&biases)),
+                    true => cpu::forward(&problem, &input.floats::<T>(OP)?, &weights, &slices(&biases)),
+                    false => cpu::forward(&problem, &images.rounded::<T>(input, dtype)?, &weights, &slices(&biases)),
                 };
                 Tensor::from_floats(output, problem.output_shape(), dtype)
             })?;

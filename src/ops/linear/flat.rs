@@ -53,13 +53,8 @@ pub(super) fn forward<T: Float>(
 
 /// The pieces of the rows in each strip.
 fn split<T: Float>(output: Option<&mut [T]>, columns: usize, width: usize) -> Vec<Vec<&mut [f32]>> {
-    let output: &mut [f32] = bytemuck::cast_slice_mut(output.unwrap_or_default());
-    let with_capacity = |_| Vec::with_capacity(output.len() / columns);
-    let mut strips: Vec<Vec<&mut [f32]>> = (0..columns.div_ceil(width)).map(with_capacity).collect();
-    for row in output.chunks_mut(columns) {
-        strips.iter_mut().zip(row.chunks_mut(width)).for_each(|(strip, piece)| strip.push(piece));
-    }
-    strips
+    let widths: Vec<usize> = (0..columns).step_by(width).map(|first| width.min(columns - first)).collect();
+    parallel::columns_mut(bytemuck::cast_slice_mut(output.unwrap_or_default()), &widths)
 }
 
 /// A piece of each row of the results that there are.
