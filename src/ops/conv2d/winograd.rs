@@ -18,19 +18,16 @@
 //! Constants of functions and types are R, the taps of the kernel, T = R + 3, the inputs of a tile, and P, its products,
 //! each in one direction.
 
+mod steps;
 mod transforms;
 
 use std::ops::Range;
 
-use pulp::{Simd, WithSimd};
-
 use super::Geometry;
-use crate::cpu::block_gemm::{
-    GROUP, LANES, Onto, PANEL, Rows, Strided, Writes, load, multiply, multiply_transposed, store,
-};
+use crate::cpu::block_gemm::{GROUP, LANES, Onto, PANEL, Rows, Strided, Writes, multiply, multiply_transposed};
 use crate::cpu::{Float, parallel, simd};
 use crate::tensor::{Buffer, DType, Weight};
-use transforms::{collect_square, input_square, scale_square, spread_square};
+use steps::{CollectOutput, CollectWeight, Destination, Operands, SpreadGrad, SpreadInput, SpreadWeight};
 
 /// Outputs of a tile, in one direction.
 const OUTPUTS: usize = 4;
@@ -125,25 +122,6 @@ struct Map<'a> {
 
 /// Where the window of a tile lies: offsets of its positions in a map, `None` outside.
 type Window<const N: usize> = [[Option<usize>; N]; N];
-
-/// The values of a window from `channel` on, zeros outside of the map.
-#[inline(always)]
-fn load_window<S: Simd, const N: usize>(
-    simd: S,
-    data: &[f32],
-    window: &Window<N>,
-    channel: usize,
-) -> Square<S::f32s, N> {
-    let mut values = [[simd.splat_f32s(0.0); N]; N];
-    for y in 0..N {
-        for x in 0..N {
-            if let Some(at) = window[y][x] {
-                values[y][x] = load::<S>(data, at + channel);
-            }
-        }
-    }
-    values
-}
 
 impl Map<'_> {
     /// The transformed weight of a kernel of side `kernel`.
@@ -386,221 +364,4 @@ fn window<const N: usize>(
         }
     }
     window
-}
-
-/// Where transformed inputs go.
-enum Operands<'a> {
-    /// In the order (tile, product, channel).
-    Rows(&'a mut [f32]),
-    /// Planes of products, so far apart, each in the order (group of channels, tile, channel of the group).
-    Groups(&'a mut [f32], usize),
-}
-
-/// Bᵀ x B of some tiles.
-struct SpreadInput<'a, const T: usize, const P: usize> {
-    map: &'a Map<'a>,
-    tiles: Range<usize>,
-    to: Operands<'a>,
-}
-
-impl<const T: usize, const P: usize> WithSimd for SpreadInput<'_, T, P> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(mut self, simd: S) {
-        let (depth, count) = (self.map.depth, self.tiles.len());
-        for (t, tile) in self.tiles.enumerate() {
-            let window = self.map.input_window::<T>(tile);
-            for channel in (0..depth).step_by(S::F32_LANES) {
-                let square: Square<_, P> = input_square(simd, &load_window(simd, self.map.source, &window, channel));
-                match &mut self.to {
-                    Operands::Rows(data) => {
-                        for (p, &value) in square.as_flattened().iter().enumerate() {
-                            store::<S>(data, (t * P * P + p) * depth + channel, value);
-                        }
-                    }
-                    Operands::Groups(data, plane) => {
-                        let lanes = S::F32_LANES.min(GROUP);
-                        for (p, value) in square.as_flattened().iter().enumerate() {
-                            let values: &[f32] = bytemuck::cast_slice(std::slice::from_ref(value));
-                            for (part, values) in values.chunks_exact(lanes).enumerate() {
-                                let channel = channel + part * lanes;
-                                let at = p * *plane + (channel / GROUP * count + t) * GROUP + channel % GROUP;
-                                data[at..at + lanes].copy_from_slice(values);
-                            }
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// A y Aᵀ of some tiles of a gradient, in panels.
-struct SpreadGrad<'a, const P: usize> {
-    map: &'a Map<'a>,
-    tiles: Range<usize>,
-    grad: &'a [f32],
-    data: &'a mut [f32],
-    plane: usize,
-}
-
-impl<const P: usize> WithSimd for SpreadGrad<'_, P> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let (count, columns) = (self.tiles.len(), self.map.columns);
-        for (t, tile) in self.tiles.enumerate() {
-            let window = self.map.output_window(tile);
-            for column in (0..columns).step_by(S::F32_LANES) {
-                let square: Square<_, P> = spread_square(simd, &load_window(simd, self.grad, &window, column));
-                let panel = column / PANEL * PANEL;
-                let start = panel * count + t * PANEL.min(columns - panel) + column - panel;
-                for (p, &value) in square.as_flattened().iter().enumerate() {
-                    store::<S>(self.data, p * self.plane + start, value);
-                }
-            }
-        }
-    }
-}
-
-/// Aᵀ z A of a panel of some tiles, with the bias.
-struct CollectOutput<'a, 'b, const P: usize> {
-    map: &'a Map<'a>,
-    tiles: Range<usize>,
-    products: &'a [f32],
-    /// The panel's first column.
-    first: usize,
-    bias: Option<&'a [f32]>,
-    to: Destination<'a, 'b>,
-}
-
-/// Where results go.
-enum Destination<'a, 'b> {
-    /// Rows of all columns, those that begin at `offset` of the result.
-    Whole { out: &'a mut [f32], offset: usize, columns: usize },
-    /// Of every position the columns of one panel.
-    Strip(&'a mut [&'b mut [f32]]),
-}
-
-impl<'b> Destination<'_, 'b> {
-    fn again(&mut self) -> Destination<'_, 'b> {
-        match self {
-            Destination::Whole { out, offset, columns } => {
-                Destination::Whole { out, offset: *offset, columns: *columns }
-            }
-            Destination::Strip(rows) => Destination::Strip(rows),
-        }
-    }
-
-    /// Where the columns of a position go that are `within` the panel that begins at column `first`.
-    #[inline(always)]
-    fn at(&mut self, position: usize, first: usize, within: usize) -> &mut [f32] {
-        match self {
-            Destination::Whole { out, offset, columns } => &mut out[position * *columns - *offset + first + within..],
-            Destination::Strip(rows) => &mut rows[position][within..],
-        }
-    }
-}
-
-impl<const P: usize> WithSimd for CollectOutput<'_, '_, P> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(mut self, simd: S) {
-        let width = self.products.len() / (self.tiles.len() * P * P);
-        let zero = simd.splat_f32s(0.0);
-        for (tile, products) in self.tiles.zip(self.products.chunks_exact(P * P * width)) {
-            let window: Window<OUTPUTS> = self.map.positions(tile);
-            for within in (0..width).step_by(S::F32_LANES) {
-                let column = self.first + within;
-                let bias = self.bias.map_or(zero, |bias| load::<S>(bias, column));
-                let mut square = [[zero; P]; P];
-                for (p, value) in square.as_flattened_mut().iter_mut().enumerate() {
-                    *value = load::<S>(products, p * width + within);
-                }
-                let values: Square<S::f32s, OUTPUTS> = collect_square(simd, &square);
-                for y in 0..OUTPUTS {
-                    for x in 0..OUTPUTS {
-                        if let Some(position) = window[y][x] {
-                            let value = simd.add_f32s(values[y][x], bias);
-                            store::<S>(self.to.at(position, self.first, within), 0, value);
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Gᵀ z G of [`LANES`] columns from `first`.
-struct CollectWeight<'a, const R: usize, const P: usize> {
-    map: &'a Map<'a>,
-    sums: &'a [f32],
-    first: usize,
-    out: &'a mut [f32],
-}
-
-impl<const R: usize, const P: usize> WithSimd for CollectWeight<'_, R, P> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let (depth, columns) = (self.map.depth, self.map.columns);
-        let panel = self.first / PANEL * PANEL;
-        let width = PANEL.min(columns - panel);
-        for row in 0..depth {
-            for offset in (0..LANES).step_by(S::F32_LANES) {
-                let mut square = [[simd.splat_f32s(0.0); P]; P];
-                for (p, value) in square.as_flattened_mut().iter_mut().enumerate() {
-                    let at = (p * columns + panel) * depth + row * width + self.first - panel + offset;
-                    *value = load::<S>(self.sums, at);
-                }
-                scale_square(simd, &mut square);
-                let taps: Square<S::f32s, R> = collect_square(simd, &square);
-                for (tap, values) in taps.as_flattened().iter().enumerate() {
-                    let lanes: &[f32] = bytemuck::cast_slice(std::slice::from_ref(values));
-                    for (lane, &value) in lanes.iter().enumerate() {
-                        self.out[((offset + lane) * depth + row) * R * R + tap] = value;
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// G w Gᵀ of one panel.
-struct SpreadWeight<'a, const R: usize, const P: usize, K> {
-    depth: usize,
-    /// The taps from a row of the depth to a column of the panel.
-    kernel: K,
-    flipped: bool,
-    out: &'a mut [f32],
-}
-
-impl<'w, const R: usize, const P: usize, K: Fn(usize, usize) -> &'w [f32]> WithSimd for SpreadWeight<'_, R, P, K> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let width = self.out.len() / (P * P * self.depth);
-        for row in 0..self.depth {
-            for first in (0..width).step_by(S::F32_LANES) {
-                let mut taps = [[simd.splat_f32s(0.0); R]; R];
-                for lane in 0..S::F32_LANES {
-                    let kernel = (self.kernel)(row, first + lane);
-                    for (tap, values) in taps.as_flattened_mut().iter_mut().enumerate() {
-                        let lanes: &mut [f32] = bytemuck::cast_slice_mut(std::slice::from_mut(values));
-                        lanes[lane] = kernel[if self.flipped { R * R - 1 - tap } else { tap }];
-                    }
-                }
-                let mut square: Square<_, P> = spread_square(simd, &taps);
-                scale_square(simd, &mut square);
-                for (p, &value) in square.as_flattened().iter().enumerate() {
-                    store::<S>(self.out, (p * self.depth + row) * width + first, value);
-                }
-            }
-        }
-    }
 }
