@@ -299,6 +299,8 @@ impl<A: Starts, B: Starts> WithSimd for MultiplyTransposed<'_, A, B> {
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
         match (S::F32_LANES, self.right.columns) {
+            // Twelve columns, as of a stem's large kernels: in one block, not in one of eight and one of four.
+            (16.., PANEL) if self.left.columns == 12 => self.all_blocks::<S, 12, 2>(simd),
             (16.., PANEL) => self.all_blocks::<S, 8, 2>(simd),
             (16.., _) => self.all_blocks::<S, 8, 1>(simd),
             (8.., _) => self.all_blocks::<S, 4, 2>(simd),

@@ -526,9 +526,9 @@ fn answers_have_the_bits_of_training_whatever_is_kept() {
         for dtype in [DType::F32, DType::Bf16] {
             let of_dtype = |tensor: &Tensor| tensor.cast(dtype).unwrap();
             let inputs: Vec<Tensor> = case.inputs().iter().map(of_dtype).collect();
-            let other = of_dtype(&randn(&inputs[1].shape().to_vec(), 8));
+            let other = of_dtype(&randn(inputs[1].shape(), 8));
             let bits = |inputs: &[Tensor]| case.run(inputs).unwrap().raw_bytes().unwrap().to_vec();
-            let with_weight = |weight: &Tensor| [&inputs[..1], &[weight.clone()], &inputs[2..]].concat();
+            let with_weight = |weight: &Tensor| [&inputs[..1], std::slice::from_ref(weight), &inputs[2..]].concat();
             let (expected, of_other) = (bits(&inputs), bits(&with_weight(&other)));
             gridgrad::autograd::no_grad(|| {
                 for number in 0..3 {

@@ -61,7 +61,8 @@ pub(super) fn forward<T: Float>(problem: &Problem, input: &[T], weights: &[&[T]]
     let [rows, columns] = problem.output_map();
     let out_channels = problem.out_channels();
     let by_lines = |kernel: &Kernel| lines::pays::<T>(problem, *kernel);
-    let planes = problem.kernels.iter().any(by_lines).then(|| Planes::of(problem, input));
+    let kernels: Vec<Kernel> = problem.kernels.iter().copied().filter(by_lines).collect();
+    let planes = (!kernels.is_empty()).then(|| Planes::of(problem, &kernels, input));
     let padded = pad(problem, input);
     let ways: Vec<Way<T>> = problem
         .kernels
@@ -73,12 +74,22 @@ pub(super) fn forward<T: Float>(problem: &Problem, input: &[T], weights: &[&[T]]
         })
         .collect();
     let first_channels = problem.first_channels();
-    parallel::pieces_mut(output, columns * out_channels, |number, output| {
-        let line = [number / rows, number % rows];
+    let line_len = columns * out_channels;
+    // Two lines of an image, or its last one: the image, the first line, the result.
+    let mut pairs: Vec<([usize; 2], &mut [T])> = Vec::new();
+    for (image, output) in output.chunks_mut((rows * line_len).max(1)).enumerate() {
+        pairs.extend(output.chunks_mut(2 * line_len).enumerate().map(|(pair, output)| ([image, 2 * pair], output)));
+    }
+    parallel::pieces_mut(&mut pairs, 1, |_, pair| {
+        let ([image, y], output) = &mut pair[0];
         for ((&kernel, way), &first) in problem.kernels.iter().zip(&ways).zip(&first_channels) {
             match way {
-                Way::Lines(kernel, planes) => kernel.add(problem, planes, line, (&mut *output, first)),
-                Way::Windows(weight) => add_windows(problem, &padded, (kernel, weight), line, (output, first)),
+                Way::Lines(kernel, planes) => kernel.add(problem, planes, [*image, *y], (&mut *output, first)),
+                Way::Windows(weight) => {
+                    for (number, line) in output.chunks_mut(line_len).enumerate() {
+                        add_windows(problem, &padded, (kernel, weight), [*image, *y + number], (line, first));
+                    }
+                }
             }
         }
     });
