@@ -12,8 +12,10 @@ const BLOCK: usize = 32;
 /// a mean far from zero costs no precision, and the input is read once.
 pub(super) fn statistics<T: Float>(input: &[T], channels: usize) -> [Buffer<T>; 3] {
     const PARTS: usize = 64;
+    /// Parts of fewer blocks would take as long to merge, one after the other, as to sum.
+    const BLOCKS: usize = 4;
     let rows = input.len() / channels;
-    let rows_per_part = rows.div_ceil(PARTS).next_multiple_of(BLOCK);
+    let rows_per_part = rows.div_ceil(PARTS).next_multiple_of(BLOCK).max(BLOCKS * BLOCK);
     let mut moments = Buffer::zeroed(rows.div_ceil(rows_per_part) * 2 * channels);
     parallel::pieces_mut(&mut moments, 2 * channels, |part, moments| {
         let rows = part * rows_per_part..rows.min((part + 1) * rows_per_part);
@@ -32,10 +34,15 @@ pub(super) fn statistics<T: Float>(input: &[T], channels: usize) -> [Buffer<T>; 
         );
     });
     let (total, parts) = moments.split_at_mut(2 * channels);
-    for (part, moments) in parts.chunks(2 * channels).enumerate() {
-        let first = (part + 1) * rows_per_part;
-        merge(total, first, moments, rows_per_part.min(rows - first));
-    }
+    simd::dispatch(
+        #[inline(always)]
+        || {
+            for (part, moments) in parts.chunks(2 * channels).enumerate() {
+                let first = (part + 1) * rows_per_part;
+                merge(total, first, moments, rows_per_part.min(rows - first));
+            }
+        },
+    );
     let (mean, squares) = total.split_at(channels);
     let variance = |count: usize| Buffer::from_fn(channels, |c| squares[c] / T::from_f64(count as f64));
     [Buffer::copy_of(mean), variance(rows), variance(rows - 1)]

@@ -1,9 +1,11 @@
 //! All offsets at once: an activation is (unit, row), each unit one contiguous vector over the rows of the table, so every
 //! loop runs along rows and vectorises whatever the width. One thread for a network, a few hundred kFLOP.
 
-use crate::cpu::small_gemm::LANES;
+use crate::cpu::block_gemm::Strided;
+use crate::cpu::dots::add_dots;
+use crate::cpu::small_gemm::{Ahead, LANES, Left, Onto, multiply};
 use crate::cpu::{Float, simd};
-use crate::tensor::Buffer;
+use crate::tensor::{Buffer, DType};
 
 #[derive(Clone, Copy)]
 pub(super) struct Problem {
@@ -88,14 +90,9 @@ fn activations<T: Float>(problem: &Problem, parameters: &[&[T]]) -> Activations<
 fn affine<T: Float>(weight: &[T], bias: &[T], input: &[T], padded: usize) -> Buffer<T> {
     let mut output = Buffer::recycled(bias.len() * padded);
     let fan_in = input.len() / padded;
-    for (unit, out) in output.chunks_exact_mut(padded).enumerate() {
-        out.fill(bias[unit]);
-        for (&factor, input) in weight[unit * fan_in..][..fan_in].iter().zip(input.chunks_exact(padded)) {
-            for (out, &value) in out.iter_mut().zip(input) {
-                *out = factor.mul_add(value, *out);
-            }
-        }
-    }
+    output.chunks_exact_mut(padded).zip(bias).for_each(|(out, &bias)| out.fill(bias));
+    let left = Left::rows(weight, fan_in);
+    multiply(left, [bias.len(), fan_in, padded], input, Onto::Itself, &mut output, Ahead::default());
     output
 }
 
@@ -174,6 +171,23 @@ fn dot<T: Float>(left: &[T], right: &[T]) -> T {
     lanes.into_iter().sum()
 }
 
+/// left · rightᵀ, of matrices whose rows have `padded` elements.
+#[inline(always)]
+fn products_of_rows<T: Float>(left: &[T], right: &[T], padded: usize) -> Buffer<T> {
+    let rows = [left, right].map(|values| values.len() / padded);
+    if T::DTYPE == DType::F32 {
+        let mut products = Buffer::zeroed(rows[0] * rows[1]);
+        let of_rows = |values| Strided { data: bytemuck::cast_slice(values), stride: padded, columns: padded };
+        let sums = bytemuck::cast_slice_mut(&mut products);
+        add_dots(of_rows(left), of_rows(right), rows, sums, rows[1], Strided { data: &[], ..of_rows(left) });
+        return products;
+    }
+    Buffer::from_fn(rows[0] * rows[1], |i| {
+        let [row, column] = [i / rows[1], i % rows[1]].map(|number| number * padded);
+        dot(&left[row..row + padded], &right[column..column + padded])
+    })
+}
+
 /// Gradients of weight, bias and input of [`affine`].
 #[inline(always)]
 fn affine_backward<T: Float>(
@@ -183,24 +197,11 @@ fn affine_backward<T: Float>(
     padded: usize,
 ) -> (Buffer<T>, Buffer<T>, Buffer<T>) {
     let (fan_in, fan_out) = (input.len() / padded, grad.len() / padded);
-    let unit = |values: &'_ [T], unit: usize| -> std::ops::Range<usize> {
-        debug_assert!(values.len() >= (unit + 1) * padded);
-        unit * padded..(unit + 1) * padded
-    };
-    let mut dweight = Buffer::recycled(fan_in * fan_out);
-    for (index, out) in dweight.iter_mut().enumerate() {
-        *out = dot(&grad[unit(grad, index / fan_in)], &input[unit(input, index % fan_in)]);
-    }
-    let dbias = Buffer::from_fn(fan_out, |out| grad[unit(grad, out)].iter().copied().sum());
-    let mut dinput = Buffer::zeroed(input.len());
-    for (index, dinput) in dinput.chunks_exact_mut(padded).enumerate() {
-        for (out, grad) in grad.chunks_exact(padded).enumerate() {
-            let factor = weight[out * fan_in + index];
-            for (sum, &grad) in dinput.iter_mut().zip(grad) {
-                *sum = factor.mul_add(grad, *sum);
-            }
-        }
-    }
+    let dweight = products_of_rows(grad, input, padded);
+    let dbias = Buffer::from_fn(fan_out, |out| grad[out * padded..][..padded].iter().copied().sum());
+    let mut dinput = Buffer::recycled(input.len());
+    let left = Left::transposed(weight, fan_in);
+    multiply(left, [fan_in, fan_out, padded], grad, Onto::Nothing, &mut dinput, Ahead::default());
     (dweight, dbias, dinput)
 }
 
