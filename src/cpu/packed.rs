@@ -199,7 +199,7 @@ impl<T: Float> Packed<T> {
         let panel = &self.data[first * self.depth..][..self.depth * width];
         let bias = bias.map(|bias| &bias[first..][..used]);
         let mut sums = Buffer::<T>::zeroed(to.len() * width);
-        // In the order of `add_terms`, so with the same bits: the sums of a panel that is not filled join the bias at last.
+        // In the order of `add_terms`, so with the same bits: the bias joins the sums of a panel that is not filled at the end.
         let (before, behind) = if used == width { (bias, None) } else { (None, bias) };
         before.iter().for_each(|bias| sums.chunks_exact_mut(width).for_each(|row| row.copy_from_slice(bias)));
         let (data, panel) = (bytemuck::cast_slice(data), bytemuck::cast_slice(panel));

@@ -43,7 +43,8 @@ impl<'a, T> From<&'a [T]> for Weight<'a, T> {
 
 type Form = Arc<dyn Any + Send + Sync>;
 
-/// Forms of one tensor's values, each under a key of its op's own type. What was asked for once has a key alone.
+/// Forms of one tensor's values, each under a key of its op's own type. A form that was asked for once is not kept yet: only its
+/// key is there.
 #[derive(Default)]
 pub(crate) struct Forms(Mutex<Vec<(Box<dyn Any + Send>, Option<Form>)>>);
 
@@ -89,7 +90,8 @@ impl Forms {
 
 impl Tensor {
     /// What `make` makes of this tensor's values. Inside of [`no_grad`](autograd::no_grad), what is made a second time is kept
-    /// for all later ones. Training, which writes to its weights after each step, keeps nothing.
+    /// for all later ones, until someone writes to the values or uses them outside: training, which writes to its weights after
+    /// each step, would only hold them twice.
     ///
     /// The key names, by its type and value, how the form is made.
     pub(crate) fn form<K, V>(&self, key: K, make: impl FnOnce() -> V) -> Arc<V>
@@ -97,10 +99,12 @@ impl Tensor {
         K: Clone + PartialEq + Send + 'static,
         V: Send + Sync + 'static,
     {
-        let forms = match &*self.0.storage {
-            Storage::Host(_, forms) if autograd::answers() => forms,
-            _ => return Arc::new(make()),
-        };
+        let Storage::Host(_, forms) = &*self.0.storage else { return Arc::new(make()) };
+        if !autograd::answers() {
+            // Training goes on after an evaluation, and will write to the values soon.
+            forms.entries().clear();
+            return Arc::new(make());
+        }
         match forms.ask(key.clone()) {
             Known::Form(form) => form,
             Known::Nothing => Arc::new(make()),
@@ -153,8 +157,13 @@ mod tests {
             weight.data_mut::<f32>()?[0] = 5.0;
             assert_eq!(doubled(&weight, 0)?, (10.0, true));
             assert_eq!(doubled(&shared, 0)?, (8.0, false));
+            assert_eq!(of_three_times(&weight, 0)?[2], (10.0, false));
             Ok(())
-        })
+        })?;
+        assert_eq!(doubled(&weight, 0)?, (10.0, true), "training");
+        let kept = autograd::no_grad(|| of_three_times(&weight, 0))?;
+        assert_eq!(kept, [(10.0, true), (10.0, true), (10.0, false)], "training has dropped what was kept");
+        Ok(())
     }
 
     #[test]

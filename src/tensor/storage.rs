@@ -12,7 +12,7 @@ use crate::{DType, Error, Result};
 
 /// Values on the host or on a GPU.
 pub(crate) enum Storage {
-    /// And what ops have made of these values.
+    /// With what ops have made of the values.
     Host(Bytes, Forms),
     Gpu(Memory),
 }

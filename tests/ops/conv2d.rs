@@ -422,6 +422,9 @@ fn blocks() -> Vec<Conv2d> {
         case([2, 4, 4, 80], 72, 3, 1, PLAIN),
         case([3, 12, 11, 32], 70, 3, 1, strided),
         case([5, 3, 3, 64], 9, 1, 0, strided),
+        case([1, 32, 16, 32], 64, 2, 0, strided),
+        case([1, 21, 20, 64], 64, 1, 0, strided),
+        case([1, 26, 26, 32], 32, 3, 1, PLAIN),
     ]
 }
 
@@ -517,8 +520,6 @@ fn plain_sums(case: &Conv2d, inputs: &[Vec<f64>]) -> Vec<f64> {
     output
 }
 
-/// An ensemble is certified by training on batches that are filled up: images whose output has no gradient change no bit
-/// of the weight's gradient, and an image's own results are the same in every batch.
 /// What an op keeps of a weight for later answers is that of the weight's own values.
 #[test]
 fn answers_have_the_bits_of_training_whatever_is_kept() {
@@ -540,6 +541,8 @@ fn answers_have_the_bits_of_training_whatever_is_kept() {
     }
 }
 
+/// An ensemble is certified by training on batches that are filled up: images whose output has no gradient change no bit
+/// of the weight's gradient, and an image's own results are the same in every batch.
 #[test]
 fn images_without_gradient_change_no_bit() {
     let more = |case: &Conv2d, batch| Conv2d { input: [batch, case.input[1], case.input[2], case.input[3]], ..*case };

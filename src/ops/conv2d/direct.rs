@@ -48,16 +48,18 @@ pub(in crate::ops) fn output<T: Float>(
         })
         .collect();
     let mut output = Buffer::recycled(rows * channels);
-    if rows <= FEW && parts.iter().zip(&packed).all(|(part, (_, taps))| reads_in_place(part, input, taps)) {
+    let (tile, writes) = (tile_rows(rows), Writes::of_large::<T>(rows * channels));
+    let panels: usize =
+        packed.iter().flat_map(|(weights, _)| weights.iter()).map(|weight| weight.panels().count()).sum();
+    let in_place = || parts.iter().zip(&packed).all(|(part, (_, taps))| reads_in_place(part, input, taps));
+    if rows <= FEW && panels > rows.div_ceil(tile) && !is_short(parts) && in_place() {
         output_by_panels(parts, input, &packed, bias, &mut output);
         return output;
     }
-    let (tile, writes) = (tile_rows(rows), Writes::of_large::<T>(rows * channels));
     parallel::pieces_mut(&mut output, tile * channels, |index, out| {
         let (first_row, rows) = (index * tile, out.len() / channels);
         if let ([Part { geometry: g, .. }], [(weights, taps)]) = (parts, packed.as_slice())
-            && g.options.groups == 1
-            && g.taps() * g.in_channels <= SHORT
+            && is_short(parts)
         {
             let anchors = forward_anchors(g, first_row..first_row + rows);
             let panel = input_source(g, input, 0).panel(taps, &anchors);
@@ -73,6 +75,11 @@ pub(in crate::ops) fn output<T: Float>(
         }
     });
     output
+}
+
+/// Whether patches are copied, and their product is written once.
+fn is_short(parts: &[Part]) -> bool {
+    matches!(parts, [Part { geometry: g, .. }] if g.options.groups == 1 && g.taps() * g.in_channels <= SHORT)
 }
 
 /// Positions up to which threads share the columns: tiles of so few would keep few of them busy, and each would read the

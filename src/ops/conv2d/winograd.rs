@@ -176,29 +176,32 @@ impl Map<'_> {
         // A block's operands should stay in the second-level cache, and be many beside a large weight.
         const BYTES: usize = 1 << 20;
         const LARGE: usize = 1 << 15;
+        const MOST: usize = 64;
         /// So few would leave threads without work.
         const FEW_BLOCKS: usize = 4;
         let fitting = BYTES / (P * P * size_of::<f32>() * (self.depth + PANEL));
-        let tiles = if self.depth * self.columns < LARGE { fitting.clamp(16, 64) } else { 64 };
+        let tiles = if self.depth * self.columns < LARGE { fitting.clamp(16, MOST) } else { MOST };
         let [height, width] = self.result;
         let [lines, across] = self.tiles();
         if rest.is_empty() {
             return;
         }
-        if (self.batch * lines).div_ceil((tiles / across).max(1)) < FEW_BLOCKS {
+        let per_block = (tiles / across).max(1);
+        let blocks = (self.batch * lines).div_ceil(per_block);
+        let is_small = self.batch * lines * across <= FEW_BLOCKS * MOST;
+        if blocks < FEW_BLOCKS && is_small && self.columns.div_ceil(PANEL) > blocks {
             return self.correlate_panels::<T, P>(weight, bias, rest);
         }
-        let per_block = (tiles / across).max(1);
         let start = |q: usize| (q / lines * height + q % lines * OUTPUTS) * width * self.columns;
-        let mut blocks = Vec::new();
+        let mut parts = Vec::new();
         for first in (0..self.batch * lines).step_by(per_block) {
             let last = (first + per_block).min(self.batch * lines);
             let (out, behind) = rest.split_at_mut(start(last) - start(first));
-            blocks.push((first, last, out));
+            parts.push((first, last, out));
             rest = behind;
         }
-        parallel::pieces_mut(&mut blocks, 1, |_, block| {
-            let (first, last, out) = &mut block[0];
+        parallel::pieces_mut(&mut parts, 1, |_, part| {
+            let (first, last, out) = &mut part[0];
             let to = Destination::Whole { out, offset: start(*first), columns: self.columns };
             self.correlate_tiles::<T, P>(*first * across..*last * across, weight, bias, to);
         });

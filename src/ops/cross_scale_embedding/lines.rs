@@ -7,7 +7,7 @@
 //!
 //! A kernel whose lines make an even number of blocks of the stride, W₀ … Wₙ₋₁, takes its result in pairs of lines, with three
 //! products in place of four (the filtering F(2, 2) of Winograd, "Arithmetic Complexity of Computations", 1980). With B the
-//! input's blocks that the first of both lines reads, from its own first one on, and D = B − the next block, the pair is
+//! input's blocks below each other, of which the first of both lines reads B₀ … Bₙ₋₁, and Dⱼ = Bⱼ − Bⱼ₊₁, the pair is
 //!
 //! - Σ (W₂ᵢ + W₂ᵢ₊₁) B₂ᵢ₊₁ + Σ W₂ᵢ D₂ᵢ
 //! - Σ (W₂ᵢ + W₂ᵢ₊₁) B₂ᵢ₊₁ − Σ W₂ᵢ₊₁ D₂ᵢ₊₁
@@ -101,6 +101,11 @@ impl Product {
     }
 }
 
+/// The elements from `at` on. Images without channels have no planes.
+fn from(planes: &[f32], at: usize) -> &[f32] {
+    planes.get(at..).unwrap_or_default()
+}
+
 enum Products {
     /// Of each line by itself.
     Line(Product),
@@ -168,17 +173,17 @@ impl LineKernel {
             let of_both = &mut of_both[..self.out * width];
             if let Products::Pair { both, .. } = &self.products {
                 of_both.fill(0.0);
-                both.add(&planes.values[line(y) + x..], width, of_both);
+                both.add(from(&planes.values, line(y) + x), width, of_both);
             }
             for (number, output) in output.chunks_exact_mut(columns * channels).enumerate() {
                 match &self.products {
                     Products::Line(product) => {
                         sums.fill(0.0);
-                        product.add(&planes.values[line(y + number) + x..], width, sums);
+                        product.add(from(&planes.values, line(y + number) + x), width, sums);
                     }
                     Products::Pair { own, .. } => {
                         sums.copy_from_slice(of_both);
-                        own[number].add(&planes.differences[line(y) + x..], width, sums);
+                        own[number].add(from(&planes.differences, line(y) + x), width, sums);
                     }
                 }
                 for (at, output) in output[x * channels..].chunks_exact_mut(channels).take(width).enumerate() {

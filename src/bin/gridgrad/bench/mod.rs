@@ -26,7 +26,8 @@ enum What {
     Step(step::StepArgs),
     /// Times a network's answers for random images, without gradients.
     Inference(inference::InferenceArgs),
-    /// Times single ops on the processor at the sizes that networks use: forward, and forward with backward.
+    /// Times single ops on the processor at the sizes that networks use: forward, as a network answers, which prepares its
+    /// weights once, and forward with backward, as it trains.
     Ops(ops::OpsArgs),
     /// Measures what this machine's processor can do at most: multiply-adds and copies.
     Peak {
