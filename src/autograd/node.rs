@@ -133,7 +133,7 @@ thread_local! {
 }
 
 /// Runs `body` without recording: its results need no gradients. What ops prepare from a weight, such as its values in the
-/// order of a product, is kept from the second time on, until the weight is written to or dropped.
+/// order of a product, is kept from the second time on, until the weight is written to, trained with or dropped.
 pub fn no_grad<R>(body: impl FnOnce() -> R) -> R {
     with_purpose(Purpose::Answer, body)
 }

@@ -31,6 +31,11 @@ fn panel_width(columns: usize, first: usize) -> usize {
     PANEL.min((columns - first).next_multiple_of(LANES))
 }
 
+/// The first column of each panel, and how many columns it has.
+pub(crate) fn panels(columns: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..columns).step_by(PANEL).map(move |first| (first, PANEL.min(columns - first)))
+}
+
 impl<T: Float> Packed<T> {
     /// Packs a row-major weight, in parallel.
     pub fn new(weight: &[T], depth: usize, columns: usize) -> Self {
@@ -176,13 +181,10 @@ impl<T: Float> Packed<T> {
             }
         }
     }
-}
 
-impl<T: Float> Packed<T> {
-    /// The first column of each panel of an `f32` weight, and how many columns it has.
+    /// [`panels`] of an `f32` weight.
     pub fn panels(&self) -> impl Iterator<Item = (usize, usize)> + use<T> {
-        let columns = self.columns;
-        (0..columns).step_by(PANEL).map(move |first| (first, PANEL.min(columns - first)))
+        panels(self.columns)
     }
 
     /// Of [`Packed::add_terms`] the panel that begins at column `first`: its part of `bias` and the sums of all terms, for each

@@ -25,6 +25,7 @@ use std::ops::Range;
 
 use super::Geometry;
 use crate::cpu::block_gemm::{GROUP, LANES, Onto, PANEL, Rows, Strided, Writes, multiply, multiply_transposed};
+use crate::cpu::packed::panels;
 use crate::cpu::{Float, parallel, simd};
 use crate::tensor::{Buffer, DType, Weight};
 use steps::{CollectOutput, CollectWeight, Destination, Operands, SpreadGrad, SpreadInput, SpreadWeight};
@@ -218,8 +219,7 @@ impl Map<'_> {
             let tiles = first..first + inputs.len() / plane;
             simd::with_vectors(SpreadInput::<T, P> { map: self, tiles, to: Operands::Rows(inputs) });
         });
-        let widths: Vec<usize> =
-            (0..self.columns).step_by(PANEL).map(|first| PANEL.min(self.columns - first)).collect();
+        let widths: Vec<usize> = panels(self.columns).map(|(_, width)| width).collect();
         let mut strips = parallel::columns_mut(out, &widths);
         parallel::pieces_mut(&mut strips, 1, |panel, strip| {
             let (first, width) = (panel * PANEL, widths[panel]);
@@ -242,8 +242,7 @@ impl Map<'_> {
         let mut inputs = Buffer::<f32>::recycled(count * P * P * depth);
         simd::with_vectors(SpreadInput::<T, P> { map: self, tiles: tiles.clone(), to: Operands::Rows(&mut inputs) });
         let mut products = Buffer::<f32>::recycled(count * P * P * PANEL.min(columns));
-        for first in (0..columns).step_by(PANEL) {
-            let width = PANEL.min(columns - first);
+        for (first, width) in panels(columns) {
             let products = &mut products[..count * P * P * width];
             self.panel_products::<P>(&inputs, weight, (first, width), products);
             let (tiles, to) = (tiles.clone(), to.again());
