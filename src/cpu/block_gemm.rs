@@ -134,16 +134,16 @@ impl Starts for &[usize] {
 
 /// Rows of `columns` contiguous elements.
 #[derive(Clone, Copy)]
-pub struct Strided<'a, P = usize> {
+pub struct Strided<'a, P = usize, E = f32> {
     /// Where all rows lie.
-    pub data: &'a [f32],
+    pub data: &'a [E],
     /// Distance of rows, or where each of them begins.
     pub stride: P,
     /// Elements of a row that count.
     pub columns: usize,
 }
 
-impl<P: Starts> Strided<'_, P> {
+impl<P: Starts, E> Strided<'_, P, E> {
     pub(super) fn holds(&self, rows: usize) -> bool {
         self.stride.hold(rows, self.columns, self.data.len())
     }

@@ -2,6 +2,7 @@
 
 use std::ops::{Add, AddAssign, Div, DivAssign, Mul, MulAssign, Neg, Sub, SubAssign};
 
+use super::Factor;
 use crate::tensor::Element;
 
 mod sealed {
@@ -16,6 +17,7 @@ mod sealed {
 /// rounding and make no claim to speed.
 pub trait Float:
     sealed::Sealed
+    + Factor<Sum = Self>
     + Element
     + PartialOrd
     + Default

@@ -22,6 +22,7 @@
 pub mod bf16;
 pub mod block_gemm;
 pub(crate) mod dots;
+mod factor;
 mod float;
 pub mod gemm;
 pub mod lanes;
@@ -33,6 +34,7 @@ pub mod small_gemm;
 mod stored;
 pub(crate) mod vector_math;
 
+pub(crate) use factor::Factor;
 pub use float::Float;
 pub use peak::peak_flops;
 pub(crate) use stored::Stored;

@@ -1,11 +1,11 @@
-//! Products with a packed weight, and sums of products over rows: in `f32` by the blocks of [`block_gemm`], in `f64` by the
-//! general product. One thread each: convolutions and linear layers share their rows among threads.
+//! Products with a packed weight, in `f32` by the blocks of [`block_gemm`] and in `f64` by the general product; and sums of
+//! products over rows. One thread each: convolutions and linear layers share their rows among threads.
 
 use std::ops::Range;
 
 use super::block_gemm::{self, GROUP, LANES, Onto, PANEL, Rows, Strided, Writes};
 use super::gemm::{Into, Matrix, Threads, gemm};
-use super::{Float, parallel, simd};
+use super::{Factor, Float, parallel, simd};
 use crate::tensor::{Buffer, DType};
 
 /// Products that are summed at most before they join a longer sum, which keeps errors small. A panel so deep stays in the
@@ -308,35 +308,26 @@ pub(crate) fn start<T: Float>(rows: &mut [T], bias: Option<&[T]>) -> Into {
 }
 
 /// Elements between the rows of a panel of patches of which [`add_product`] takes products.
-pub(crate) fn patch_stride<T: Float>(columns: usize) -> usize {
-    if is_f32::<T>() { columns.next_multiple_of(GROUP) } else { columns }
+pub(crate) fn patch_stride(columns: usize) -> usize {
+    columns.next_multiple_of(GROUP)
 }
 
 /// Length of the sums of [`add_product`].
-pub(crate) fn sums_len<T: Float>(columns: usize, features: usize) -> usize {
-    patch_stride::<T>(columns) * if is_f32::<T>() { features.next_multiple_of(LANES) } else { features }
+pub(crate) fn sums_len(columns: usize, features: usize) -> usize {
+    patch_stride(columns) * features.next_multiple_of(LANES)
 }
 
 /// Where the sum of a patch's column and a feature is.
-pub(crate) fn sum_place<T: Float>(columns: usize, features: usize, (column, feature): (usize, usize)) -> usize {
-    if !is_f32::<T>() {
-        return feature * columns + column;
-    }
+fn sum_place(columns: usize, features: usize, (column, feature): (usize, usize)) -> usize {
     let first = feature / PANEL * PANEL;
-    first * patch_stride::<T>(columns) + column * panel_width(features, first) + feature - first
+    first * patch_stride(columns) + column * panel_width(features, first) + feature - first
 }
 
 /// Writes the sums of column `column` of patches: a row with an element for each feature.
 pub(crate) fn copy_sums<T: Float>(sums: &[T], columns: usize, column: usize, row: &mut [T]) {
     let features = row.len();
-    if !is_f32::<T>() {
-        for (feature, out) in row.iter_mut().enumerate() {
-            *out = sums[feature * columns + column];
-        }
-        return;
-    }
     for (panel, out) in row.chunks_mut(PANEL).enumerate() {
-        out.copy_from_slice(&sums[sum_place::<T>(columns, features, (column, panel * PANEL))..][..out.len()]);
+        out.copy_from_slice(&sums[sum_place(columns, features, (column, panel * PANEL))..][..out.len()]);
     }
 }
 
@@ -354,13 +345,7 @@ pub(crate) fn copy_weights<T: Float>(
     for channel in 0..channels {
         for (tap, near) in near.chunks_exact_mut(count).enumerate() {
             let column = tap * channels + channel;
-            if is_f32::<T>() {
-                near.copy_from_slice(&sums[sum_place::<T>(columns, features, (column, first))..][..count]);
-            } else {
-                for (feature, near) in near.iter_mut().enumerate() {
-                    *near = sums[sum_place::<T>(columns, features, (column, first + feature))];
-                }
-            }
+            near.copy_from_slice(&sums[sum_place(columns, features, (column, first))..][..count]);
         }
         for (feature, weights) in weights.chunks_exact_mut(channels * all_taps).enumerate() {
             for (tap, out) in weights[channel * all_taps + first_tap..][..taps].iter_mut().enumerate() {
@@ -372,16 +357,16 @@ pub(crate) fn copy_weights<T: Float>(
 
 /// The left operand of [`add_product`]: rows of `columns` elements, `stride` apart.
 #[derive(Clone, Copy)]
-pub(crate) struct Patches<'a, T> {
-    pub data: &'a [T],
+pub(crate) struct Patches<'a, E> {
+    pub data: &'a [E],
     pub stride: usize,
     pub columns: usize,
 }
 
-impl<'a, T: Float> Patches<'a, T> {
-    /// Rows [`patch_stride`] apart, of which those of `f32` are filled up with zeros.
-    pub fn filled(data: &'a [T], columns: usize) -> Self {
-        Patches { data, stride: patch_stride::<T>(columns), columns }
+impl<'a, E> Patches<'a, E> {
+    /// Rows [`patch_stride`] apart, which are filled up with zeros.
+    pub fn filled(data: &'a [E], columns: usize) -> Self {
+        Patches { data, stride: patch_stride(columns), columns }
     }
 }
 
@@ -395,17 +380,16 @@ pub(crate) struct Pairs {
 }
 
 /// As [`add_product`], of patches that are read where they are: of each of their taps, `channels` columns, the pairs of rows in
-/// which it meets the map. Channels fill whole groups, features whole vectors, and the type is `f32`.
-pub(crate) fn add_product_of_taps<T: Float>(
-    (data, channels): (&[T], usize),
-    (grad, grad_stride, features): (&[T], usize, usize),
+/// which it meets the map, as far as [`has_whole_taps`].
+pub(crate) fn add_product_of_taps<E: Factor>(
+    (data, channels): (&[E], usize),
+    (grad, grad_stride, features): (&[E], usize, usize),
     rows: usize,
     taps: &mut [Pairs],
-    sums: &mut [T],
+    sums: &mut [E::Sum],
 ) {
-    let (data, grad): (&[f32], &[f32]) = (bytemuck::cast_slice(data), bytemuck::cast_slice(grad));
-    let sums: &mut [f32] = bytemuck::cast_slice_mut(sums);
-    let mut near = Buffer::<f32>::recycled(rows * PANEL);
+    let mut near = Buffer::<E::Sum>::recycled(rows * PANEL);
+    let near: &mut [E] = bytemuck::cast_slice_mut(&mut near);
     taps.iter_mut().flat_map(|pairs| &mut pairs.grads).for_each(|row| *row *= PANEL);
     for (index, sums) in sums.chunks_mut(taps.len() * channels * PANEL).enumerate() {
         let first = index * PANEL;
@@ -416,39 +400,33 @@ pub(crate) fn add_product_of_taps<T: Float>(
         }
         for (pairs, sums) in taps.iter().zip(sums.chunks_mut(channels * width)) {
             let left = Strided { data, stride: pairs.patches.as_slice(), columns: channels };
-            let right = Strided { data: &near, stride: pairs.grads.as_slice(), columns: width };
-            block_gemm::multiply_transposed(left, right, pairs.patches.len(), sums, &[]);
+            let right = Strided { data: &*near, stride: pairs.grads.as_slice(), columns: width };
+            E::multiply_transposed(left, right, pairs.patches.len(), sums, &[]);
         }
     }
 }
 
-/// Whether [`add_product_of_taps`] serves.
-pub(crate) fn has_whole_taps<T: Float>(channels: usize, features: usize) -> bool {
+/// Whether [`add_product_of_taps`] serves: channels fill whole groups, features whole vectors, and the former are many.
+pub(crate) fn has_whole_taps(channels: usize, features: usize) -> bool {
     const MANY: usize = 64;
-    is_f32::<T>() && channels >= MANY && channels.is_multiple_of(GROUP) && features.is_multiple_of(LANES)
+    channels >= MANY && channels.is_multiple_of(GROUP) && features.is_multiple_of(LANES)
 }
 
 /// `sums += patchesᵀ · grad`: rows of the gradient are `grad_stride` apart; columns of patches fill whole groups or are
 /// [`Patches::filled`]. `ahead` is read soon after.
-pub(crate) fn add_product<T: Float>(
-    patches: Patches<'_, T>,
-    (grad, grad_stride, features): (&[T], usize, usize),
+pub(crate) fn add_product<E: Factor>(
+    patches: Patches<'_, E>,
+    (grad, grad_stride, features): (&[E], usize, usize),
     rows: usize,
-    sums: &mut [T],
-    ahead: &[T],
+    sums: &mut [E::Sum],
+    ahead: &[E],
 ) {
-    let Patches { data, stride, columns } = patches;
-    if !is_f32::<T>() {
-        let grad = Matrix::strided(grad, rows, features, grad_stride, 1).transposed();
-        return gemm(sums, columns, grad, Matrix::strided(data, rows, columns, stride, 1), Into::Add, Threads::One);
-    }
-    let filled_columns = patch_stride::<T>(columns);
-    let left = Strided { data: bytemuck::cast_slice(data), stride, columns: filled_columns };
-    let (grad, sums): (&[f32], &mut [f32]) = (bytemuck::cast_slice(grad), bytemuck::cast_slice_mut(sums));
-    let ahead: &[f32] = bytemuck::cast_slice(ahead);
+    let filled_columns = patch_stride(patches.columns);
+    let left = Strided { data: patches.data, stride: patches.stride, columns: filled_columns };
     let share = ahead.len().div_ceil(features.div_ceil(PANEL)).max(1);
     let mut ahead = ahead.chunks(share);
-    let mut filled = Buffer::<f32>::recycled(if features.is_multiple_of(LANES) { 0 } else { rows * PANEL });
+    let mut filled = Buffer::<E::Sum>::recycled(if features.is_multiple_of(LANES) { 0 } else { rows * PANEL });
+    let filled: &mut [E] = bytemuck::cast_slice_mut(&mut filled);
     for (index, sums) in sums.chunks_mut(filled_columns * PANEL).enumerate() {
         let first = index * PANEL;
         let (width, used) = (panel_width(features, first), PANEL.min(features - first));
@@ -456,10 +434,10 @@ pub(crate) fn add_product<T: Float>(
         if used < width {
             for (row, filled) in filled.chunks_exact_mut(width).take(rows).enumerate() {
                 filled[..used].copy_from_slice(&grad[row * grad_stride + first..][..used]);
-                filled[used..].fill(0.0);
+                filled[used..].fill(E::zeroed());
             }
-            right = Strided { data: &filled, stride: width, columns: width };
+            right = Strided { data: &*filled, stride: width, columns: width };
         }
-        block_gemm::multiply_transposed(left, right, rows, sums, ahead.next().unwrap_or_default());
+        E::multiply_transposed(left, right, rows, sums, ahead.next().unwrap_or_default());
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::tensor::{Buffer, Place};
+use crate::tensor::{Buffer, Element, Place};
 use crate::{Device, Error, Result, Tensor};
 
 /// How many samples of each model's batch are real, for the ops over a leading model axis. The samples behind them are
@@ -111,7 +111,7 @@ impl Counts {
 
     /// One result for all models, on the host: `run(model, count)` returns the elements of the real samples of a model,
     /// which begin every `model_len` elements; zeros follow.
-    pub(crate) fn collect<T: crate::cpu::Float>(
+    pub(crate) fn collect<T: Element>(
         &self,
         model_len: usize,
         run: impl Fn(usize, usize) -> Buffer<T> + Sync + Send,
@@ -126,7 +126,7 @@ impl Counts {
         crate::cpu::parallel::pieces_mut(&mut output, model_len, |model, output| {
             let own = run(model, self.list[model]);
             output[..own.len()].copy_from_slice(&own);
-            output[own.len()..].fill(T::ZERO);
+            output[own.len()..].fill(T::zeroed());
         });
         output
     }

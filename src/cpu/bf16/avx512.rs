@@ -16,6 +16,7 @@ use std::mem::transmute;
 use half::bf16;
 
 use super::{GROUP, PANEL, Product, To, has_instructions};
+use crate::cpu::block_gemm::{Starts, Strided};
 
 /// Sums of a vector.
 const LANES: usize = 16;
@@ -30,13 +31,23 @@ pub(super) fn multiply(product: &Product<'_>, to: To<'_>) {
 }
 
 /// As [`super::add_transposed`].
-pub(super) fn add_transposed(left: &[bf16], right: &[bf16], sums: &mut [f32], stride: usize, rows: usize) {
+pub(super) fn add_transposed<L: Starts, R: Starts>(
+    left: Strided<'_, L, [bf16; 2]>,
+    right: Strided<'_, R, [bf16; 2]>,
+    depth: usize,
+    sums: (&mut [f32], usize),
+) {
     assert!(has_instructions(), "AVX-512 with bf16");
-    // SAFETY: the processor has the instructions.
-    unsafe { all_groups(left, right, sums, stride, rows) }
+    if right.columns == PANEL {
+        // SAFETY: the processor has the instructions.
+        unsafe { all_groups::<L, R, VECTORS>(left, right, depth, sums) }
+    } else {
+        // SAFETY: as above.
+        unsafe { all_groups::<L, R, 1>(left, right, depth, sums) }
+    }
 }
 
-type Block<const R: usize> = [[__m512; VECTORS]; R];
+type Block<const R: usize, const V: usize> = [[__m512; V]; R];
 
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 fn all_rows(product: &Product<'_>, mut to: To<'_>) {
@@ -55,9 +66,9 @@ fn all_rows(product: &Product<'_>, mut to: To<'_>) {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 fn rows<const R: usize>(product: &Product<'_>, first: usize, to: &mut To<'_>) -> usize {
-    let Product { data, starts, depth, panel, start, used, stride, streamed } = *product;
+    let Product { data, starts, depth, panel, start, used, places, streamed } = *product;
     let start = [load_sums(&start[..LANES]), load_sums(&start[LANES..])];
-    let mut sums: Block<R> = [start; R];
+    let mut sums: Block<R, VECTORS> = [start; R];
     let mut left: [&[[bf16; 2]]; R] = [&[]; R];
     let mut last = [[bf16::ZERO; 2]; R];
     for r in 0..R {
@@ -71,13 +82,13 @@ fn rows<const R: usize>(product: &Product<'_>, first: usize, to: &mut To<'_>) ->
         for r in 0..R {
             factors[r] = left[r][pair];
         }
-        add(factors, right, &mut sums);
+        add(factors, right.as_chunks().0, &mut sums);
     }
     if !depth.is_multiple_of(2) {
-        add(last, &panel[depth / 2], &mut sums);
+        add(last, panel[depth / 2].as_chunks().0, &mut sums);
     }
     for (r, sums) in sums.into_iter().enumerate() {
-        let at = (first + r) * stride;
+        let at = places.at(first + r);
         match to {
             To::Narrow(to) => store_narrow(&mut to[at..at + used], sums, streamed),
             To::Wide(to) => {
@@ -96,17 +107,22 @@ fn rows<const R: usize>(product: &Product<'_>, first: usize, to: &mut To<'_>) ->
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn all_groups(left: &[bf16], right: &[bf16], sums: &mut [f32], stride: usize, rows: usize) {
-    for first in (0..rows).step_by(GROUP) {
-        let mut block: Block<GROUP> = [[_mm512_setzero_ps(); VECTORS]; GROUP];
-        let (left, right) = (left.as_chunks::<{ 2 * PANEL }>().0, right.as_chunks::<{ 2 * PANEL }>().0);
-        for (left, right) in left.iter().zip(right) {
-            let (factors, _) = left[2 * first..].as_chunks::<2>();
-            let Some(factors) = factors.first_chunk::<GROUP>() else { return };
-            add(*factors, right, &mut block);
+fn all_groups<L: Starts, R: Starts, const V: usize>(
+    left: Strided<'_, L, [bf16; 2]>,
+    right: Strided<'_, R, [bf16; 2]>,
+    depth: usize,
+    (sums, stride): (&mut [f32], usize),
+) {
+    for first in (0..left.columns).step_by(GROUP) {
+        let mut block: Block<GROUP, V> = [[_mm512_setzero_ps(); V]; GROUP];
+        let left_data = &left.data[first..];
+        for t in 0..depth {
+            let mut factors = [[bf16::ZERO; 2]; GROUP];
+            factors.copy_from_slice(&left_data[left.stride.at(t)..][..GROUP]);
+            add(factors, &right.data[right.stride.at(t)..][..V * LANES], &mut block);
         }
         for (r, block) in block.into_iter().enumerate() {
-            let row = &mut sums[(first + r) * stride..][..PANEL];
+            let row = &mut sums[(first + r) * stride..][..V * LANES];
             for (row, block) in row.chunks_exact_mut(LANES).zip(block) {
                 let sum = _mm512_add_ps(load_sums(row), block);
                 store_sums(row, sum);
@@ -118,12 +134,15 @@ fn all_groups(left: &[bf16], right: &[bf16], sums: &mut [f32], stride: usize, ro
 /// Adds the products of a pair of each row with a pair of all columns.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn add<const R: usize>(factors: [[bf16; 2]; R], right: &[bf16; 2 * PANEL], sums: &mut Block<R>) {
-    let right = [load_pairs(&right[..PANEL]), load_pairs(&right[PANEL..])];
+fn add<const R: usize, const V: usize>(factors: [[bf16; 2]; R], right: &[[bf16; 2]], sums: &mut Block<R, V>) {
+    let mut columns = [as_pairs(_mm512_set1_epi32(0)); V];
+    for (v, columns) in columns.iter_mut().enumerate() {
+        *columns = load_pairs(&right[v * LANES..][..LANES]);
+    }
     for (sums, factors) in sums.iter_mut().zip(factors) {
         let factors = as_pairs(_mm512_set1_epi32(bytemuck::cast(factors)));
-        for (sum, right) in sums.iter_mut().zip(right) {
-            *sum = _mm512_dpbf16_ps(*sum, factors, right);
+        for (sum, columns) in sums.iter_mut().zip(columns) {
+            *sum = _mm512_dpbf16_ps(*sum, factors, columns);
         }
     }
 }
@@ -137,8 +156,8 @@ fn as_pairs(bits: __m512i) -> __m512bh {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn load_pairs(from: &[bf16]) -> __m512bh {
-    assert_eq!(from.len(), 2 * LANES);
+fn load_pairs(from: &[[bf16; 2]]) -> __m512bh {
+    assert_eq!(from.len(), LANES);
     // SAFETY: the slice is as long as the vector; the load needs no alignment.
     as_pairs(unsafe { _mm512_loadu_si512(from.as_ptr().cast()) })
 }

@@ -22,9 +22,10 @@ use std::cell::Cell;
 
 pub(crate) use convert::{add_rows, narrow, narrowed, widen, widen_into};
 pub(crate) use half::bf16;
-pub(crate) use panels::{Panels, PanelsView, pairs};
+pub(crate) use panels::{Panels, PanelsView, interleave, pairs};
 pub(crate) use products::{block_rows, is_streamed, multiply_rows, multiply_transposed, narrow_rows};
 
+use super::block_gemm::{Starts, Strided};
 use crate::tensor::DType;
 
 /// Columns of a panel.
@@ -64,7 +65,7 @@ pub fn has_instructions() -> bool {
     }
 }
 
-/// Where a product goes: rows of the panel's width, or of what is left of it, `stride` apart.
+/// Where a product goes: rows of the panel's width, or of what is left of it.
 pub(crate) enum To<'a> {
     /// Rounded.
     Narrow(&'a mut [bf16]),
@@ -72,6 +73,25 @@ pub(crate) enum To<'a> {
     Wide(&'a mut [f32]),
     /// The sums, added to what is there.
     Added(&'a mut [f32]),
+}
+
+/// Where the rows of a product's result begin.
+#[derive(Clone, Copy)]
+pub(crate) enum Places<'a> {
+    /// So far apart.
+    Apart(usize),
+    /// One place for each row.
+    Listed(&'a [usize]),
+}
+
+impl Places<'_> {
+    #[inline(always)]
+    fn at(self, row: usize) -> usize {
+        match self {
+            Places::Apart(stride) => row * stride,
+            Places::Listed(places) => places[row],
+        }
+    }
 }
 
 /// Rows of `depth` elements which begin at `starts` in `data`, to be multiplied by a panel.
@@ -85,8 +105,7 @@ pub(crate) struct Product<'a> {
     pub start: &'a [f32; PANEL],
     /// Columns that are written.
     pub used: usize,
-    /// Distance of the result's rows.
-    pub stride: usize,
+    pub places: Places<'a>,
     /// Whether whole lines of a rounded result go past the caches.
     pub streamed: bool,
 }
@@ -94,12 +113,18 @@ pub(crate) struct Product<'a> {
 impl Product<'_> {
     fn check(&self, to: &To<'_>) {
         assert!(self.used <= PANEL && self.panel.len() == pairs(self.depth) * 2 * PANEL, "panel");
-        let last = self.starts.len().saturating_sub(1);
         let len = match to {
             To::Narrow(to) => to.len(),
             To::Wide(to) | To::Added(to) => to.len(),
         };
-        assert!(self.starts.is_empty() || last * self.stride + self.used <= len, "result");
+        // Places of a list are looked at when a row is written.
+        match self.places {
+            Places::Apart(stride) => {
+                let last = self.starts.len().saturating_sub(1);
+                assert!(self.starts.is_empty() || last * stride + self.used <= len, "result");
+            }
+            Places::Listed(places) => assert_eq!(places.len(), self.starts.len(), "places"),
+        }
     }
 
     /// `to = rows · panel`.
@@ -116,18 +141,23 @@ impl Product<'_> {
     }
 }
 
-/// `sums += leftᵀ · right` for two panels of the same depth: row r of the sums, `stride` apart and [`PANEL`] long, is for
-/// column r of `left`, of which the first `rows`, filled up to a multiple of [`GROUP`], are taken.
+/// `sums += leftᵀ · right` for rows of pairs: `left` has a multiple of [`GROUP`] columns, `right` [`PANEL`] or half of it. Rows
+/// of the sums, one for each column of `left` and as long as those of `right`, are `stride` apart.
 ///
 /// # Panics
-/// Where extents do not match.
-pub(crate) fn add_transposed(left: &[bf16], right: &[bf16], sums: &mut [f32], stride: usize, rows: usize) {
-    let rows = rows.next_multiple_of(GROUP);
-    assert!(left.len() == right.len() && left.len().is_multiple_of(2 * PANEL) && rows <= PANEL, "panels");
-    assert!(rows == 0 || (rows - 1) * stride + PANEL <= sums.len(), "sums");
+/// Where extents do not match or a row leaves its data.
+pub(crate) fn add_transposed<L: Starts, R: Starts>(
+    left: Strided<'_, L, [bf16; 2]>,
+    right: Strided<'_, R, [bf16; 2]>,
+    depth: usize,
+    (sums, stride): (&mut [f32], usize),
+) {
+    assert!(left.columns.is_multiple_of(GROUP), "left");
+    assert!(right.columns == PANEL || right.columns == PANEL / 2, "right");
+    assert!(left.columns == 0 || (left.columns - 1) * stride + right.columns <= sums.len(), "sums");
     #[cfg(target_arch = "x86_64")]
     if has_instructions() {
-        return avx512::add_transposed(left, right, sums, stride, rows);
+        return avx512::add_transposed(left, right, depth, (sums, stride));
     }
-    portable::add_transposed(left, right, sums, stride, rows);
+    portable::add_transposed(left, right, depth, (sums, stride));
 }

@@ -2,7 +2,8 @@
 
 use half::bf16;
 
-use super::{PANEL, Product, To, widen};
+use super::{GROUP, PANEL, Places, Product, To, widen};
+use crate::cpu::block_gemm::Strided;
 use crate::cpu::{parallel, simd};
 use crate::tensor::Buffer;
 
@@ -45,11 +46,18 @@ impl Panels {
 
     /// [`Panels::of_rows`] for rows that are `stride` apart.
     pub fn of_strided((matrix, stride): (&[bf16], usize), depth: usize, columns: usize) -> Self {
-        assert!(depth == 0 || (depth - 1) * stride + columns <= matrix.len(), "matrix");
-        let matrix = &matrix[..depth.saturating_sub(1) * stride + columns.min(matrix.len())];
+        Self::of_placed((matrix, |row| row * stride), depth, columns)
+    }
+
+    /// [`Panels::of_rows`] for rows that begin anywhere.
+    pub fn of_placed(
+        (matrix, start): (&[bf16], impl Fn(usize) -> usize + Sync + Send),
+        depth: usize,
+        columns: usize,
+    ) -> Self {
         let mut data = Buffer::recycled(Self::len(depth, columns));
         parallel::pieces_mut(&mut data, panel_len(depth), |index, panel| {
-            pack((matrix, stride), columns, index * PANEL, panel);
+            pack((matrix, &start), [depth, columns], index * PANEL, panel);
         });
         Panels { data, depth, columns }
     }
@@ -118,8 +126,8 @@ impl Panels {
             if let Some(bias) = bias {
                 start.iter_mut().zip(&bias[first..][..used]).for_each(|(start, &bias)| *start = widen(bias));
             }
-            let panel = self.view().panel(index);
-            let product = Product { data, starts, depth: self.depth, panel, start: &start, used, stride, streamed };
+            let (panel, places) = (self.view().panel(index), Places::Apart(stride));
+            let product = Product { data, starts, depth: self.depth, panel, start: &start, used, places, streamed };
             product.run(match &mut to {
                 To::Narrow(to) => To::Narrow(&mut to[first..]),
                 To::Wide(to) => To::Wide(&mut to[first..]),
@@ -138,12 +146,13 @@ impl<'a> PanelsView<'a> {
         assert_eq!(matrix.len(), depth * columns, "matrix");
         let into = &mut into[..Panels::len(depth, columns)];
         for (index, panel) in into.chunks_mut(panel_len(depth).max(1)).enumerate() {
-            pack((matrix, columns), columns, index * PANEL, panel);
+            pack((matrix, |row| row * columns), [depth, columns], index * PANEL, panel);
         }
         PanelsView { data: into, depth, columns }
     }
 
-    pub(super) fn panel(&self, index: usize) -> &'a [bf16] {
+    /// The panel of a number.
+    pub fn panel(&self, index: usize) -> &'a [bf16] {
         &self.data[index * panel_len(self.depth)..][..panel_len(self.depth)]
     }
 
@@ -158,46 +167,53 @@ impl<'a> PanelsView<'a> {
         /// Of two panels that the first-level cache holds.
         const PAIRS: usize = 96;
         assert_eq!(self.depth, right.depth, "depth");
-        let used = PANEL.min(self.columns - index * PANEL);
-        let (left, stride) = (self.panel(index), right.sums_stride());
-        for (chunk, left) in left.chunks(PAIRS * 2 * PANEL).enumerate() {
+        let columns = PANEL.min(self.columns - index * PANEL).next_multiple_of(GROUP);
+        let (left, stride) = (self.panel(index).as_chunks().0, right.sums_stride());
+        for (chunk, data) in left.chunks(PAIRS * PANEL).enumerate() {
+            let left = Strided { data, stride: PANEL, columns };
             for column in 0..right.columns.div_ceil(PANEL) {
-                let right = &right.panel(column)[chunk * PAIRS * 2 * PANEL..][..left.len()];
-                super::add_transposed(left, right, &mut sums[column * PANEL..], stride, used);
+                let right = &right.panel(column).as_chunks().0[chunk * PAIRS * PANEL..];
+                let right = Strided { data: right, stride: PANEL, columns: PANEL };
+                super::add_transposed(left, right, data.len() / PANEL, (&mut sums[column * PANEL..], stride));
             }
         }
     }
 }
 
-/// Packs the panel that begins at column `first` of rows of `columns` elements, `stride` apart.
-fn pack((matrix, stride): (&[bf16], usize), columns: usize, first: usize, panel: &mut [bf16]) {
+/// Packs the panel that begins at column `first` of a matrix (depth, columns), whose rows begin at these places.
+fn pack(
+    (matrix, start): (&[bf16], impl Fn(usize) -> usize),
+    [depth, columns]: [usize; 2],
+    first: usize,
+    panel: &mut [bf16],
+) {
     let used = PANEL.min(columns - first);
+    let part = |row: usize| &matrix[start(row) + first..][..used];
     simd::dispatch(
         #[inline(always)]
         || {
             let (panel, _) = panel.as_chunks_mut::<{ 2 * PANEL }>();
             for (pair, panel) in panel.iter_mut().enumerate() {
-                let (even, odd) = (2 * pair * stride + first, (2 * pair + 1) * stride + first);
-                let odd = matrix.get(odd..odd + used);
-                if let (PANEL, Some(odd)) = (used, odd) {
-                    interleave(&matrix[even..][..PANEL], odd, panel);
+                let (even, odd) = (part(2 * pair), 2 * pair + 1);
+                if used == PANEL && odd < depth {
+                    interleave(even, part(odd), panel.as_chunks_mut().0);
                 } else {
                     let mut rows = [[bf16::ZERO; PANEL]; 2];
-                    rows[0][..used].copy_from_slice(&matrix[even..][..used]);
-                    if let Some(odd) = odd {
-                        rows[1][..used].copy_from_slice(odd);
+                    rows[0][..used].copy_from_slice(even);
+                    if odd < depth {
+                        rows[1][..used].copy_from_slice(part(odd));
                     }
-                    interleave(&rows[0], &rows[1], panel);
+                    interleave(&rows[0], &rows[1], panel.as_chunks_mut().0);
                 }
             }
         },
     );
 }
 
+/// Pairs of the elements of two rows.
 #[inline(always)]
-fn interleave(even: &[bf16], odd: &[bf16], panel: &mut [bf16; 2 * PANEL]) {
-    let (panel, _) = panel.as_chunks_mut::<2>();
-    for (packed, (&even, &odd)) in panel.iter_mut().zip(even.iter().zip(odd)) {
-        *packed = [even, odd];
+pub(crate) fn interleave(even: &[bf16], odd: &[bf16], pairs: &mut [[bf16; 2]]) {
+    for (pair, (&even, &odd)) in pairs.iter_mut().zip(even.iter().zip(odd)) {
+        *pair = [even, odd];
     }
 }

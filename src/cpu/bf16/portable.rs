@@ -3,17 +3,18 @@
 use half::bf16;
 
 use super::{PANEL, Product, To, narrow, widen};
+use crate::cpu::block_gemm::{Starts, Strided};
 use crate::cpu::simd;
 
 pub(super) fn multiply(product: &Product<'_>, mut to: To<'_>) {
-    let Product { data, starts, depth, panel, start, used, stride, .. } = *product;
+    let Product { data, starts, depth, panel, start, used, places, .. } = *product;
     for (row, &first) in starts.iter().enumerate() {
         let mut sums = *start;
         let factors = data[first..][..depth].chunks(2).map(|pair| [pair[0], pair.get(1).copied().unwrap_or_default()]);
         for (pair, right) in factors.zip(panel.chunks_exact(2 * PANEL)) {
             add(pair, right, &mut sums);
         }
-        let at = row * stride..row * stride + used;
+        let at = places.at(row)..places.at(row) + used;
         match &mut to {
             To::Narrow(to) => to[at].iter_mut().zip(sums).for_each(|(to, sum)| *to = narrow(sum)),
             To::Wide(to) => to[at].copy_from_slice(&sums[..used]),
@@ -22,10 +23,17 @@ pub(super) fn multiply(product: &Product<'_>, mut to: To<'_>) {
     }
 }
 
-pub(super) fn add_transposed(left: &[bf16], right: &[bf16], sums: &mut [f32], stride: usize, rows: usize) {
-    for (left, right) in left.chunks_exact(2 * PANEL).zip(right.chunks_exact(2 * PANEL)) {
-        for (row, &pair) in left.as_chunks::<2>().0[..rows].iter().enumerate() {
-            add(pair, right, &mut sums[row * stride..][..PANEL]);
+pub(super) fn add_transposed<L: Starts, R: Starts>(
+    left: Strided<'_, L, [bf16; 2]>,
+    right: Strided<'_, R, [bf16; 2]>,
+    depth: usize,
+    (sums, stride): (&mut [f32], usize),
+) {
+    for t in 0..depth {
+        let factors = &left.data[left.stride.at(t)..][..left.columns];
+        let right_row = &right.data[right.stride.at(t)..][..right.columns];
+        for (row, &pair) in factors.iter().enumerate() {
+            add(pair, right_row.as_flattened(), &mut sums[row * stride..][..right.columns]);
         }
     }
 }

@@ -36,8 +36,8 @@ fn every_path_matches_the_definition() {
         let (data, stride) = (&left[..], columns + 3);
         let panel = panels.view().panel(0);
         for streamed in [false, true] {
-            let product =
-                Product { data, starts: &starts, depth, panel, start: &[0.25; PANEL], used: columns, stride, streamed };
+            let (start, places) = (&[0.25; PANEL], Places::Apart(stride));
+            let product = Product { data, starts: &starts, depth, panel, start, used: columns, places, streamed };
             for (narrow, wide) in on_every_path(&product, rows * stride) {
                 for index in 0..rows * stride {
                     let (row, column) = (index / stride, index % stride);
@@ -75,8 +75,10 @@ fn transposed_products_match_the_definition() {
         }
         let mut portable = vec![0.5; PANEL * stride];
         let used = PANEL.min(columns).next_multiple_of(GROUP);
-        let (left, right) = (left_panels.view().panel(0), right_panels.view().panel(0));
-        portable::add_transposed(left, right, &mut portable, stride, used);
+        let [left, right] = [&left_panels, &right_panels].map(|panels| panels.view().panel(0).as_chunks().0);
+        let left = Strided { data: left, stride: PANEL, columns: used };
+        let right = Strided { data: right, stride: PANEL, columns: PANEL };
+        portable::add_transposed(left, right, pairs(depth), (&mut portable, stride));
         for (row, (portable, sums)) in portable.chunks(stride).zip(sums.chunks(stride)).take(used).enumerate() {
             for (portable, sum) in portable.iter().zip(sums).take(PANEL) {
                 assert!((portable - sum).abs() < 1e-5, "row {row}: {portable} and {sum}");

@@ -3,7 +3,7 @@
 
 use super::direct::Part;
 use super::patches::tile_rows;
-use super::{Geometry, depthwise, direct, scatter, winograd};
+use super::{Geometry, Map, depthwise, direct, scatter, winograd};
 use crate::cpu::block_gemm::Writes;
 use crate::cpu::packed::{Packed, ahead};
 use crate::cpu::{Float, parallel};
@@ -13,7 +13,22 @@ use crate::tensor::{Buffer, Weight};
 #[derive(Clone, PartialEq)]
 struct Pointwise([usize; 2]);
 
-pub(super) fn output<T: Float>(g: &Geometry, input: &[T], weight: Weight<'_, T>, bias: Option<&[T]>) -> Buffer<T> {
+/// The map's result.
+pub(super) fn apply<T: Float>(
+    map: Map,
+    g: &Geometry,
+    first: &[T],
+    second: Weight<'_, T>,
+    bias: Option<&[T]>,
+) -> Buffer<T> {
+    match map {
+        Map::Output => output(g, first, second, bias),
+        Map::Input => input_gradient(g, first, second.values, bias),
+        Map::Weight => weight_gradient(g, first, second.values),
+    }
+}
+
+fn output<T: Float>(g: &Geometry, input: &[T], weight: Weight<'_, T>, bias: Option<&[T]>) -> Buffer<T> {
     if g.is_depthwise() {
         return depthwise::output(g, input, weight.values, bias);
     }
@@ -28,7 +43,7 @@ pub(super) fn output<T: Float>(g: &Geometry, input: &[T], weight: Weight<'_, T>,
     direct::output(&[Part { geometry: *g, first: 0 }], g.out_channels, input, &[weight], bias)
 }
 
-pub(super) fn input_gradient<T: Float>(g: &Geometry, grad: &[T], weight: &[T], bias: Option<&[T]>) -> Buffer<T> {
+fn input_gradient<T: Float>(g: &Geometry, grad: &[T], weight: &[T], bias: Option<&[T]>) -> Buffer<T> {
     if g.is_depthwise() {
         return depthwise::input_gradient(g, grad, weight, bias);
     }
@@ -66,7 +81,7 @@ fn pointwise<T: Float>(
     output
 }
 
-pub(super) fn weight_gradient<T: Float>(g: &Geometry, input: &[T], grad: &[T]) -> Buffer<T> {
+fn weight_gradient<T: Float>(g: &Geometry, input: &[T], grad: &[T]) -> Buffer<T> {
     if g.is_depthwise() {
         return depthwise::weight_gradient(g, input, grad);
     }

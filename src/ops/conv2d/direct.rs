@@ -18,7 +18,7 @@ use crate::cpu::packed::{
     Packed, Patches, Term, add_product, add_product_of_taps, copy_weights, has_whole_taps, patch_stride, start,
     sums_len,
 };
-use crate::cpu::{Float, parallel};
+use crate::cpu::{Factor, Float, parallel};
 use crate::tensor::{Buffer, Weight};
 
 /// A convolution whose result is the channels of a map from `first` on.
@@ -84,7 +84,7 @@ fn is_short(parts: &[Part]) -> bool {
 
 /// Positions up to which threads share the columns: tiles of so few would keep few of them busy, and each would read the
 /// whole weight.
-const FEW: usize = 256;
+pub(super) const FEW: usize = 256;
 
 fn reads_in_place<T: Float>(Part { geometry: g, .. }: &Part, input: &[T], taps: &Taps) -> bool {
     g.options.groups == 1 && input_source(g, input, 0).has_long_runs(taps)
@@ -137,14 +137,14 @@ const SHORT: usize = 128;
 
 /// The taps that meet input positions h with (h + padding) mod stride = `remainder`: tap i meets such a position in
 /// the output position ⌊(h + padding) / stride⌋ + offset.
-struct Phase {
-    remainder: usize,
-    taps: Vec<usize>,
-    offsets: Vec<isize>,
+pub(super) struct Phase {
+    pub remainder: usize,
+    pub taps: Vec<usize>,
+    pub offsets: Vec<isize>,
 }
 
 /// The phases of one axis that have taps.
-fn phases(kernel: usize, stride: usize, dilation: usize) -> Vec<Phase> {
+pub(super) fn phases(kernel: usize, stride: usize, dilation: usize) -> Vec<Phase> {
     let mut phases: Vec<Phase> = Vec::new();
     // Backwards, so that the offsets rise.
     for tap in (0..kernel).rev() {
@@ -258,7 +258,7 @@ fn add_input_gradient<T: Float>(
 
 /// The positions of a phase in `lines` lines of the input from line `first` of the batch: what they read, and their
 /// numbers within these lines.
-fn phase_positions(g: &Geometry, remainders: [usize; 2], first: usize, lines: usize) -> (Vec<Anchor>, Vec<usize>) {
+pub(super) fn phase_positions(g: &Geometry, remainders: [usize; 2], first: usize, lines: usize) -> (Vec<Anchor>, Vec<usize>) {
     let ([height, width], stride, padding) = (g.input, g.options.stride, g.options.padding);
     let (mut anchors, mut places) = (Vec::new(), Vec::new());
     for line in 0..lines {
@@ -277,16 +277,21 @@ fn phase_positions(g: &Geometry, remainders: [usize; 2], first: usize, lines: us
 }
 
 /// A share of the weight gradient: of one group and some lines of its taps, summed over some of the output positions.
-struct Share<'a, T> {
+struct Share<'a, S> {
     group: usize,
     ys: &'a [isize],
     rows: std::ops::Range<usize>,
     /// As [`add_product`] has them.
-    sums: &'a mut [T],
+    sums: &'a mut [S],
 }
 
 /// The gradient of a part's weight by `grad`, a map of `channels`.
-pub(in crate::ops) fn weight_gradient<T: Float>(part: &Part, channels: usize, input: &[T], grad: &[T]) -> Buffer<T> {
+pub(in crate::ops) fn weight_gradient<E: Factor>(
+    part: &Part,
+    channels: usize,
+    input: &[E],
+    grad: &[E],
+) -> Buffer<E::Sum> {
     let g = &part.geometry;
     let rows = g.batch * g.output[0] * g.output[1];
     let (group_inputs, group_outputs) = (g.group_inputs(), g.group_outputs());
@@ -294,7 +299,7 @@ pub(in crate::ops) fn weight_gradient<T: Float>(part: &Part, channels: usize, in
     let line = taps.xs.len() * group_inputs;
     let lines = (PANEL_COLUMNS / line).max(1).min(g.kernel[0]);
     // Of a group, blocks of lines of taps; the last one may have fewer.
-    let block_len = |ys: usize| sums_len::<T>(ys * line, group_outputs);
+    let block_len = |ys: usize| sums_len(ys * line, group_outputs);
     let group_len: usize = taps.ys.chunks(lines).map(|ys| block_len(ys.len())).sum();
     let part_len = group_len * g.options.groups;
     let parts = concurrent_parts(part_len).min(rows.div_ceil(PART_ROWS)).max(1);
@@ -349,24 +354,25 @@ fn concurrent_parts(part_len: usize) -> usize {
     (PARTIAL_SUMS / part_len.max(1)).clamp(4, 32)
 }
 
-fn add_share<T: Float>(
+fn add_share<E: Factor>(
     &Part { geometry: ref g, first: first_channel }: &Part,
-    input: &[T],
-    (grad, channels): (&[T], usize),
+    input: &[E],
+    (grad, channels): (&[E], usize),
     xs: &[isize],
-    share: &mut Share<'_, T>,
+    share: &mut Share<'_, E::Sum>,
 ) {
     const TILE: usize = 128;
     let source = input_source(g, input, share.group);
     let group_outputs = g.group_outputs();
     let columns = share.ys.len() * source.line_columns(xs);
-    let stride = patch_stride::<T>(columns);
-    let whole_taps = has_whole_taps::<T>(source.read, group_outputs);
+    let stride = patch_stride(columns);
+    let whole_taps = has_whole_taps(source.read, group_outputs);
     // The rows of a map are patches, if they fill whole groups.
     let in_place = g.is_pointwise() && stride == columns;
     let copied = !whole_taps && !in_place;
-    let mut panel = Buffer::recycled(if copied { TILE.min(share.rows.len()) * stride } else { 0 });
-    share.sums.fill(T::ZERO);
+    let mut panel = Buffer::<E::Sum>::recycled(if copied { TILE.min(share.rows.len()) * stride } else { 0 });
+    let panel: &mut [E] = bytemuck::cast_slice_mut(&mut panel);
+    share.sums.fill(E::Sum::ZERO);
     for first in share.rows.clone().step_by(TILE) {
         let rows = TILE.min(share.rows.end - first);
         let grad = &grad[first * channels + first_channel + share.group * group_outputs..];

@@ -1,10 +1,9 @@
 //! Convolutions over a leading model axis: every model convolves its own maps with its own weight.
 
-use super::{Conv2dOptions, Geometry, Map, check_parameters, cpu, gpu};
+use super::{Conv2dOptions, Geometry, Map, bf16, check_parameters, cpu, gpu};
 use crate::autograd::{Backward, Function, record};
-use crate::cpu::Float;
 use crate::ops::Counts;
-use crate::tensor::{Buffer, Place, Shape, Weight, place};
+use crate::tensor::{Buffer, Element, Place, Shape, Weight, place};
 use crate::{Error, Result, Tensor, dispatch_float};
 
 /// [`conv2d`](super::conv2d) for every model: `input` (models, batch, height, width, channels), `weight` (models, out,
@@ -83,12 +82,16 @@ fn apply(
             Map::Input => gpu::gather(gpu, &geometry, gpu::Pass::InputGradient, arguments, None, Some(models))?,
             Map::Weight => gpu::weight_gradient(gpu, &geometry, arguments, Some(models))?,
         },
+        Place::Host if bf16::takes(map, &geometry, dtype) => {
+            let (bias, weight) = (bias.map(Tensor::data).transpose()?, Weight::of(second, second.data()?));
+            let values = on_host(map, first.data()?, weight, bias, &geometry, counts, bf16::apply);
+            Tensor::from_buffer(values, [&[models], &map.result_shape(&geometry)[..]].concat())?
+        }
         Place::Host => dispatch_float!(op, dtype, T => {
             let (a, b) = (first.floats::<T>(op)?, second.floats::<T>(op)?);
             let bias = bias.map(|bias| bias.floats::<T>(op)).transpose()?;
-            let [.., result] = map.shapes(&geometry);
-            let values = on_host(map, &a, Weight::of(second, &b), bias.as_deref(), &geometry, counts);
-            Tensor::from_floats(values, [&[models], &result[..]].concat(), dtype)
+            let values = on_host(map, &a, Weight::of(second, &b), bias.as_deref(), &geometry, counts, cpu::apply);
+            Tensor::from_floats(values, [&[models], &map.result_shape(&geometry)[..]].concat(), dtype)
         })?,
     };
     Ok(record(output, &inputs, |_| EachRule {
@@ -101,14 +104,15 @@ fn apply(
 }
 
 /// Each model as a convolution of its own, over its real samples.
-fn on_host<T: Float>(
+fn on_host<E: Element>(
     map: Map,
-    first: &[T],
-    second: Weight<'_, T>,
-    bias: Option<&[T]>,
+    first: &[E],
+    second: Weight<'_, E>,
+    bias: Option<&[E]>,
     geometry: &Geometry,
     counts: &Counts,
-) -> Buffer<T> {
+    apply: fn(Map, &Geometry, &[E], Weight<'_, E>, Option<&[E]>) -> Buffer<E>,
+) -> Buffer<E> {
     let lengths = map.shapes(geometry).map(|shape| shape.elements());
     counts.collect(lengths[2], |model, count| {
         let own = Geometry { batch: count, ..*geometry };
@@ -116,12 +120,9 @@ fn on_host<T: Float>(
         let a = &first[model * lengths[0]..][..of_first];
         let b = &second.values[model * lengths[1]..][..of_second];
         let bias = bias.map(|bias| &bias[model * own.out_channels..][..own.out_channels]);
-        match map {
-            Map::Output if counts.models() == 1 => cpu::output(&own, a, second, bias),
-            Map::Output => cpu::output(&own, a, b.into(), bias),
-            Map::Input => cpu::input_gradient(&own, a, b, None),
-            Map::Weight => cpu::weight_gradient(&own, a, b),
-        }
+        // What is kept of a tensor is of all of it.
+        let b = if counts.models() == 1 { Weight { values: b, ..second } } else { b.into() };
+        apply(map, &own, a, b, bias)
     })
 }
 

@@ -173,23 +173,16 @@ impl Map {
                 Map::Input => gpu::gather(gpu, &geometry, gpu::Pass::InputGradient, [first, second], bias, None)?,
                 Map::Weight => gpu::weight_gradient(gpu, &geometry, [first, second], None)?,
             },
-            Place::Host if bf16::takes(&geometry, dtype) => {
-                let bias = bias.map(Tensor::data).transpose()?;
-                let (values, shape) = bf16::apply(self, &geometry, [first.data()?, second.data()?], bias);
-                Tensor::from_buffer(values, shape)?
+            Place::Host if bf16::takes(self, &geometry, dtype) => {
+                let (bias, weight) = (bias.map(Tensor::data).transpose()?, Weight::of(second, second.data()?));
+                let values = bf16::apply(self, &geometry, first.data()?, weight, bias);
+                Tensor::from_buffer(values, self.result_shape(&geometry))?
             }
             Place::Host => dispatch_float!(op, dtype, T => {
                 let (a, b) = (first.floats::<T>(op)?, second.floats::<T>(op)?);
                 let bias = bias.map(|bias| bias.floats::<T>(op)).transpose()?;
-                let (values, shape) = match self {
-                    Map::Output => {
-                        let weight = Weight::of(second, &b);
-                        (cpu::output(&geometry, &a, weight, bias.as_deref()), geometry.output_shape())
-                    },
-                    Map::Input => (cpu::input_gradient(&geometry, &a, &b, bias.as_deref()), geometry.input_shape()),
-                    Map::Weight => (cpu::weight_gradient(&geometry, &a, &b), geometry.weight_shape()),
-                };
-                Tensor::from_floats(values, shape, dtype)
+                let values = cpu::apply(self, &geometry, &a, Weight::of(second, &b), bias.as_deref());
+                Tensor::from_floats(values, self.result_shape(&geometry), dtype)
             })?,
         };
         Ok(record(output, &inputs, |_| ConvRule { map: self, first: first.clone(), second: second.clone(), geometry }))
@@ -207,6 +200,14 @@ impl Map {
             Map::Output => [(Map::Input, grad, second), (Map::Weight, first, grad)],
             Map::Input => [(Map::Output, grad, second), (Map::Weight, grad, first)],
             Map::Weight => [(Map::Input, second, grad), (Map::Output, first, grad)],
+        }
+    }
+
+    fn result_shape(self, geometry: &Geometry) -> Shape {
+        match self {
+            Map::Output => geometry.output_shape(),
+            Map::Input => geometry.input_shape(),
+            Map::Weight => geometry.weight_shape(),
         }
     }
 

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use bytemuck::Pod;
+
 use super::Geometry;
 use crate::cpu::gemm::Into;
 use crate::cpu::packed::{Packed, Pairs, Term};
@@ -53,7 +55,7 @@ pub(super) struct Taps {
     pub xs: Vec<isize>,
 }
 
-impl<T: Float> Source<'_, T> {
+impl<T: Pod> Source<'_, T> {
     /// Columns of a line of taps.
     pub fn line_columns(&self, xs: &[isize]) -> usize {
         xs.len() * self.read
@@ -76,63 +78,21 @@ impl<T: Float> Source<'_, T> {
                             let first = if inside { (-x).clamp(0, taps as isize) } else { taps as isize };
                             let last = (width - x).clamp(first, taps as isize);
                             let [first, copied] = [first, last - first].map(|taps| taps as usize * self.read);
-                            panel[at..at + first].fill(T::ZERO);
+                            panel[at..at + first].fill(T::zeroed());
                             if copied > 0 {
                                 let line = (anchor.image * self.extents[0] + y as usize) * self.extents[1];
                                 let position = line + x.max(0) as usize;
                                 let from = position * self.channels + self.first;
                                 copy_run(&self.data[from..], &mut panel[at + first..], copied);
                             }
-                            panel[at + first + copied..end].fill(T::ZERO);
+                            panel[at + first + copied..end].fill(T::zeroed());
                             at = end;
                         }
                     }
-                    panel[at..(row + 1) * stride].fill(T::ZERO);
+                    panel[at..(row + 1) * stride].fill(T::zeroed());
                 }
             },
         );
-    }
-
-    /// The patches of `anchors`, one after the other.
-    pub fn panel(&self, taps: &Taps, anchors: &[Anchor]) -> Buffer<T> {
-        let depth = taps.ys.len() * self.line_columns(&taps.xs);
-        let mut panel = Buffer::recycled(anchors.len() * depth);
-        self.fill_panel(&mut panel, depth, anchors, &taps.ys, &taps.xs);
-        panel
-    }
-
-    /// The product of the patches of `anchors` with `weight` (tap, channel, column), into rows `row_stride` apart.
-    ///
-    /// Long runs of a patch are read where they are, and what lies outside of the map is left out; patches of short ones are
-    /// copied into a panel first.
-    pub fn multiply(
-        &self,
-        taps: &Taps,
-        anchors: &[Anchor],
-        weight: &Packed<T>,
-        (destination, row_stride, mut into): (&mut [T], usize, Into),
-    ) {
-        if self.has_long_runs(taps) {
-            let terms = self.terms(taps, anchors);
-            return weight.add_terms(self.data, &terms, anchors.len(), (destination, row_stride, into));
-        }
-        let line = self.line_columns(&taps.xs);
-        let lines = (PANEL_COLUMNS / line).max(1);
-        let mut panel = Buffer::recycled(anchors.len() * line * lines.min(taps.ys.len()));
-        for (index, ys) in taps.ys.chunks(lines).enumerate() {
-            let depth = ys.len() * line;
-            let panel = &mut panel[..anchors.len() * depth];
-            self.fill_panel(panel, depth, anchors, ys, &taps.xs);
-            let rows = (index * lines * line, depth);
-            weight.multiply((panel, depth), rows, anchors.len(), (destination, row_stride, into));
-            into = Into::Add;
-        }
-    }
-
-    /// Whether patches are read where they are, as [`Source::terms`].
-    pub fn has_long_runs(&self, taps: &Taps) -> bool {
-        const LONG: usize = 64;
-        T::DTYPE == DType::F32 && self.runs(&taps.xs)[0].1 * self.read >= LONG
     }
 
     /// Of every tap, in the order (y, x), the anchors for which it meets the map, and where.
@@ -194,10 +154,54 @@ impl<T: Float> Source<'_, T> {
     }
 }
 
+impl<T: Float> Source<'_, T> {
+    /// The patches of `anchors`, one after the other.
+    pub fn panel(&self, taps: &Taps, anchors: &[Anchor]) -> Buffer<T> {
+        let depth = taps.ys.len() * self.line_columns(&taps.xs);
+        let mut panel = Buffer::recycled(anchors.len() * depth);
+        self.fill_panel(&mut panel, depth, anchors, &taps.ys, &taps.xs);
+        panel
+    }
+
+    /// The product of the patches of `anchors` with `weight` (tap, channel, column), into rows `row_stride` apart.
+    ///
+    /// Long runs of a patch are read where they are, and what lies outside of the map is left out; patches of short ones are
+    /// copied into a panel first.
+    pub fn multiply(
+        &self,
+        taps: &Taps,
+        anchors: &[Anchor],
+        weight: &Packed<T>,
+        (destination, row_stride, mut into): (&mut [T], usize, Into),
+    ) {
+        if self.has_long_runs(taps) {
+            let terms = self.terms(taps, anchors);
+            return weight.add_terms(self.data, &terms, anchors.len(), (destination, row_stride, into));
+        }
+        let line = self.line_columns(&taps.xs);
+        let lines = (PANEL_COLUMNS / line).max(1);
+        let mut panel = Buffer::recycled(anchors.len() * line * lines.min(taps.ys.len()));
+        for (index, ys) in taps.ys.chunks(lines).enumerate() {
+            let depth = ys.len() * line;
+            let panel = &mut panel[..anchors.len() * depth];
+            self.fill_panel(panel, depth, anchors, ys, &taps.xs);
+            let rows = (index * lines * line, depth);
+            weight.multiply((panel, depth), rows, anchors.len(), (destination, row_stride, into));
+            into = Into::Add;
+        }
+    }
+
+    /// Whether patches are read where they are, as [`Source::terms`].
+    pub fn has_long_runs(&self, taps: &Taps) -> bool {
+        const LONG: usize = 64;
+        T::DTYPE == DType::F32 && self.runs(&taps.xs)[0].1 * self.read >= LONG
+    }
+}
+
 /// Copies `len` elements. A short run is copied in whole vectors, which may write beyond its end: panels are filled
 /// from front to back, so what comes next overwrites that.
 #[inline(always)]
-fn copy_run<T: Float>(source: &[T], panel: &mut [T], len: usize) {
+fn copy_run<T: Pod>(source: &[T], panel: &mut [T], len: usize) {
     const VECTOR: usize = 16;
     let whole = len.next_multiple_of(VECTOR);
     if len <= 8 * VECTOR && whole <= source.len() && whole <= panel.len() {

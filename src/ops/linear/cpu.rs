@@ -180,7 +180,7 @@ fn weight_gradient<T: Float>(grad: &[T], input: &[T], [rows, in_features, out_fe
     let mut output = Buffer::recycled(out_features * in_features);
     parallel::pieces_mut(&mut output, strip * in_features, |index, output| {
         let columns = output.len() / in_features;
-        let mut sums = Buffer::zeroed(sums_len::<T>(columns, in_features));
+        let mut sums = Buffer::zeroed(sums_len(columns, in_features));
         for first in (0..rows).step_by(BLOCK) {
             let count = BLOCK.min(rows - first);
             let patches =
@@ -260,7 +260,7 @@ impl<T: Float> OnePass<'_, T> {
 
     fn run(&self) -> Gradients<Buffer<T>> {
         let [rows, in_features, out_features] = self.extents;
-        let sums_len = sums_len::<T>(out_features, in_features);
+        let sums_len = sums_len(out_features, in_features);
         let parts = (Self::PARTIAL / sums_len).clamp(8, 32).min(rows.div_ceil(64));
         let per_part = rows.div_ceil(parts).next_multiple_of(GROUP);
         let parts = rows.div_ceil(per_part);
