@@ -6,6 +6,7 @@ counts is the best of them. Prints Markdown tables, and with --json FILE writes 
     cargo build --release
     python benches/compare_cpu.py                        # everything: about an hour
     python benches/compare_cpu.py --parts steps --networks small,nin
+    python benches/compare_cpu.py --parts steps,inference --bf16    # PyTorch by autocast
     python benches/compare_cpu.py --parts ops --only conv2d
     python benches/compare_cpu.py --short                # a minute: does it run?
 
@@ -68,7 +69,7 @@ def networks(args: argparse.Namespace, kind: str, cases: list, modes: tuple) -> 
         runs = {}
         for mode in wanted(args, modes):
             command = [python, BENCHES / "pytorch" / "step.py", *options, "--threads", args.threads, *flags(mode, name)]
-            command += ["--inference"] * (kind == "inference")
+            command += ["--inference"] * (kind == "inference") + ["--bf16"] * args.bf16
             environment = KEEP_MEMORY if mode == "fused" else None
             runs[f"PyTorch, {mode}"] = lambda command=command, environment=environment: report(command, environment)
         return runs

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="measured steps of a round")
     parser.add_argument("--gridgrad", type=Path, default=BENCHES.parent / "target" / "release" / "gridgrad")
+    parser.add_argument("--bf16", action="store_true", help="networks compute in bf16, in frameworks that can")
     parser.add_argument("--json", type=Path, help="writes all measurements to this file")
     parser.add_argument("--short", action="store_true", help="a few small measurements: does everything run? Fails if not")
 
@@ -93,6 +94,7 @@ def measure_networks(args: argparse.Namespace, kind: str, cases: list, others, m
         count = args.steps if kind == "step" else 4 * args.steps
         options = ["--model", name, "--batch", batch, "--image", side, "--steps", count, "--warmup", args.warmup]
         command = [args.gridgrad, "bench", kind, "--json", *options, "--threads", args.threads, *more]
+        command += ["--precision", "bf16"] * args.bf16
         runs = {GRIDGRAD: lambda command=command: report(command), **others(name, options)}
         measured = take_turns(runs, args.rounds, f"{name}, batch {batch}")
         rows.append({"kind": kind, "model": name, "batch": batch, "image": side, **measured})

@@ -1,6 +1,6 @@
 //! Loops over rows of channels.
 
-use crate::cpu::{Float, parallel, simd};
+use crate::cpu::{Float, Stored, parallel, simd};
 use crate::tensor::Buffer;
 
 /// Rows whose mean is taken before their squares are: few enough to be in the cache for the second look.
@@ -10,7 +10,7 @@ const BLOCK: usize = 32;
 ///
 /// Blocks of rows have exact statistics of their own and are merged by the rule of Chan, Golub and LeVeque (1983), so
 /// a mean far from zero costs no precision, and the input is read once.
-pub(super) fn statistics<T: Float>(input: &[T], channels: usize) -> [Buffer<T>; 3] {
+pub(super) fn statistics<S: Stored<T>, T: Float>(input: &[S], channels: usize) -> [Buffer<T>; 3] {
     const PARTS: usize = 64;
     /// Parts of fewer blocks would take as long to merge, one after the other, as to sum.
     const BLOCKS: usize = 4;
@@ -50,19 +50,19 @@ pub(super) fn statistics<T: Float>(input: &[T], channels: usize) -> [Buffer<T>; 
 
 /// Means, and sums of squared distances from them, of each channel of some rows.
 #[inline(always)]
-fn block_moments<T: Float>(values: &[T], moments: &mut [T]) {
+fn block_moments<S: Stored<T>, T: Float>(values: &[S], moments: &mut [T]) {
     let (mean, squares) = moments.split_at_mut(moments.len() / 2);
     let channels = mean.len();
     mean.fill(T::ZERO);
     squares.fill(T::ZERO);
     for row in values.chunks_exact(channels) {
-        mean.iter_mut().zip(row).for_each(|(sum, &value)| *sum += value);
+        mean.iter_mut().zip(row).for_each(|(sum, &value)| *sum += value.load());
     }
     let share = T::from_f64(channels as f64 / values.len() as f64);
     mean.iter_mut().for_each(|mean| *mean *= share);
     for row in values.chunks_exact(channels) {
         for ((square, &mean), &value) in squares.iter_mut().zip(&*mean).zip(row) {
-            let distance = value - mean;
+            let distance = value.load() - mean;
             *square = distance.mul_add(distance, *square);
         }
     }
@@ -112,7 +112,7 @@ fn rows_per_piece(channels: usize) -> usize {
 }
 
 /// (x − mean) · slope + bias; with `RELU` its ReLU, which keeps NaN.
-pub(super) fn apply<const RELU: bool, T: Float>(input: &[T], affine: &Affine<T>) -> Buffer<T> {
+pub(super) fn apply<const RELU: bool, S: Stored<T>, T: Float>(input: &[S], affine: &Affine<T>) -> Buffer<S> {
     let channels = affine.mean.len();
     let mut output = Buffer::recycled(input.len());
     let piece_len = rows_per_piece(channels) * channels;
@@ -126,8 +126,8 @@ pub(super) fn apply<const RELU: bool, T: Float>(input: &[T], affine: &Affine<T>)
                 for (out, row) in piece.chunks_exact_mut(channels).zip(input.chunks_exact(channels)) {
                     let (out, row) = (&mut out[..channels], &row[..channels]);
                     for c in 0..channels {
-                        let value = (row[c] - mean[c]).mul_add(slope[c], bias[c]);
-                        out[c] = if RELU && value < T::ZERO { T::ZERO } else { value };
+                        let value = (row[c].load() - mean[c]).mul_add(slope[c], bias[c]);
+                        out[c] = S::store(if RELU && value < T::ZERO { T::ZERO } else { value });
                     }
                 }
             },
@@ -137,9 +137,9 @@ pub(super) fn apply<const RELU: bool, T: Float>(input: &[T], affine: &Affine<T>)
 }
 
 /// Σ dy x̂ and Σ dy, with `RELU` over the rows where [`apply`] gave more than 0.
-pub(super) fn parameter_gradients<const RELU: bool, T: Float>(
-    input: &[T],
-    grad: &[T],
+pub(super) fn parameter_gradients<const RELU: bool, S: Stored<T>, T: Float>(
+    input: &[S],
+    grad: &[S],
     scale: &[T],
     affine: &Affine<T>,
 ) -> [Buffer<T>; 2] {
@@ -158,7 +158,7 @@ pub(super) fn parameter_gradients<const RELU: bool, T: Float>(
                 for (row, grad) in input.chunks_exact(channels).zip(grad.chunks_exact(channels)) {
                     let (row, grad) = (&row[..channels], &grad[..channels]);
                     for c in 0..channels {
-                        let (distance, grad) = (row[c] - mean[c], grad[c]);
+                        let (distance, grad) = (row[c].load() - mean[c], grad[c].load());
                         let passes = !RELU || distance.mul_add(slope[c], bias[c]) > T::ZERO;
                         let grad = if passes { grad } else { T::ZERO };
                         along[c] = distance.mul_add(grad, along[c]);
@@ -173,13 +173,13 @@ pub(super) fn parameter_gradients<const RELU: bool, T: Float>(
 
 /// slope · (dy − ⟨dy⟩ − x̂ ⟨dy x̂⟩), with `sums` = (Σ dy x̂, Σ dy); without them slope · dy. With `RELU` dy is 0 where
 /// [`apply`] gave no more than 0.
-pub(super) fn input_gradient<const RELU: bool, T: Float>(
-    input: &[T],
-    grad: &[T],
+pub(super) fn input_gradient<const RELU: bool, S: Stored<T>, T: Float>(
+    input: &[S],
+    grad: &[S],
     scale: &[T],
     affine: &Affine<T>,
     sums: Option<(&[T], &[T])>,
-) -> Buffer<T> {
+) -> Buffer<S> {
     let channels = affine.mean.len();
     let share = T::from_f64(channels as f64 / input.len().max(1) as f64);
     // dy − offset − (x − mean) · tilt
@@ -199,10 +199,10 @@ pub(super) fn input_gradient<const RELU: bool, T: Float>(
                 for (out, (row, grad)) in piece.chunks_exact_mut(channels).zip(rows) {
                     let (out, row, grad) = (&mut out[..channels], &row[..channels], &grad[..channels]);
                     for c in 0..channels {
-                        let (distance, grad) = (row[c] - mean[c], grad[c]);
+                        let (distance, grad) = (row[c].load() - mean[c], grad[c].load());
                         let passes = !RELU || distance.mul_add(slope[c], bias[c]) > T::ZERO;
                         let grad = if passes { grad } else { T::ZERO };
-                        out[c] = (grad - offset[c] - distance * tilt[c]) * slope[c];
+                        out[c] = S::store((grad - offset[c] - distance * tilt[c]) * slope[c]);
                     }
                 }
             },

@@ -7,8 +7,8 @@ use crate::autograd::{Backward, Function, record};
 use crate::cpu::Float;
 use crate::ops::Counts;
 use crate::ops::elementwise::{Unary, derivative};
-use crate::tensor::{Buffer, Element, Place, place};
-use crate::{Error, Result, Tensor, dispatch_float};
+use crate::tensor::{Buffer, Element, Place, dispatch_stored, place};
+use crate::{Error, Result, Tensor};
 
 const OP: &str = "batch_norm_relu_each";
 const ALONE: &str = "batch_norm_relu";
@@ -161,12 +161,12 @@ fn on_host(
 ) -> Result<super::Normalised> {
     let (dtype, batch_size) = (input.dtype(), input.shape()[1]);
     let channels = weight.shape()[1];
-    dispatch_float!(OP, dtype, T => {
-        let (x, w, b) = (input.floats::<T>(OP)?, weight.floats::<T>(OP)?, bias.floats::<T>(OP)?);
+    dispatch_stored!(OP, dtype, (S, T) => {
+        let (x, w, b) = (input.stored::<S>(OP)?, weight.floats::<T>(OP)?, bias.floats::<T>(OP)?);
         let (mean, variance, batch) = match given {
             Some(given) => (given.mean.cast_values(T::DTYPE)?, given.variance.cast_values(T::DTYPE)?, None),
             None => {
-                let of_model = |model: usize| cpu::statistics(real(&x, counts, batch_size, model), channels);
+                let of_model = |model: usize| cpu::statistics::<S, T>(real(&x, counts, batch_size, model), channels);
                 let statistics: Vec<[Buffer<T>; 3]> = (0..counts.models()).into_par_iter().map(of_model).collect();
                 let [mut means, mut biased, mut unbiased] = [const { Vec::new() }; 3];
                 for [mean, variance, corrected] in statistics {
@@ -184,9 +184,10 @@ fn on_host(
         let model_len = input.elements() / counts.models();
         let output = counts.collect(model_len, |model, _| {
             let [mean, scale, w, b] = [means, scales, &w, &b].map(|values| row(values, channels, model));
-            cpu::apply::<true, T>(real(&x, counts, batch_size, model), &cpu::Affine::new(mean, scale, Some(w), Some(b)))
+            let affine = cpu::Affine::new(mean, scale, Some(w), Some(b));
+            cpu::apply::<true, S, T>(real(&x, counts, batch_size, model), &affine)
         });
-        let output = Tensor::from_floats(output, input.shape(), dtype)?;
+        let output = Tensor::from_stored(output, input.shape(), dtype)?;
         Ok(super::Normalised { output, batch, mean, scale })
     })
 }
@@ -259,8 +260,8 @@ impl EachRule {
     fn on_host(&self, backward: &Backward<'_>) -> Result<[Option<Tensor>; 3]> {
         let (dtype, shape, counts) = (self.input.dtype(), self.input.shape(), &self.counts);
         let (batch, channels) = (shape[1], self.mean.shape()[1]);
-        dispatch_float!(OP, dtype, T => {
-            let (x, dy) = (self.input.floats::<T>(OP)?, backward.grad().floats::<T>(OP)?);
+        dispatch_stored!(OP, dtype, (S, T) => {
+            let (x, dy) = (self.input.stored::<S>(OP)?, backward.grad().stored::<S>(OP)?);
             let (weights, biases) = (self.weight.floats::<T>(OP)?, self.bias.floats::<T>(OP)?);
             let (means, scales) = (self.mean.data::<T>()?, self.scale.data::<T>()?);
             let of_model = |model: usize| {
@@ -270,7 +271,7 @@ impl EachRule {
             let parameters = |model: usize| {
                 let (affine, scale) = of_model(model);
                 let [x, dy] = [&x, &dy].map(|values| real(values, counts, batch, model));
-                cpu::parameter_gradients::<true, T>(x, dy, scale, &affine)
+                cpu::parameter_gradients::<true, S, T>(x, dy, scale, &affine)
             };
             let (dw, db): (Vec<Buffer<T>>, Vec<Buffer<T>>) =
                 (0..counts.models()).into_par_iter().map(|model| parameters(model).into()).unzip();
@@ -279,9 +280,9 @@ impl EachRule {
                     let (affine, scale) = of_model(model);
                     let [x, dy] = [&x, &dy].map(|values| real(values, counts, batch, model));
                     let sums = self.train.then_some((&dw[model][..], &db[model][..]));
-                    cpu::input_gradient::<true, T>(x, dy, scale, &affine, sums)
+                    cpu::input_gradient::<true, S, T>(x, dy, scale, &affine, sums)
                 });
-                Some(Tensor::from_floats(dx, shape, dtype)?)
+                Some(Tensor::from_stored(dx, shape, dtype)?)
             } else {
                 None
             };

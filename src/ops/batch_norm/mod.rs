@@ -8,8 +8,8 @@ pub(crate) mod gpu;
 use crate::autograd::{Backward, Function, record};
 use crate::gpu::Gpu;
 use crate::ops::Counts;
-use crate::tensor::{Element, Place, Shape, place};
-use crate::{DType, Error, Result, Tensor, dispatch_float};
+use crate::tensor::{Element, Place, Shape, dispatch_stored, place};
+use crate::{DType, Error, Result, Tensor};
 
 pub use each::{batch_norm_relu, batch_norm_relu_each};
 
@@ -163,12 +163,12 @@ fn normalise(
     eps: f64,
 ) -> Result<Normalised> {
     let (dtype, channels) = (input.dtype(), input.shape().last().copied().unwrap_or(1));
-    dispatch_float!(OP, dtype, T => {
-        let x = input.floats::<T>(OP)?;
+    dispatch_stored!(OP, dtype, (S, T) => {
+        let x = input.stored::<S>(OP)?;
         let (mean, variance, batch) = match given {
             Some(given) => (given.mean.cast_values(T::DTYPE)?, given.variance.cast_values(T::DTYPE)?, None),
             None => {
-                let [mean, biased, unbiased] = cpu::statistics(&x, channels).map(|s| Tensor::from_buffer(s, [channels]));
+                let [mean, biased, unbiased] = cpu::statistics::<S, T>(&x, channels).map(|s| Tensor::from_buffer(s, [channels]));
                 let (mean, biased) = (mean?, biased?);
                 (mean.clone(), biased, Some(BatchStatistics { mean, variance: unbiased? }))
             }
@@ -178,8 +178,8 @@ fn normalise(
         let bias = bias.map(|bias| bias.floats::<T>(OP)).transpose()?;
         let (mean_values, scale_values) = (mean.data()?, scale.data()?);
         let affine = cpu::Affine::new(mean_values, scale_values, weight.as_deref(), bias.as_deref());
-        let y = cpu::apply::<false, T>(&x, &affine);
-        Ok(Normalised { output: Tensor::from_floats(y, input.shape(), dtype)?, batch, mean, scale })
+        let y = cpu::apply::<false, S, T>(&x, &affine);
+        Ok(Normalised { output: Tensor::from_stored(y, input.shape(), dtype)?, batch, mean, scale })
     })
 }
 
@@ -248,16 +248,16 @@ impl BatchNormRule {
         if let Place::Gpu(gpu) = place(OP, &[&self.input, backward.grad()])? {
             return self.fused_on(gpu, backward);
         }
-        dispatch_float!(OP, dtype, T => {
-            let (x, dy) = (self.input.floats::<T>(OP)?, backward.grad().floats::<T>(OP)?);
+        dispatch_stored!(OP, dtype, (S, T) => {
+            let (x, dy) = (self.input.stored::<S>(OP)?, backward.grad().stored::<S>(OP)?);
             let weight = self.weight.as_ref().map(|weight| weight.floats::<T>(OP)).transpose()?;
             let (mean, scale) = (self.mean.data::<T>()?, self.scale.data::<T>()?);
             let affine = cpu::Affine::new(mean, scale, weight.as_deref(), None);
-            let [dw, db] = cpu::parameter_gradients::<false, T>(&x, &dy, scale, &affine);
+            let [dw, db] = cpu::parameter_gradients::<false, S, T>(&x, &dy, scale, &affine);
             let input = if backward.needs(0) {
                 let sums = self.train.then_some((&dw[..], &db[..]));
-                let dx = cpu::input_gradient::<false, T>(&x, &dy, scale, &affine, sums);
-                Some(Tensor::from_floats(dx, shape, dtype)?)
+                let dx = cpu::input_gradient::<false, S, T>(&x, &dy, scale, &affine, sums);
+                Some(Tensor::from_stored(dx, shape, dtype)?)
             } else {
                 None
             };

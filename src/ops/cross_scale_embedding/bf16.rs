@@ -91,7 +91,10 @@ pub(super) fn backward(
     }
     let weight = |(sums, &kernel): (&Buffer<f32>, &Kernel)| {
         let (window, stride) = (window(problem, kernel), kernel.out.next_multiple_of(PANEL));
-        let packed = Buffer::from_fn(kernel.out * window, |i| narrow(sums[i % window * stride + i / window]));
+        let mut packed = Buffer::recycled(kernel.out * window);
+        parallel::pieces_mut(&mut packed, window, |out, row| {
+            row.iter_mut().zip(sums[out..].iter().step_by(stride)).for_each(|(value, &sum)| *value = narrow(sum));
+        });
         unpack(problem, kernel, &taps, &packed)
     };
     Gradients {

@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use crate::autograd::{Backward, Function, record};
 use crate::ops::resample::{Axis, Rule, resample};
-use crate::tensor::{Place, Shape, place};
-use crate::{Error, Result, Tensor, dispatch_float};
+use crate::tensor::{Place, Shape, dispatch_stored, place};
+use crate::{Error, Result, Tensor};
 
 /// How a window moves over a map. Pairs are (vertical, horizontal).
 ///
@@ -162,11 +162,11 @@ pub fn max_pool2d(input: &Tensor, options: Pool2dOptions) -> Result<Tensor> {
     let choice = |positions| Choice { positions, options, input: input.shape().clone(), output: shape.clone() };
     let (output, positions) = match place(OP, &[input])? {
         Place::Gpu(gpu) => gpu::max_pool(gpu, input, &shape, options)?,
-        Place::Host => dispatch_float!(OP, dtype, T => {
-            let values = input.floats::<T>(OP)?;
-            let (largest, positions) = cpu::max_pool(&values, [batch, height, width, channels], &windows);
+        Place::Host => dispatch_stored!(OP, dtype, (S, T) => {
+            let values = input.stored::<S>(OP)?;
+            let (largest, positions) = cpu::max_pool::<S, T>(&values, [batch, height, width, channels], &windows);
             let positions = Tensor::from_buffer(positions, [shape.elements(), size_of::<u32>()])?;
-            Tensor::from_floats(largest, &shape, dtype).map(|largest| (largest, positions))
+            Tensor::from_stored(largest, &shape, dtype).map(|largest| (largest, positions))
         })?,
     };
     Ok(record(output, &[input], |_| ChoiceRule { choice: choice(positions), scatter: false }))
@@ -200,15 +200,15 @@ impl Choice {
         let (inputs, outputs) = (self.input[1] * self.input[2], self.output[1] * self.output[2]);
         let output = match place(OP, &[source, &self.positions])? {
             Place::Gpu(gpu) => gpu::choose(gpu, source, self, scatter)?,
-            Place::Host => dispatch_float!(OP, dtype, T => {
-                let values = source.floats::<T>(OP)?;
+            Place::Host => dispatch_stored!(OP, dtype, (S, T) => {
+                let values = source.stored::<S>(OP)?;
                 let positions = bytemuck::cast_slice(self.positions.raw_bytes()?);
                 let (values, shape) = if scatter {
-                    (cpu::scatter(&values, positions, inputs, outputs, channels), &self.input)
+                    (cpu::scatter::<S, T>(&values, positions, inputs, outputs, channels), &self.input)
                 } else {
                     (cpu::gather(&values, positions, inputs, outputs, channels), &self.output)
                 };
-                Tensor::from_floats(values, shape, dtype)
+                Tensor::from_stored(values, shape, dtype)
             })?,
         };
         Ok(record(output, &[source], |_| ChoiceRule { choice: self.clone(), scatter }))
