@@ -7,9 +7,9 @@
 )]
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_loadu_ps,
-    _mm512_loadu_si512, _mm512_mask_storeu_epi16, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_epi32,
-    _mm512_setzero_ps, _mm512_storeu_ps, _mm512_stream_si512,
+    __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_castps_si512, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps,
+    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_storeu_epi16, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps,
+    _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_storeu_ps, _mm512_stream_si512,
 };
 use std::mem::transmute;
 
@@ -82,10 +82,10 @@ fn rows<const R: usize>(product: &Product<'_>, first: usize, to: &mut To<'_>) ->
         for r in 0..R {
             factors[r] = left[r][pair];
         }
-        add(factors, right.as_chunks().0, &mut sums);
+        add(&factors, right.as_chunks().0, &mut sums);
     }
     if !depth.is_multiple_of(2) {
-        add(last, panel[depth / 2].as_chunks().0, &mut sums);
+        add(&last, panel[depth / 2].as_chunks().0, &mut sums);
     }
     for (r, sums) in sums.into_iter().enumerate() {
         let at = places.at(first + r);
@@ -117,8 +117,7 @@ fn all_groups<L: Starts, R: Starts, const V: usize>(
         let mut block: Block<GROUP, V> = [[_mm512_setzero_ps(); V]; GROUP];
         let left_data = &left.data[first..];
         for t in 0..depth {
-            let mut factors = [[bf16::ZERO; 2]; GROUP];
-            factors.copy_from_slice(&left_data[left.stride.at(t)..][..GROUP]);
+            let Some(factors) = left_data[left.stride.at(t)..].first_chunk::<GROUP>() else { return };
             add(factors, &right.data[right.stride.at(t)..][..V * LANES], &mut block);
         }
         for (r, block) in block.into_iter().enumerate() {
@@ -134,13 +133,14 @@ fn all_groups<L: Starts, R: Starts, const V: usize>(
 /// Adds the products of a pair of each row with a pair of all columns.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn add<const R: usize, const V: usize>(factors: [[bf16; 2]; R], right: &[[bf16; 2]], sums: &mut Block<R, V>) {
-    let mut columns = [as_pairs(_mm512_set1_epi32(0)); V];
+fn add<const R: usize, const V: usize>(factors: &[[bf16; 2]; R], right: &[[bf16; 2]], sums: &mut Block<R, V>) {
+    let mut columns = [as_pairs(_mm512_setzero_si512()); V];
     for (v, columns) in columns.iter_mut().enumerate() {
         *columns = load_pairs(&right[v * LANES..][..LANES]);
     }
     for (sums, factors) in sums.iter_mut().zip(factors) {
-        let factors = as_pairs(_mm512_set1_epi32(bytemuck::cast(factors)));
+        // As a number: a broadcast from memory, without a way through other registers.
+        let factors = as_pairs(_mm512_castps_si512(_mm512_set1_ps(bytemuck::cast(*factors))));
         for (sum, columns) in sums.iter_mut().zip(columns) {
             *sum = _mm512_dpbf16_ps(*sum, factors, columns);
         }

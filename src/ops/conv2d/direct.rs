@@ -258,7 +258,12 @@ fn add_input_gradient<T: Float>(
 
 /// The positions of a phase in `lines` lines of the input from line `first` of the batch: what they read, and their
 /// numbers within these lines.
-pub(super) fn phase_positions(g: &Geometry, remainders: [usize; 2], first: usize, lines: usize) -> (Vec<Anchor>, Vec<usize>) {
+pub(super) fn phase_positions(
+    g: &Geometry,
+    remainders: [usize; 2],
+    first: usize,
+    lines: usize,
+) -> (Vec<Anchor>, Vec<usize>) {
     let ([height, width], stride, padding) = (g.input, g.options.stride, g.options.padding);
     let (mut anchors, mut places) = (Vec::new(), Vec::new());
     for line in 0..lines {

@@ -139,7 +139,8 @@ impl<T: Pod> Source<'_, T> {
                     let weight = tap(inside.start)..tap(inside.end);
                     let known = of_run.iter().position(|term| term.weight == weight);
                     let number = known.unwrap_or_else(|| {
-                        of_run.push(Term { weight, rows: Vec::new(), starts: Vec::new() });
+                        let [rows, starts] = [(); 2].map(|()| Vec::with_capacity(anchors.len()));
+                        of_run.push(Term { weight, rows, starts });
                         of_run.len() - 1
                     });
                     let term = &mut of_run[number];

@@ -7,7 +7,7 @@ use super::super::Geometry;
 use super::super::direct::{FEW, phase_positions, phases};
 use super::super::patches::{Anchor, Source, Taps, forward_anchors, forward_taps, input_source, tile_rows};
 use crate::cpu::bf16::{PANEL, Panels, Places, Product, To, bf16, narrow, pairs, widen};
-use crate::cpu::packed::{Term, panels};
+use crate::cpu::packed::{self, panels};
 use crate::cpu::{parallel, simd};
 use crate::tensor::{Buffer, Weight};
 
@@ -21,7 +21,17 @@ enum Operand<'a> {
     /// Read where they are; what lies outside of the map is left out.
     InPlace { data: &'a [bf16], terms: Vec<Term> },
     /// Copied, one after the other, with zeros outside of the map.
-    Copied { patches: Buffer<bf16>, depth: usize },
+    Copied { patches: Buffer<bf16>, starts: Vec<usize>, depth: usize },
+}
+
+/// A share of the depth of a product, for some of its rows.
+struct Term {
+    /// Rows of the weight.
+    weight: Range<usize>,
+    /// Where the elements of each row lie.
+    starts: Vec<usize>,
+    /// Where its sums are.
+    places: Vec<usize>,
 }
 
 impl<'a> Operand<'a> {
@@ -29,44 +39,43 @@ impl<'a> Operand<'a> {
         // The two elements of a product have to come from one tap.
         let is_long = source.line_columns(&taps.xs) >= LONG;
         if source.read.is_multiple_of(2) && is_long {
-            return Operand::InPlace { data: source.data, terms: source.terms(taps, anchors) };
+            let terms = source.terms(taps, anchors).into_iter().flat_map(short_terms).collect();
+            return Operand::InPlace { data: source.data, terms };
         }
         let depth = taps.ys.len() * source.line_columns(&taps.xs);
         let mut patches = Buffer::recycled(anchors.len() * depth);
         source.fill_panel(&mut patches, depth, anchors, &taps.ys, &taps.xs);
-        Operand::Copied { patches, depth }
+        Operand::Copied { patches, starts: (0..anchors.len()).map(|row| row * depth).collect(), depth }
     }
 
     /// The product with a panel and the row that it begins with, into rows of sums [`PANEL`] apart.
     fn multiply(&self, panel: &[bf16], start: &[f32; PANEL], sums: &mut [f32]) {
-        let count = sums.len() / PANEL;
+        let (used, streamed) = (PANEL, false);
         match self {
-            Operand::Copied { patches, depth } => {
-                let starts: Vec<usize> = (0..count).map(|row| row * depth).collect();
-                let places = Places::Apart(PANEL);
-                let (depth, used, streamed) = (*depth, PANEL, false);
-                let product = Product { data: patches, starts: &starts, depth, panel, start, used, places, streamed };
-                product.run(To::Wide(sums));
+            Operand::Copied { patches, starts, depth } => {
+                let (depth, places) = (*depth, Places::Apart(PANEL));
+                Product { data: patches, starts, depth, panel, start, used, places, streamed }.run(To::Wide(sums));
             }
             Operand::InPlace { data, terms } => {
                 sums.as_chunks_mut().0.iter_mut().for_each(|row| *row = *start);
-                terms.iter().for_each(|term| add_term(data, term, panel, sums));
+                for Term { weight, starts, places } in terms {
+                    let (depth, start, places) = (weight.len(), &[0.0; PANEL], Places::Listed(places));
+                    let panel = &panel[weight.start * PANEL..][..pairs(depth) * 2 * PANEL];
+                    Product { data, starts, depth, panel, start, used, places, streamed }.run(To::Added(sums));
+                }
             }
         }
     }
 }
 
-fn add_term(data: &[bf16], term: &Term, panel: &[bf16], sums: &mut [f32]) {
+/// A term in parts of no more than [`DEPTH`].
+fn short_terms(term: packed::Term) -> impl Iterator<Item = Term> {
     let places: Vec<usize> = term.rows.iter().map(|row| row * PANEL).collect();
-    let (mut starts, mut first) = (term.starts.clone(), term.weight.start);
-    while first < term.weight.end {
-        let depth = DEPTH.min(term.weight.end - first);
-        let panel = &panel[first * PANEL..][..pairs(depth) * 2 * PANEL];
-        let (start, used, places, streamed) = (&[0.0; PANEL], PANEL, Places::Listed(&places), false);
-        Product { data, starts: &starts, depth, panel, start, used, places, streamed }.run(To::Added(sums));
-        starts.iter_mut().for_each(|start| *start += depth);
-        first += depth;
-    }
+    term.weight.clone().step_by(DEPTH).map(move |first| Term {
+        weight: first..term.weight.end.min(first + DEPTH),
+        starts: term.starts.iter().map(|start| start + first - term.weight.start).collect(),
+        places: places.clone(),
+    })
 }
 
 /// What sums of a panel's columns begin with.

@@ -7,7 +7,7 @@ mod gather;
 
 use super::direct::{self, Part};
 use super::{Geometry, Map, scatter};
-use crate::cpu::bf16::{Panels, bf16, interleave, multiply_rows, multiply_transposed, narrowed, serves};
+use crate::cpu::bf16::{Panels, bf16, interleave, multiply_rows, narrowed, serves};
 use crate::cpu::{parallel, simd};
 use crate::tensor::{Buffer, DType, Weight};
 
@@ -33,11 +33,6 @@ pub(super) fn apply(
             multiply_rows(first, &weight, bias, positions(geometry))
         }
         Map::Input => gather::input_gradient(geometry, first, second.values, bias),
-        Map::Weight if geometry.is_pointwise() => {
-            let input = Panels::of_rows(first, positions(geometry), geometry.in_channels);
-            let grad = Panels::of_rows(second.values, positions(geometry), geometry.out_channels);
-            multiply_transposed(&grad, &input)
-        }
         Map::Weight => weight_gradient(geometry, first, second.values),
     }
 }
