@@ -425,6 +425,12 @@ fn blocks() -> Vec<Conv2d> {
         case([1, 32, 16, 32], 64, 2, 0, strided),
         case([1, 21, 20, 64], 64, 1, 0, strided),
         case([1, 26, 26, 32], 32, 3, 1, PLAIN),
+        // Runs longer than a share of the depth; whole taps of a weight gradient with features of half a panel; positions
+        // between the windows of a pointwise kernel; an odd number of channels with long runs.
+        case([3, 5, 6, 288], 24, 3, 1, PLAIN),
+        case([3, 6, 9, 72], 80, 2, 1, PLAIN),
+        case([1, 9, 8, 64], 40, 1, 1, strided),
+        case([2, 6, 5, 45], 37, 3, 1, PLAIN),
     ]
 }
 
@@ -437,15 +443,16 @@ fn output_and_gradients(case: &Conv2d, inputs: &[Tensor], grad_output: &Tensor) 
     [output.detach()].into_iter().chain(gradients.into_iter().flatten()).collect()
 }
 
-fn single(tensor: &Tensor) -> Tensor {
-    tensor.cast(DType::F32).unwrap()
-}
-
-/// The case's inputs and a gradient of its output, rounded to `f32`.
-fn rounded(case: &Conv2d) -> (Vec<Tensor>, Tensor) {
+/// The case's inputs and a gradient of its output, rounded.
+fn rounded(case: &Conv2d, dtype: DType) -> (Vec<Tensor>, Tensor) {
     let [height, width] = case.output();
     let grad_output = randn(&[case.input[0], height, width, case.out_channels], 7);
-    (case.inputs().iter().map(single).collect(), single(&grad_output))
+    let rounded = |tensor: &Tensor| tensor.cast(dtype).unwrap();
+    (case.inputs().iter().map(rounded).collect(), rounded(&grad_output))
+}
+
+fn bits(tensor: &Tensor) -> Vec<u8> {
+    tensor.raw_bytes().unwrap().to_vec()
 }
 
 fn root_mean_square(values: impl Iterator<Item = f64>) -> f64 {
@@ -454,24 +461,30 @@ fn root_mean_square(values: impl Iterator<Item = f64>) -> f64 {
 }
 
 #[test]
-fn blocks_in_single_precision_agree_with_double_for_any_number_of_threads() {
-    for case in blocks() {
-        let (inputs, grad_output) = rounded(&case);
-        let run = || output_and_gradients(&case, &inputs, &grad_output);
-        let got = run();
-        let wide: Vec<Tensor> = inputs.iter().map(|input| input.cast(DType::F64).unwrap()).collect();
-        let exact = output_and_gradients(&case, &wide, &grad_output.cast(DType::F64).unwrap());
-        for (number, (got, exact)) in got.iter().zip(&exact).enumerate() {
-            let (got, exact) = (got.to_f64_vec().unwrap(), exact.to_f64_vec().unwrap());
-            let scale = root_mean_square(exact.iter().copied());
-            let error = got.iter().zip(&exact).fold(0f64, |worst, (a, b)| worst.max((a - b).abs()));
-            assert!(error <= 4e-6 * scale, "{case}, result {number}: error {error:e}, values of {scale:e}");
-        }
-        for threads in [1, 2, 3] {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            for (number, (got, again)) in got.iter().zip(pool.install(run)).enumerate() {
-                let (got, again) = (got.to_vec::<f32>().unwrap(), again.to_vec::<f32>().unwrap());
-                assert_eq!(got, again, "{case}, result {number}, {threads} threads");
+fn blocks_agree_with_double_precision_for_any_number_of_threads() {
+    // Half of the distance to the next number, twice: of the result and, in the gradients of a bias, of its parts.
+    for (dtype, rounding) in [(DType::F32, 0.0), (DType::Bf16, f64::exp2(-8.0))] {
+        for case in blocks() {
+            let (inputs, grad_output) = rounded(&case, dtype);
+            let run = || output_and_gradients(&case, &inputs, &grad_output);
+            let got = run();
+            let wide: Vec<Tensor> = inputs.iter().map(|input| input.cast(DType::F64).unwrap()).collect();
+            let exact = output_and_gradients(&case, &wide, &grad_output.cast(DType::F64).unwrap());
+            for (number, (got, exact)) in got.iter().zip(&exact).enumerate() {
+                let (got, exact) = (got.to_f64_vec().unwrap(), exact.to_f64_vec().unwrap());
+                let scale = root_mean_square(exact.iter().copied());
+                let excess = |(a, b): (&f64, &f64)| (a - b).abs() - rounding * b.abs();
+                let error = got.iter().zip(&exact).map(excess).fold(0f64, f64::max);
+                assert!(
+                    error <= 4e-6 * scale,
+                    "{case}, {dtype}, result {number}: error {error:e}, values of {scale:e}"
+                );
+            }
+            for threads in [1, 2, 3] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                for (number, (got, again)) in got.iter().zip(pool.install(run)).enumerate() {
+                    assert_eq!(bits(got), bits(&again), "{case}, {dtype}, result {number}, {threads} threads");
+                }
             }
         }
     }
@@ -483,7 +496,7 @@ fn errors_stay_below_those_of_plain_sums() {
     for case in
         blocks().into_iter().filter(|case| case.options == Conv2dOptions { padding: case.options.padding, ..PLAIN })
     {
-        let (inputs, grad_output) = rounded(&case);
+        let (inputs, grad_output) = rounded(&case, DType::F32);
         let got = output_and_gradients(&case, &inputs, &grad_output)[0].to_f64_vec().unwrap();
         let values: Vec<Vec<f64>> = inputs.iter().map(|input| input.to_f64_vec().unwrap()).collect();
         let exact = case.reference(&values);
@@ -546,20 +559,21 @@ fn answers_have_the_bits_of_training_whatever_is_kept() {
 #[test]
 fn images_without_gradient_change_no_bit() {
     let more = |case: &Conv2d, batch| Conv2d { input: [batch, case.input[1], case.input[2], case.input[3]], ..*case };
-    for case in blocks() {
-        for batch in [case.input[0], 13] {
-            let (few, many) = (more(&case, batch), more(&case, batch + 9));
-            let (inputs, grad_output) = rounded(&many);
+    let batches = |case: &Conv2d| [case.input[0], 13];
+    for (case, dtype) in blocks().iter().flat_map(|case| [(case, DType::F32), (case, DType::Bf16)]) {
+        for batch in batches(case) {
+            let (few, many) = (more(case, batch), more(case, batch + 9));
+            let (inputs, grad_output) = rounded(&many, dtype);
             let images = |tensor: &Tensor| tensor.narrow(0, 0, batch).unwrap();
             let zeros = grad_output.narrow(0, batch, 9).unwrap().scale(0.0).unwrap();
             let filled = gridgrad::ops::concat(&[&images(&grad_output), &zeros], 0).unwrap();
             let fewer: Vec<Tensor> = [images(&inputs[0])].into_iter().chain(inputs[1..].iter().cloned()).collect();
             let expected = output_and_gradients(&few, &fewer, &images(&grad_output));
             let got = output_and_gradients(&many, &inputs, &filled);
-            let bits = |tensor: &Tensor| tensor.to_vec::<f32>().unwrap();
-            assert_eq!(bits(&got[2]), bits(&expected[2]), "{case}, batch {batch}: weight gradient");
-            assert_eq!(bits(&images(&got[0])), bits(&expected[0]), "{case}, batch {batch}: output");
-            assert_eq!(bits(&images(&got[1])), bits(&expected[1]), "{case}, batch {batch}: input gradient");
+            let at = format!("{case}, {dtype}, batch {batch}");
+            assert_eq!(bits(&got[2]), bits(&expected[2]), "{at}: weight gradient");
+            assert_eq!(bits(&images(&got[0])), bits(&expected[0]), "{at}: output");
+            assert_eq!(bits(&images(&got[1])), bits(&expected[1]), "{at}: input gradient");
         }
     }
 }

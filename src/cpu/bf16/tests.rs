@@ -123,3 +123,60 @@ fn conversions_round_as_defined() {
         assert!(got.to_bits() == want.to_bits() || (got.is_nan() && want.is_nan()), "{value}: {got} for {want}");
     }
 }
+
+#[test]
+fn rows_anywhere_give_the_sums_of_the_definition() {
+    let (columns, depth) = (16, 21);
+    for width in [PANEL / 2, PANEL] {
+        let (left, right) = (random(2 * (depth * columns + 40), 1), random(2 * (depth * width + 70), 2));
+        // Backwards, and with gaps.
+        let [left_starts, right_starts] = [(columns, 3), (width, 5)]
+            .map(|(stride, gap)| (0..depth).rev().map(|t| t * stride + gap * (t % 2)).collect::<Vec<_>>());
+        let left = Strided { data: left.as_chunks::<2>().0, stride: left_starts.as_slice(), columns };
+        let right = Strided { data: right.as_chunks::<2>().0, stride: right_starts.as_slice(), columns: width };
+        let stride = width + 1;
+        let (mut sums, mut portable) = (vec![0.5; columns * stride], vec![0.5; columns * stride]);
+        add_transposed(left, right, depth, (&mut sums, stride));
+        portable::add_transposed(left, right, depth, (&mut portable, stride));
+        for index in 0..columns * stride {
+            let (row, column) = (index / stride, index % stride);
+            let of_pair = |t: usize| {
+                let [a, b] = [left.data[left_starts[t] + row], right.data[right_starts[t] + column]];
+                term(a[0], b[0]) + term(a[1], b[1])
+            };
+            let exact = 0.5 + if column < width { (0..depth).map(of_pair).sum() } else { 0.0 };
+            for got in [sums[index], portable[index]] {
+                assert!((f64::from(got) - exact).abs() < 1e-5, "{width}, sum {index}: {got} for {exact}");
+            }
+        }
+    }
+}
+
+#[test]
+fn products_go_to_the_places_of_a_list() {
+    let (rows, depth, columns) = (11, 10, 27);
+    let (left, right) = (random(rows * depth, 1), random(depth * columns, 2));
+    let panels = Panels::of_rows(&right, depth, columns);
+    let starts: Vec<usize> = (0..rows).map(|row| row * depth).collect();
+    let listed: Vec<usize> = (0..rows).rev().map(|row| row * 40 + row % 3).collect();
+    let product = |places| Product {
+        data: &left,
+        starts: &starts,
+        depth,
+        panel: panels.view().panel(0),
+        start: &[0.25; PANEL],
+        used: columns,
+        places,
+        streamed: false,
+    };
+    let (mut apart, mut by_list) = (vec![0.0; rows * PANEL], vec![7.0; rows * 40]);
+    product(Places::Apart(PANEL)).run(To::Wide(&mut apart));
+    product(Places::Listed(&listed)).run(To::Wide(&mut by_list));
+    let mut portable = vec![7.0; rows * 40];
+    portable::multiply(&product(Places::Listed(&listed)), To::Wide(&mut portable));
+    for (row, place) in listed.iter().enumerate() {
+        assert_eq!(by_list[*place..place + columns], apart[row * PANEL..][..columns], "row {row}");
+    }
+    let untouched = |values: &[f32]| values.iter().filter(|&&value| value == 7.0).count();
+    assert_eq!([untouched(&by_list), untouched(&portable)], [rows * 40 - rows * columns; 2]);
+}
