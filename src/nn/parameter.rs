@@ -56,12 +56,25 @@ impl Parameter {
     }
 
     /// The present value as `dtype`: in mixed precision layers compute in the dtype of their input, and the gradient
-    /// comes back in the parameter's own.
+    /// comes back in the parameter's own. Inside of [`no_grad`](crate::autograd::no_grad) a converted value in the host's
+    /// memory is kept from the second time on, until the parameter changes.
     ///
     /// # Errors
     /// Where the device has no room for the converted value.
     pub fn tensor_as(&self, dtype: DType) -> Result<Tensor> {
-        self.tensor().cast(dtype)
+        /// A value in this dtype.
+        #[derive(Clone, PartialEq)]
+        struct Converted(DType);
+
+        let value = self.tensor();
+        if value.dtype() == dtype {
+            return Ok(value);
+        }
+        match &*value.form(Converted(dtype), || value.cast(dtype)) {
+            Ok(converted) => Ok(converted.clone()),
+            // What a device refuses is not kept, so this refuses again, with its own words.
+            Err(_) => value.cast(dtype),
+        }
     }
 
     /// Extents, axes as in PyTorch.

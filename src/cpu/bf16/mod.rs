@@ -23,7 +23,9 @@ use std::cell::Cell;
 pub(crate) use convert::{add_rows, narrow, narrowed, widen, widen_into};
 pub(crate) use half::bf16;
 pub(crate) use panels::{Panels, PanelsView, interleave, pairs};
-pub(crate) use products::{block_rows, is_streamed, multiply_rows, multiply_transposed, narrow_rows};
+pub(crate) use products::{
+    block_rows, is_streamed, multiply_by_panels, multiply_rows, multiply_transposed, narrow_rows, shares_panels,
+};
 
 use super::block_gemm::{Starts, Strided};
 use crate::tensor::DType;

@@ -121,22 +121,35 @@ impl Panels {
         }
         for index in 0..self.columns.div_ceil(PANEL) {
             let first = index * PANEL;
-            let used = PANEL.min(self.columns - first);
-            let mut start = [0.0; PANEL];
-            if let Some(bias) = bias {
-                start.iter_mut().zip(&bias[first..][..used]).for_each(|(start, &bias)| *start = widen(bias));
-            }
-            let (panel, places) = (self.view().panel(index), Places::Apart(stride));
-            let product = Product { data, starts, depth: self.depth, panel, start: &start, used, places, streamed };
-            product.run(match &mut to {
+            let to = match &mut to {
                 To::Narrow(to) => To::Narrow(&mut to[first..]),
                 To::Wide(to) => To::Wide(&mut to[first..]),
                 To::Added(to) => To::Added(&mut to[first..]),
-            });
+            };
+            self.panel_at((data, starts), bias, index, to, stride, streamed);
         }
         if streamed {
             simd::finish_streaming();
         }
+    }
+
+    /// The columns of the panel of this number of [`Panels::rows_at`], into rows that begin with them.
+    pub fn panel_at(
+        &self,
+        (data, starts): (&[bf16], &[usize]),
+        bias: Option<&[bf16]>,
+        index: usize,
+        to: To<'_>,
+        stride: usize,
+        streamed: bool,
+    ) {
+        let (first, used) = (index * PANEL, PANEL.min(self.columns - index * PANEL));
+        let mut start = [0.0; PANEL];
+        if let Some(bias) = bias {
+            start.iter_mut().zip(&bias[first..][..used]).for_each(|(start, &bias)| *start = widen(bias));
+        }
+        let (start, panel, places) = (&start, self.view().panel(index), Places::Apart(stride));
+        Product { data, starts, depth: self.depth, panel, start, used, places, streamed }.run(to);
     }
 }
 

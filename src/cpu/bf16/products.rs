@@ -2,9 +2,9 @@
 
 use half::bf16;
 
-use super::{GROUP, PANEL, Panels, narrow};
+use super::{GROUP, PANEL, Panels, To, narrow};
 use crate::cpu::{parallel, simd};
-use crate::tensor::Buffer;
+use crate::tensor::{Buffer, Element};
 
 /// Rows which, with their sums, stay in a second-level cache.
 pub(crate) fn block_rows(depth: usize, columns: usize) -> usize {
@@ -18,6 +18,13 @@ pub(crate) fn is_streamed(elements: usize) -> bool {
     elements * size_of::<bf16>() > CACHED_BYTES
 }
 
+/// Whether threads share the panels: blocks of so few rows would keep few of them busy, and each would read all panels.
+pub(crate) fn shares_panels(right: &Panels, count: usize) -> bool {
+    const FEW: usize = 256;
+    let [depth, columns] = right.extents();
+    count <= FEW && columns.div_ceil(PANEL) > count.div_ceil(block_rows(depth, columns))
+}
+
 /// `rows · right + bias` for the dense rows (count, depth), rounded.
 ///
 /// # Panics
@@ -25,11 +32,43 @@ pub(crate) fn is_streamed(elements: usize) -> bool {
 pub(crate) fn multiply_rows(rows: &[bf16], right: &Panels, bias: Option<&[bf16]>, count: usize) -> Buffer<bf16> {
     let [depth, columns] = right.extents();
     assert_eq!(rows.len(), count * depth, "rows");
+    if shares_panels(right, count) {
+        return multiply_by_panels(rows, right, bias, count, |to| To::Narrow(to), |value| value);
+    }
     let mut output = Buffer::recycled(count * columns);
     let (block, streamed) = (block_rows(depth, columns), is_streamed(output.len()));
     parallel::pieces_mut(&mut output, block * columns, |index, output| {
         let rows = &rows[index * block * depth..][..output.len() / columns * depth];
         right.rows(rows, bias, output, streamed);
+    });
+    output
+}
+
+/// `finish(rows · right + bias)`, panel by panel; `to` says whether `finish` takes the sums or rounded ones.
+pub(crate) fn multiply_by_panels<S: Element>(
+    rows: &[bf16],
+    right: &Panels,
+    bias: Option<&[bf16]>,
+    count: usize,
+    to: fn(&mut [S]) -> To<'_>,
+    finish: impl Fn(S) -> bf16 + Copy + Sync + Send,
+) -> Buffer<bf16> {
+    let [depth, columns] = right.extents();
+    let mut output = Buffer::recycled(count * columns);
+    let starts: Vec<usize> = (0..count).map(|row| row * depth).collect();
+    let widths: Vec<usize> = (0..columns).step_by(PANEL).map(|first| PANEL.min(columns - first)).collect();
+    let mut strips = parallel::columns_mut(&mut output, &widths);
+    parallel::pieces_mut(&mut strips, 1, |panel, strip| {
+        let mut values = Buffer::recycled(count * PANEL);
+        right.panel_at((rows, &starts), bias, panel, to(&mut values), PANEL, false);
+        simd::dispatch(
+            #[inline(always)]
+            || {
+                for (row, values) in strip[0].iter_mut().zip(values.chunks_exact(PANEL)) {
+                    row.iter_mut().zip(values).for_each(|(to, &value)| *to = finish(value));
+                }
+            },
+        );
     });
     output
 }

@@ -1,33 +1,52 @@
 //! Affine maps in `bf16`, where the processor multiplies it: a block of rows at a time, with bias and GELU on the `f32` sums
 //! while these are in a core's second-level cache. No operand is converted as a whole.
 
+use std::sync::Arc;
+
 use super::Gradients;
 use crate::cpu::bf16::{
-    PANEL, Panels, PanelsView, add_rows, bf16, block_rows, is_streamed, multiply_rows, multiply_transposed, narrow,
-    narrow_rows, narrowed, widen,
+    PANEL, Panels, PanelsView, To, add_rows, bf16, block_rows, is_streamed, multiply_by_panels, multiply_rows,
+    multiply_transposed, narrow, narrow_rows, narrowed, shares_panels, widen,
 };
 use crate::cpu::{parallel, simd};
 use crate::ops::elementwise::scalar;
-use crate::tensor::Buffer;
+use crate::tensor::{Buffer, Weight};
 
 /// rows, in, out
 type Extents = [usize; 3];
 
-pub(super) fn forward(input: &[bf16], weight: &[bf16], bias: Option<&[bf16]>, extents: Extents) -> Buffer<bf16> {
-    let [rows, in_features, out_features] = extents;
-    multiply_rows(input, &Panels::of_columns(weight, in_features, out_features), bias, rows)
+/// The weight of [`forward`] in panels, by its own extents.
+#[derive(Clone, PartialEq)]
+struct Columns([usize; 2]);
+
+fn packed(weight: Weight<'_, bf16>, [_, in_features, out_features]: Extents) -> Arc<Panels> {
+    let key = Columns([in_features, out_features]);
+    weight.form(key, || Panels::of_columns(weight.values, in_features, out_features))
+}
+
+pub(super) fn forward(
+    input: &[bf16],
+    weight: Weight<'_, bf16>,
+    bias: Option<&[bf16]>,
+    extents: Extents,
+) -> Buffer<bf16> {
+    multiply_rows(input, &packed(weight, extents), bias, extents[0])
 }
 
 /// GELU of [`forward`], and where `keeps_sums` the sums before it.
 pub(super) fn forward_gelu(
     input: &[bf16],
-    weight: &[bf16],
+    weight: Weight<'_, bf16>,
     bias: Option<&[bf16]>,
     extents: Extents,
     keeps_sums: bool,
 ) -> (Buffer<bf16>, Option<Buffer<bf16>>) {
     let [rows, in_features, out_features] = extents;
-    let weight = Panels::of_columns(weight, in_features, out_features);
+    let weight = packed(weight, extents);
+    if !keeps_sums && shares_panels(&weight, rows) {
+        let gelu = |sum: f32| narrow(scalar::gelu(sum));
+        return (multiply_by_panels(input, &weight, bias, rows, |to| To::Wide(to), gelu), None);
+    }
     let block = block_rows(in_features, out_features);
     let product = |index: usize, output: &mut [bf16], kept: &mut [bf16]| {
         let input = &input[index * block * in_features..][..output.len() / out_features * in_features];

@@ -9,7 +9,7 @@ pub(crate) mod gpu;
 use crate::autograd::{Backward, Function, record, records};
 use crate::ops::elementwise::{Unary, derivative};
 use crate::ops::matmul::Transposed;
-use crate::tensor::{Place, Shape, place};
+use crate::tensor::{Place, Shape, Weight, place};
 use crate::{Error, Result, Tensor, dispatch_float};
 
 /// y = x Wᵀ + b for `input` (…, in), `weight` (out, in), `bias` (out); the result is (…, out).
@@ -21,8 +21,8 @@ pub fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<
     let output = match place {
         Place::Gpu(gpu) => gpu::linear(gpu, [input, weight], bias, extents)?.reshape(shape)?,
         Place::Host if crate::cpu::bf16::serves(input.dtype()) => {
-            let bias = bias.map(Tensor::data).transpose()?;
-            Tensor::from_buffer(bf16::forward(input.data()?, weight.data()?, bias, extents), shape)?
+            let (bias, weight) = (bias.map(Tensor::data).transpose()?, Weight::of(weight, weight.data()?));
+            Tensor::from_buffer(bf16::forward(input.data()?, weight, bias, extents), shape)?
         }
         Place::Host => dispatch_float!("linear", input.dtype(), T => {
             let bias = bias.map(|bias| bias.floats::<T>("linear")).transpose()?;
@@ -53,8 +53,8 @@ pub fn linear_gelu(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Re
     let (output, sums) = match place {
         Place::Gpu(gpu) => gpu::linear_gelu(gpu, [input, weight], bias, extents, keeps_sums)?,
         Place::Host if crate::cpu::bf16::serves(input.dtype()) => {
-            let bias = bias.map(Tensor::data).transpose()?;
-            let (output, sums) = bf16::forward_gelu(input.data()?, weight.data()?, bias, extents, keeps_sums);
+            let (bias, weight) = (bias.map(Tensor::data).transpose()?, Weight::of(weight, weight.data()?));
+            let (output, sums) = bf16::forward_gelu(input.data()?, weight, bias, extents, keeps_sums);
             let of_rows = |values| Tensor::from_buffer(values, [extents[0], extents[2]]);
             (of_rows(output)?, sums.map(of_rows).transpose()?)
         }
