@@ -359,6 +359,26 @@ mod tests {
     }
 
     #[test]
+    fn a_converted_value_is_kept_for_answers_until_the_parameter_changes() {
+        let (_, a, _) = two();
+        let converted = || a.tensor_as(DType::Bf16).unwrap();
+        let place = |tensor: &Tensor| tensor.raw_bytes().unwrap().as_ptr();
+        crate::autograd::no_grad(|| {
+            let _first = converted();
+            let (second, third) = (converted(), converted());
+            assert_eq!(place(&second), place(&third), "the same values");
+            assert_eq!(third.to_f64_vec().unwrap(), [1.0, 1.0]);
+            a.set(&Tensor::new(&[2.0f32, 3.0], [2]).unwrap()).unwrap();
+            for _ in 0..3 {
+                assert_eq!(converted().to_f64_vec().unwrap(), [2.0, 3.0]);
+            }
+        });
+        let (one, other) = (converted(), converted());
+        assert_ne!(place(&one), place(&other), "training");
+        assert!(one.requires_grad());
+    }
+
+    #[test]
     fn updates_keep_identity_and_leave_saved_tensors_alone() {
         let (_, a, _) = two();
         let (before, id) = (a.tensor(), a.tensor().id());

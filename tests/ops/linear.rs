@@ -273,3 +273,19 @@ fn products_of_bf16_are_as_good_as_those_of_f32_for_any_number_of_threads() {
         }
     }
 }
+
+/// Threads share few rows in another way than many.
+#[test]
+fn rows_of_bf16_have_the_same_bits_among_any_others() {
+    for gelu in [false, true] {
+        let case = Linear { outer: vec![300], in_features: 70, out_features: 300, bias: true, gelu };
+        let inputs: Vec<Tensor> = case.inputs().iter().map(|input| input.cast(DType::Bf16).unwrap()).collect();
+        let all = case.run(&inputs).unwrap();
+        for rows in [1, 2, 49, 256] {
+            let few = [&[inputs[0].narrow(0, 7, rows).unwrap()], &inputs[1..]].concat();
+            let of_few = autograd::no_grad(|| case.run(&few).unwrap());
+            let expected = all.narrow(0, 7, rows).unwrap();
+            assert_eq!(of_few.raw_bytes().unwrap(), expected.raw_bytes().unwrap(), "{case}, {rows} rows");
+        }
+    }
+}

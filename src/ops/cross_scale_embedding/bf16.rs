@@ -1,10 +1,12 @@
 //! Patch matrices, as in [`patches`](super::patches), in `bf16`, where the processor multiplies it.
 
+use std::sync::Arc;
+
 use super::cpu::{Gradients, Kernel, Problem};
 use super::patches::{gather, images_per_run, pack, scatter, taps, unpack};
 use crate::cpu::bf16::{PANEL, Panels, To, bf16, block_rows, narrow, narrowed, serves};
 use crate::cpu::parallel;
-use crate::tensor::{Buffer, DType};
+use crate::tensor::{Buffer, DType, Weight};
 
 /// Whether this embedding is computed here.
 pub(super) fn takes(problem: &Problem, dtype: DType) -> bool {
@@ -21,15 +23,26 @@ fn starts(first: usize, count: usize, stride: usize, column: usize) -> Vec<usize
     (first..first + count).map(|row| row * stride + column).collect()
 }
 
-pub(super) fn forward(problem: &Problem, input: &[bf16], weights: &[&[bf16]], biases: &[&[bf16]]) -> Buffer<bf16> {
+/// A weight as [`forward`] reads it, by its own extents: taps in their order, the kernel's side, and its window and channels.
+#[derive(Clone, PartialEq)]
+struct ByTaps(Vec<[usize; 2]>, usize, [usize; 2]);
+
+pub(super) fn forward(
+    problem: &Problem,
+    input: &[bf16],
+    weights: &[Weight<'_, bf16>],
+    biases: &[&[bf16]],
+) -> Buffer<bf16> {
     let [_, height, width, channels] = problem.extents;
     let [rows, columns] = problem.output_map();
     let (taps, out_channels) = (taps(problem), problem.out_channels());
     let depth = taps.len() * channels;
-    let panels = |(&kernel, weight): (&Kernel, &&[bf16])| {
-        Panels::of_columns(&pack(problem, kernel, &taps, weight), window(problem, kernel), kernel.out)
+    let panels = |(&kernel, weight): (&Kernel, &Weight<'_, bf16>)| {
+        let extents = [window(problem, kernel), kernel.out];
+        let packed = || Panels::of_columns(&pack(problem, kernel, &taps, weight.values), extents[0], extents[1]);
+        weight.form(ByTaps(taps.clone(), kernel.side, extents), packed)
     };
-    let panels: Vec<Panels> = problem.kernels.iter().zip(weights).map(panels).collect();
+    let panels: Vec<Arc<Panels>> = problem.kernels.iter().zip(weights).map(panels).collect();
     let mut output = Buffer::recycled(problem.output_shape().elements());
     let run = images_per_run::<bf16>(problem);
     let inputs = input.chunks((run * height * width * channels).max(1));

@@ -142,7 +142,8 @@ pub fn cross_scale_embedding_with(
             followed(record(output, &inputs, |_| rule(images)), options)
         }
         Place::Host if images.is_plain(dtype) && bf16::takes(&problem, dtype) => {
-            let (weights, biases) = (data(weights)?, data(biases)?);
+            let (values, biases) = (data(weights)?, data(biases)?);
+            let weights: Vec<_> = weights.iter().zip(values).map(|(w, values)| Weight::of(w, values)).collect();
             let output = bf16::forward(&problem, input.data()?, &weights, &biases);
             let output = Tensor::from_buffer(output, problem.output_shape())?;
             followed(record(output, &inputs, |_| rule(images)), options)
