@@ -187,7 +187,7 @@ impl Map<'_> {
         if rest.is_empty() {
             return;
         }
-        let per_block = (tiles / across).max(1);
+        let per_block = even_share(self.batch * lines, (tiles / across).max(1));
         let blocks = (self.batch * lines).div_ceil(per_block);
         let is_small = self.batch * lines * across <= FEW_BLOCKS * MOST;
         if blocks < FEW_BLOCKS && is_small && self.columns.div_ceil(PANEL) > blocks {
@@ -345,6 +345,18 @@ impl Map<'_> {
         });
         packed
     }
+}
+
+/// Lines of a block, at most `most` and no fewer than half of it: where there are few blocks, so many that several numbers of
+/// threads can share these evenly.
+fn even_share(lines: usize, most: usize) -> usize {
+    const MANY: usize = 16;
+    if lines.div_ceil(most) >= MANY {
+        return most;
+    }
+    let rounds =
+        |share: usize| [2, 4].map(|threads| lines.div_ceil(share).div_ceil(threads) * share).iter().sum::<usize>();
+    (most.div_ceil(2)..=most).rev().min_by_key(|&share| rounds(share)).unwrap_or(most)
 }
 
 /// Positions of a square window whose corner is `padding` before `corner`.
