@@ -327,6 +327,8 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         case([1, 12, 56, 3], &[[4, 12], [8, 20], [16, 12]], 4),
         case([1, 8, 184, 3], &[[4, 12], [8, 4]], 4),
         case([2, 5, 29, 2], &[[2, 12], [4, 4]], 2),
+        // Pairs of lines and one more.
+        case([2, 20, 12, 3], &[[4, 8], [8, 12], [16, 8], [32, 4]], 4),
         // Two channels at once, and more of the result than a tile has columns.
         case([1, 9, 10, 3], &[[2, 34], [4, 2]], 2),
         // Two channels at once in the result, but not in the windows.
@@ -385,6 +387,7 @@ fn bad_arguments_are_errors() {
     assert!(run(&[1, 8, 8, 3], &[2, 3, 5, 5], 2, 4).contains("kernel 5 for stride 4"));
     assert!(run(&[1, 8, 8, 3], &[2, 3, 2, 2], 2, 4).contains("kernel 2 for stride 4"));
     assert!(run(&[1, 8, 8, 20], &[0, 20, 4, 4], 0, 4).contains("without outputs"));
+    assert!(run(&[1, 8, 160, 0], &[4, 0, 4, 4], 4, 4).contains("without outputs or channels"));
     assert!(run(&[1, 8, 8, 3], &[2, 4, 4, 4], 2, 4).contains("for 3 channels"));
     assert!(run(&[1, 8, 8, 3], &[2, 3, 4, 4], 3, 4).contains("bias (3)"));
     assert!(cross_scale_embedding(&randn(&[1, 8, 8, 3], 0), &[], &[], 4).is_err());

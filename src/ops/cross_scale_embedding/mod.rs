@@ -61,8 +61,8 @@ const OP: &str = "cross_scale_embedding";
 /// First derivatives only. The same bits for any number of threads. On a GPU at most 16 kernels.
 ///
 /// # Errors
-/// Where shapes or dtypes do not match, a kernel is smaller than the stride or differs from it by an odd number, or the
-/// map is smaller than the stride.
+/// Where shapes or dtypes do not match, there are no channels, a kernel is smaller than the stride or differs from it by an
+/// odd number, or the map is smaller than the stride.
 ///
 /// ```
 /// use gridgrad::{DType, Tensor, ops};
@@ -189,8 +189,8 @@ fn problem(images: &Images, weights: &[Tensor], biases: &[Tensor], stride: usize
             let message = format!("weight {} and bias {} for {channels} channels", weight.shape(), bias.shape());
             return Err(Error::shape(OP, message));
         }
-        if out == 0 {
-            return Err(Error::shape(OP, format!("weight {} without outputs", weight.shape())));
+        if out == 0 || channels == 0 {
+            return Err(Error::shape(OP, format!("weight {} without outputs or channels", weight.shape())));
         }
         if side < stride || !(side - stride).is_multiple_of(2) {
             let message = format!("kernel {side} for stride {stride}; expected stride plus an even number");
