@@ -11,9 +11,9 @@ writes all numbers.
 
 The first run builds the crate in neighbours/, which has the networks in candle and in burn: hundreds of crates, minutes. It is built for
 this very processor (-C target-cpu=native), with AVX-512 in the matrix products of both and burn's `flex` backend; gridgrad is the
-program that --gridgrad names, built for any processor, and chooses its instructions as it starts. All compute in f32, but
-gridgrad with --bf16 in bf16, step by AdamW with the same settings, and keep freed memory in the process. Where candle has no gradient (windows of pools that overlap)
-it computes less: 2 × 2 windows in Network-in-Network.
+program that --gridgrad names, built for any processor, and chooses its instructions as it starts. All compute in f32, but with
+--bf16 gridgrad in bf16, step by AdamW with the same settings, and keep freed memory in the process. Where candle has no gradient
+(windows of pools that overlap) it computes less: 2 × 2 windows in Network-in-Network.
 """
 
 import argparse

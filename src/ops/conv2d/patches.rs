@@ -61,6 +61,11 @@ impl<T: Pod> Source<'_, T> {
         xs.len() * self.read
     }
 
+    /// Elements of a run: of taps that are neighbours in memory.
+    pub fn run_len(&self, xs: &[isize]) -> usize {
+        self.runs(xs)[0].1 * self.read
+    }
+
     /// Writes the patches of `anchors`, one row each, `stride` apart, in the order (y, x, channel), with zeros outside of
     /// the map and behind a patch.
     pub fn fill_panel(&self, panel: &mut [T], stride: usize, anchors: &[Anchor], ys: &[isize], xs: &[isize]) {
@@ -195,7 +200,7 @@ impl<T: Float> Source<'_, T> {
     /// Whether patches are read where they are, as [`Source::terms`].
     pub fn has_long_runs(&self, taps: &Taps) -> bool {
         const LONG: usize = 64;
-        T::DTYPE == DType::F32 && self.runs(&taps.xs)[0].1 * self.read >= LONG
+        T::DTYPE == DType::F32 && self.run_len(&taps.xs) >= LONG
     }
 }
 

@@ -37,7 +37,7 @@ struct Term {
 impl<'a> Operand<'a> {
     fn new(source: &Source<'a, bf16>, taps: &Taps, anchors: &[Anchor]) -> Self {
         // The two elements of a product have to come from one tap.
-        let is_long = source.line_columns(&taps.xs) >= LONG;
+        let is_long = source.run_len(&taps.xs) >= LONG;
         if source.read.is_multiple_of(2) && is_long {
             let terms = source.terms(taps, anchors).into_iter().flat_map(short_terms).collect();
             return Operand::InPlace { data: source.data, terms };
@@ -117,6 +117,7 @@ fn by_taps(g: &Geometry, weight: &[bf16]) -> Buffer<bf16> {
     packed
 }
 
+/// The result (batch, height, width, out).
 pub(super) fn output(g: &Geometry, input: &[bf16], weight: Weight<'_, bf16>, bias: Option<&[bf16]>) -> Buffer<bf16> {
     let (columns, rows, taps) = (g.out_channels, super::positions(g), forward_taps(g));
     let depth = g.taps() * g.in_channels;
@@ -179,6 +180,7 @@ fn phase_pairs(g: &Geometry, weight: &[bf16]) -> Vec<PhasePair> {
     pairs
 }
 
+/// The gradient of the input (batch, height, width, in) by `grad`, that of the result of [`output`]: phase by phase, as in `f32`.
 pub(super) fn input_gradient(g: &Geometry, grad: &[bf16], weight: &[bf16], bias: Option<&[bf16]>) -> Buffer<bf16> {
     let ([height, width], columns) = (g.input, g.in_channels);
     let pairs = phase_pairs(g, weight);
