@@ -137,6 +137,9 @@ class Worker:
         self.process = subprocess.Popen(
             list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
+        # A process that still starts would share the processors with the first measurement of another: no such op is an error,
+        # but the answer comes when it has started.
+        self.ask({"op": "none"}, "none")
 
     def ask(self, op: dict, mode: str) -> dict:
         self.process.stdin.write(json.dumps({"op": op, "mode": mode}) + "\n")
