@@ -117,7 +117,7 @@ fn all_groups<L: Starts, R: Starts, const V: usize>(
         let mut block: Block<GROUP, V> = [[_mm512_setzero_ps(); V]; GROUP];
         let left_data = &left.data[first..];
         for t in 0..depth {
-            let Some(factors) = left_data[left.stride.at(t)..].first_chunk::<GROUP>() else { return };
+            let Some(factors) = left_data[left.stride.at(t)..][..GROUP].first_chunk() else { return };
             add(factors, &right.data[right.stride.at(t)..][..V * LANES], &mut block);
         }
         for (r, block) in block.into_iter().enumerate() {

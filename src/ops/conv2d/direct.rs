@@ -137,14 +137,14 @@ const SHORT: usize = 128;
 
 /// The taps that meet input positions h with (h + padding) mod stride = `remainder`: tap i meets such a position in
 /// the output position ⌊(h + padding) / stride⌋ + offset.
-pub(super) struct Phase {
-    pub remainder: usize,
-    pub taps: Vec<usize>,
-    pub offsets: Vec<isize>,
+struct Phase {
+    remainder: usize,
+    taps: Vec<usize>,
+    offsets: Vec<isize>,
 }
 
 /// The phases of one axis that have taps.
-pub(super) fn phases(kernel: usize, stride: usize, dilation: usize) -> Vec<Phase> {
+fn phases(kernel: usize, stride: usize, dilation: usize) -> Vec<Phase> {
     let mut phases: Vec<Phase> = Vec::new();
     // Backwards, so that the offsets rise.
     for tap in (0..kernel).rev() {
@@ -160,30 +160,41 @@ pub(super) fn phases(kernel: usize, stride: usize, dilation: usize) -> Vec<Phase
     phases
 }
 
-/// A vertical and a horizontal phase, with each group's weight in the order (tap, out, in).
-struct PhasePair<T> {
-    remainders: [usize; 2],
-    taps: Taps,
-    weights: Vec<Packed<T>>,
+/// A vertical and a horizontal phase, and the weight of its taps as a product reads it.
+pub(super) struct PhasePair<W> {
+    pub remainders: [usize; 2],
+    pub taps: Taps,
+    pub weight: W,
 }
 
-fn phase_pairs<T: Float>(g: &Geometry, weight: &[T]) -> Vec<PhasePair<T>> {
+/// All pairs of phases; `pack` makes the weight of the taps of these numbers, in the order (tap, out, in).
+pub(super) fn phase_pairs<W>(g: &Geometry, pack: impl Fn(&[usize]) -> W) -> Vec<PhasePair<W>> {
     let axis = |axis: usize| phases(g.kernel[axis], g.options.stride[axis], g.options.dilation[axis]);
-    let (group_inputs, group_outputs, taps) = (g.group_inputs(), g.group_outputs(), g.taps());
     let mut pairs = Vec::new();
     let horizontal = axis(1);
     for y in axis(0) {
         for x in &horizontal {
             let order: Vec<usize> =
                 y.taps.iter().flat_map(|i| x.taps.iter().map(move |j| i * g.kernel[1] + j)).collect();
-            let groups = weight.chunks(taps * group_inputs * group_outputs);
-            let (extents, strides) = ([group_outputs, group_inputs], [group_inputs * taps, taps]);
-            let weights = groups.map(|weight| Packed::gathered(weight, extents, strides, &order)).collect();
             let taps = Taps { ys: y.offsets.clone(), xs: x.offsets.clone() };
-            pairs.push(PhasePair { remainders: [y.remainder, x.remainder], taps, weights });
+            pairs.push(PhasePair { remainders: [y.remainder, x.remainder], taps, weight: pack(&order) });
         }
     }
     pairs
+}
+
+/// Each group's weight of some taps, in the order (tap, out, in).
+fn groups_of_taps<T: Float>(g: &Geometry, weight: &[T], order: &[usize]) -> Vec<Packed<T>> {
+    let (extents, strides) = ([g.group_outputs(), g.group_inputs()], [g.group_inputs() * g.taps(), g.taps()]);
+    let groups = weight.chunks(g.taps() * extents[0] * extents[1]);
+    groups.map(|weight| Packed::gathered(weight, extents, strides, order)).collect()
+}
+
+/// Lines of the input that are a piece of its gradient: whole ones, with about a tile's rows in every phase.
+pub(super) fn lines_of_piece(g: &Geometry) -> usize {
+    let total = g.batch * g.input[0] * g.input[1];
+    let strides = g.options.stride[0].saturating_mul(g.options.stride[1]).min(total.max(1));
+    (tile_rows(total / strides) * strides).div_ceil(g.input[1].max(1)).max(1)
 }
 
 /// The gradient of the input by `grad`, that of the result of [`output`].
@@ -195,14 +206,12 @@ pub(in crate::ops) fn input_gradient<T: Float>(
     bias: Option<&[T]>,
 ) -> Buffer<T> {
     let Some(&Part { geometry: g, .. }) = parts.first() else { return Buffer::zeroed(0) };
-    let pairs: Vec<(Part, Vec<PhasePair<T>>)> =
-        parts.iter().zip(weights).map(|(part, weight)| (*part, phase_pairs(&part.geometry, weight))).collect();
+    let pairs_of = |(part, weight): (&Part, &&[T])| {
+        (*part, phase_pairs(&part.geometry, |order| groups_of_taps(&part.geometry, weight, order)))
+    };
+    let pairs: Vec<(Part, Vec<PhasePair<Vec<Packed<T>>>>)> = parts.iter().zip(weights).map(pairs_of).collect();
     let mut output = Buffer::recycled(g.input_shape().elements());
-    let [height, width] = g.input;
-    let total = g.batch * height * width;
-    // A piece is some whole lines, with about a tile's rows in every phase.
-    let strides = g.options.stride[0].saturating_mul(g.options.stride[1]).min(total.max(1));
-    let lines = (tile_rows(total / strides) * strides).div_ceil(width.max(1)).max(1);
+    let (lines, width) = (lines_of_piece(&g), g.input[1]);
     parallel::pieces_mut(&mut output, lines * width * g.in_channels, |index, out| {
         let mut into = start(out, bias);
         if into == Into::Overwrite && (g.options.stride != [1; 2] || parts.len() > 1) {
@@ -219,14 +228,14 @@ pub(in crate::ops) fn input_gradient<T: Float>(
 /// The gradient of whole lines of the input, counted over the batch from `first`, by a part's channels.
 fn add_input_gradient<T: Float>(
     &Part { geometry: ref g, first: first_channel }: &Part,
-    pairs: &[PhasePair<T>],
+    pairs: &[PhasePair<Vec<Packed<T>>>],
     (grad, grad_channels): (&[T], usize),
     first: usize,
     out: &mut [T],
     into: Into,
 ) {
     let (channels, group_inputs, group_outputs) = (g.in_channels, g.group_inputs(), g.group_outputs());
-    for PhasePair { remainders, taps, weights } in pairs {
+    for PhasePair { remainders, taps, weight: weights } in pairs {
         let (anchors, places) = phase_positions(g, *remainders, first, out.len() / (g.input[1] * channels));
         if anchors.is_empty() {
             continue;

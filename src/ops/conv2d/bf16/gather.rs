@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::super::Geometry;
-use super::super::direct::{FEW, phase_positions, phases};
+use super::super::direct::{FEW, PhasePair, lines_of_piece, phase_pairs, phase_positions};
 use super::super::patches::{Anchor, Source, Taps, forward_anchors, forward_taps, input_source, tile_rows};
 use crate::cpu::bf16::{PANEL, Panels, Places, Product, To, bf16, narrow, pairs, widen};
 use crate::cpu::packed::{self, panels};
@@ -152,47 +152,18 @@ pub(super) fn output(g: &Geometry, input: &[bf16], weight: Weight<'_, bf16>, bia
     output
 }
 
-/// A vertical and a horizontal phase, with the weight in the order (tap, out, in).
-struct PhasePair {
-    remainders: [usize; 2],
-    taps: Taps,
-    weight: Panels,
-}
-
-fn phase_pairs(g: &Geometry, weight: &[bf16]) -> Vec<PhasePair> {
-    let weight = by_taps(g, weight);
-    let axis = |axis: usize| phases(g.kernel[axis], g.options.stride[axis], g.options.dilation[axis]);
-    let mut pairs = Vec::new();
-    let horizontal = axis(1);
-    for y in axis(0) {
-        for x in &horizontal {
-            let taps: Vec<usize> =
-                y.taps.iter().flat_map(|i| x.taps.iter().map(move |j| i * g.kernel[1] + j)).collect();
-            let row = |row: usize| {
-                let (tap, out) = (taps[row / g.out_channels], row % g.out_channels);
-                (out * g.taps() + tap) * g.in_channels
-            };
-            let panels = Panels::of_placed((&weight, row), taps.len() * g.out_channels, g.in_channels);
-            let offsets = Taps { ys: y.offsets.clone(), xs: x.offsets.clone() };
-            pairs.push(PhasePair { remainders: [y.remainder, x.remainder], taps: offsets, weight: panels });
-        }
-    }
-    pairs
-}
-
 /// The gradient of the input (batch, height, width, in) by `grad`, that of the result of [`output`]: phase by phase, as in `f32`.
 pub(super) fn input_gradient(g: &Geometry, grad: &[bf16], weight: &[bf16], bias: Option<&[bf16]>) -> Buffer<bf16> {
-    let ([height, width], columns) = (g.input, g.in_channels);
-    let pairs = phase_pairs(g, weight);
+    let (lines, width, columns) = (lines_of_piece(g), g.input[1], g.in_channels);
+    let weight = by_taps(g, weight);
+    let pairs = phase_pairs(g, |order| {
+        let row = |row: usize| (row % g.out_channels * g.taps() + order[row / g.out_channels]) * g.in_channels;
+        Panels::of_placed((&weight, row), order.len() * g.out_channels, g.in_channels)
+    });
     let source = Source { data: grad, extents: g.output, channels: g.out_channels, read: g.out_channels, first: 0 };
     let mut output = Buffer::recycled(g.input_shape().elements());
-    let total = g.batch * height * width;
-    // A piece is some whole lines, with about a tile's rows in every phase.
-    let all_phases = g.options.stride[0].saturating_mul(g.options.stride[1]);
-    let strides = all_phases.min(total.max(1));
-    let lines = (tile_rows(total / strides) * strides).div_ceil(width.max(1)).max(1);
     // Where strides exceed the kernel, some positions meet no tap.
-    let has_gaps = pairs.len() < all_phases;
+    let has_gaps = pairs.len() < g.options.stride[0].saturating_mul(g.options.stride[1]);
     parallel::pieces_mut(&mut output, lines * width * columns, |index, out| {
         if has_gaps {
             match bias {
