@@ -6,6 +6,7 @@
 
 use pulp::{Simd, WithSimd};
 
+use super::ahead::{Ahead, contiguous};
 use super::simd;
 
 /// Columns of a panel are a multiple of this.
@@ -14,15 +15,6 @@ pub const LANES: usize = 16;
 pub const PANEL: usize = 2 * LANES;
 /// Columns of a packed left operand of [`multiply_transposed`] in one group.
 pub const GROUP: usize = 8;
-
-/// Rows whose elements are contiguous and which begin anywhere in `data`.
-#[derive(Clone, Copy)]
-pub struct Rows<'a> {
-    /// Where all rows lie.
-    pub data: &'a [f32],
-    /// The beginning of each row.
-    pub starts: &'a [usize],
-}
 
 /// What a product is added to.
 #[derive(Clone, Copy, PartialEq)]
@@ -54,51 +46,52 @@ impl Writes {
     }
 }
 
-/// `destination = rows · panel` or `destination += rows · panel`: `panel` is row-major, of `width` columns, which is
-/// [`LANES`] or [`PANEL`]; the destination's rows begin at `places`. `ahead` is read soon after this product.
-///
-/// # Panics
-/// Where extents do not match or a row leaves its slice.
-pub fn multiply(
-    rows: Rows<'_>,
-    panel: &[f32],
-    width: usize,
-    to: (&mut [f32], &[usize]),
-    onto: Onto<'_>,
-    writes: Writes,
-    ahead: &[f32],
-) {
-    multiply_ahead(rows, panel, width, to, onto, writes, lines(ahead));
+/// `destination = rows · panel` or `destination += rows · panel`.
+pub struct Product<'a, R, P> {
+    /// Rows of as many elements as the panel has rows.
+    pub rows: Strided<'a, R>,
+    /// How many rows.
+    pub count: usize,
+    /// The right operand, row-major.
+    pub panel: &'a [f32],
+    /// Its columns, [`LANES`] or [`PANEL`].
+    pub width: usize,
+    /// Where all rows of the result lie.
+    pub destination: &'a mut [f32],
+    /// Distance of the result's rows, or where each of them begins.
+    pub places: P,
+    /// What the product is added to.
+    pub onto: Onto<'a>,
+    /// How the result is written. Sums of more than `terms` are read again, so none goes past the caches.
+    pub writes: Writes,
+    /// Terms that are summed at most before they join a longer sum, which keeps errors small.
+    pub terms: usize,
+    /// What is read soon after this product.
+    pub ahead: Strided<'a>,
 }
 
-/// Contiguous elements, a cache line in each row.
-fn lines(data: &[f32]) -> Strided<'_> {
-    const LINE: usize = 16;
-    Strided { data, stride: LINE, columns: LINE }
-}
-
-/// [`multiply`], where what is read soon is rows of a matrix, as many as begin in its data.
-///
-/// # Panics
-/// As [`multiply`].
-#[inline(never)]
-pub fn multiply_ahead(
-    rows: Rows<'_>,
-    panel: &[f32],
-    width: usize,
-    to: (&mut [f32], &[usize]),
-    onto: Onto<'_>,
-    writes: Writes,
-    ahead: Strided<'_>,
-) {
-    assert!((width == LANES || width == PANEL) && panel.len().is_multiple_of(width), "panel");
-    assert_eq!(rows.starts.len(), to.1.len(), "rows");
-    if let Onto::Row(row) = onto {
-        assert_eq!(row.len(), width, "row to begin with");
+impl<R: Starts, P: Starts> Product<'_, R, P> {
+    /// Computes it.
+    ///
+    /// # Panics
+    /// Where extents do not match or a row leaves its slice.
+    #[inline(never)]
+    pub fn run(self) {
+        let streamed = self.writes == Writes::Streamed;
+        simd::with_vectors(self);
+        if streamed {
+            simd::finish_streaming();
+        }
     }
-    simd::with_vectors(Multiply { rows, panel, width, data: to.0, places: to.1, onto, writes, ahead });
-    if writes == Writes::Streamed {
-        simd::finish_streaming();
+
+    fn check(&self) {
+        let Product { rows, count, panel, width, .. } = self;
+        assert!((*width == LANES || *width == PANEL) && panel.len() == rows.columns * width, "panel");
+        assert!(rows.holds(*count) && self.places.hold(*count, *width, self.destination.len()), "rows");
+        assert!(self.terms > 0 || panel.is_empty(), "terms");
+        if let Onto::Row(row) = self.onto {
+            assert_eq!(row.len(), *width, "row to begin with");
+        }
     }
 }
 
@@ -149,8 +142,7 @@ impl<P: Starts, E> Strided<'_, P, E> {
     }
 }
 
-/// `sums += leftᵀ · right`, over `depth` rows: `left` has a multiple of four columns, best of [`GROUP`], `right` [`LANES`] or
-/// [`PANEL`]; `sums` is row-major without gaps. `ahead` is read soon after this product.
+/// Runs a [`TransposedProduct`].
 ///
 /// # Panics
 /// Where extents do not match or a row leaves its data.
@@ -162,12 +154,7 @@ pub fn multiply_transposed<L: Starts, R: Starts>(
     sums: &mut [f32],
     ahead: &[f32],
 ) {
-    assert!(left.columns.is_multiple_of(4) && left.holds(depth), "left");
-    assert!((right.columns == LANES || right.columns == PANEL) && right.holds(depth), "right");
-    assert_eq!(sums.len(), left.columns * right.columns, "sums");
-    if depth > 0 {
-        simd::with_vectors(MultiplyTransposed { left, right, depth, sums, ahead });
-    }
+    simd::with_vectors(TransposedProduct { left, right, depth, sums, ahead });
 }
 
 /// The vector at `at`.
@@ -182,22 +169,12 @@ pub(crate) fn store<S: Simd>(data: &mut [f32], at: usize, value: S::f32s) {
     S::as_mut_simd_f32s(&mut data[at..at + S::F32_LANES]).0[0] = value;
 }
 
-struct Multiply<'a> {
-    rows: Rows<'a>,
-    panel: &'a [f32],
-    width: usize,
-    data: &'a mut [f32],
-    places: &'a [usize],
-    onto: Onto<'a>,
-    writes: Writes,
-    ahead: Strided<'a>,
-}
-
-impl WithSimd for Multiply<'_> {
+impl<R: Starts, P: Starts> WithSimd for Product<'_, R, P> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
+        self.check();
         // As many sums as there are registers: 32 of AVX-512, 16 of AVX2, 32 of NEON.
         match (S::F32_LANES, self.width) {
             (16.., PANEL) => self.all_rows::<S, 8, 2>(simd),
@@ -209,96 +186,132 @@ impl WithSimd for Multiply<'_> {
     }
 }
 
-impl Multiply<'_> {
+impl<R: Starts, P: Starts> Product<'_, R, P> {
     #[inline(always)]
-    fn all_rows<S: Simd, const R: usize, const V: usize>(&mut self, simd: S) {
+    fn all_rows<S: Simd, const N: usize, const V: usize>(&mut self, simd: S) {
+        let mut ahead = Ahead::new(self.ahead, self.count.div_ceil(N));
         let mut first = 0;
-        while first < self.places.len() {
-            prefetch_share(self.ahead, first / R, self.places.len().div_ceil(R));
-            let left = self.places.len() - first;
+        while first < self.count {
+            ahead.begin_block();
+            let left = self.count - first;
             first += match left {
-                _ if left >= R => self.block::<S, R, V>(simd, first),
-                4.. => self.block::<S, 4, V>(simd, first),
-                2.. => self.block::<S, 2, V>(simd, first),
-                _ => self.block::<S, 1, V>(simd, first),
+                _ if left >= N => self.block::<S, N, V>(simd, first, &mut ahead),
+                4.. => self.block::<S, 4, V>(simd, first, &mut ahead),
+                2.. => self.block::<S, 2, V>(simd, first, &mut ahead),
+                _ => self.block::<S, 1, V>(simd, first, &mut ahead),
             };
+            ahead.finish_block();
         }
     }
 
     #[inline(always)]
-    fn block<S: Simd, const R: usize, const V: usize>(&mut self, simd: S, first: usize) -> usize {
-        let depth = self.panel.len() / self.width;
-        let mut rows: [&[f32]; R] = [&[]; R];
-        for (r, row) in rows.iter_mut().enumerate() {
-            *row = &self.rows.data[self.rows.starts[first + r]..][..depth];
-        }
+    fn block<S: Simd, const N: usize, const V: usize>(
+        &mut self,
+        simd: S,
+        first: usize,
+        ahead: &mut Ahead<'_>,
+    ) -> usize {
         for column in (0..self.width).step_by(V * S::F32_LANES) {
             if self.writes == Writes::Fetched {
-                for place in &self.places[first..first + R] {
-                    simd::prefetch_to_write(&self.data[place + column..][..V * S::F32_LANES]);
+                for r in first..first + N {
+                    simd::prefetch_to_write(&self.destination[self.places.at(r) + column..][..V * S::F32_LANES]);
                 }
             }
-            let mut sums = [[simd.splat_f32s(0.0); V]; R];
-            if let Onto::Row(row) = self.onto {
-                let mut start = [simd.splat_f32s(0.0); V];
-                for (v, start) in start.iter_mut().enumerate() {
-                    *start = load::<S>(row, column + v * S::F32_LANES);
-                }
-                sums = [start; R];
-            }
-            for (at, right) in self.panel.chunks_exact(self.width).enumerate() {
-                let right = &S::as_simd_f32s(&right[column..]).0[..V];
-                for r in 0..R {
-                    let factor = simd.splat_f32s(rows[r][at]);
-                    for v in 0..V {
-                        sums[r][v] = simd.mul_add_e_f32s(factor, right[v], sums[r][v]);
+            let mut done = 0;
+            // At least once, so that a product of no terms is written.
+            loop {
+                let terms = self.terms.min(self.rows.columns - done);
+                let sums = self.sums::<S, N, V>(simd, (first, column), (done, terms), ahead);
+                let onto = if done == 0 { self.onto } else { Onto::Itself };
+                done += terms;
+                let streamed = self.writes == Writes::Streamed && self.terms >= self.rows.columns;
+                for (r, sums) in sums.into_iter().enumerate() {
+                    let to = &mut self.destination[self.places.at(first + r) + column..][..V * S::F32_LANES];
+                    for (v, sum) in sums.into_iter().enumerate() {
+                        let at = v * S::F32_LANES;
+                        let sum = match onto {
+                            Onto::Nothing | Onto::Row(_) => sum,
+                            Onto::Itself => simd.add_f32s(load::<S>(to, at), sum),
+                        };
+                        if streamed {
+                            simd::stream::<S>(&mut to[at..at + S::F32_LANES], sum);
+                        } else {
+                            store::<S>(to, at, sum);
+                        }
                     }
                 }
-            }
-            for (r, sums) in sums.into_iter().enumerate() {
-                for (v, sum) in sums.into_iter().enumerate() {
-                    let at = self.places[first + r] + column + v * S::F32_LANES;
-                    let sum = match self.onto {
-                        Onto::Nothing | Onto::Row(_) => sum,
-                        Onto::Itself => simd.add_f32s(load::<S>(self.data, at), sum),
-                    };
-                    if self.writes == Writes::Streamed {
-                        simd::stream::<S>(&mut self.data[at..at + S::F32_LANES], sum);
-                    } else {
-                        store::<S>(self.data, at, sum);
-                    }
+                if done == self.rows.columns {
+                    break;
                 }
             }
         }
-        R
+        N
     }
-}
 
-struct MultiplyTransposed<'a, A, B> {
-    left: Strided<'a, A>,
-    right: Strided<'a, B>,
-    depth: usize,
-    sums: &'a mut [f32],
-    ahead: &'a [f32],
-}
-
-/// Asks for the rows of `ahead` that fall to block `index` of `blocks`.
-#[inline(always)]
-pub(super) fn prefetch_share(ahead: Strided<'_>, index: usize, blocks: usize) {
-    if !ahead.data.is_empty() {
-        let share = ahead.data.len().div_ceil(ahead.stride).div_ceil(blocks);
-        for row in ahead.data.chunks(ahead.stride).skip(index * share).take(share) {
-            simd::prefetch(&row[..ahead.columns.min(row.len())]);
+    /// Of rows from `first` on and columns from `column` on the sums of some terms; the first ones begin with a row, if there
+    /// is one to begin with.
+    #[inline(always)]
+    fn sums<S: Simd, const N: usize, const V: usize>(
+        &self,
+        simd: S,
+        (first, column): (usize, usize),
+        (from, terms): (usize, usize),
+        ahead: &mut Ahead<'_>,
+    ) -> [[S::f32s; V]; N] {
+        let mut rows: [&[f32]; N] = [&[]; N];
+        for (r, row) in rows.iter_mut().enumerate() {
+            *row = &self.rows.data[self.rows.stride.at(first + r) + from..][..terms];
         }
+        let mut sums = [[simd.splat_f32s(0.0); V]; N];
+        if let (Onto::Row(row), 0) = (self.onto, from) {
+            let mut start = [simd.splat_f32s(0.0); V];
+            for (v, start) in start.iter_mut().enumerate() {
+                *start = load::<S>(row, column + v * S::F32_LANES);
+            }
+            sums = [start; N];
+        }
+        let panel = &self.panel[from * self.width..][..terms * self.width];
+        for (at, right) in panel.chunks_exact(self.width).enumerate() {
+            ahead.ask();
+            let right = &S::as_simd_f32s(&right[column..]).0[..V];
+            for r in 0..N {
+                let factor = simd.splat_f32s(rows[r][at]);
+                for v in 0..V {
+                    sums[r][v] = simd.mul_add_e_f32s(factor, right[v], sums[r][v]);
+                }
+            }
+        }
+        sums
     }
 }
 
-impl<A: Starts, B: Starts> WithSimd for MultiplyTransposed<'_, A, B> {
+/// `sums += leftᵀ · right`, row-major without gaps.
+pub struct TransposedProduct<'a, A, B> {
+    /// Rows of a multiple of four columns, best of [`GROUP`].
+    pub left: Strided<'a, A>,
+    /// Rows of [`LANES`] or [`PANEL`] columns.
+    pub right: Strided<'a, B>,
+    /// Rows of both.
+    pub depth: usize,
+    /// (column of the left operand, column of the right one)
+    pub sums: &'a mut [f32],
+    /// What is read soon after this product.
+    pub ahead: &'a [f32],
+}
+
+impl<A: Starts, B: Starts> WithSimd for TransposedProduct<'_, A, B> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        match (S::F32_LANES, self.right.columns) {
+        let TransposedProduct { left, right, depth, .. } = self;
+        assert!(left.columns.is_multiple_of(4) && left.holds(depth), "left");
+        assert!((right.columns == LANES || right.columns == PANEL) && right.holds(depth), "right");
+        assert_eq!(self.sums.len(), left.columns * right.columns, "sums");
+        if depth == 0 {
+            return;
+        }
+        match (S::F32_LANES, right.columns) {
             // Twelve columns, as of a stem's large kernels: in one block, not in one of eight and one of four.
             (16.., PANEL) if self.left.columns == 12 => self.all_blocks::<S, 12, 2>(simd),
             (16.., PANEL) => self.all_blocks::<S, 8, 2>(simd),
@@ -310,27 +323,35 @@ impl<A: Starts, B: Starts> WithSimd for MultiplyTransposed<'_, A, B> {
     }
 }
 
-impl<A: Starts, B: Starts> MultiplyTransposed<'_, A, B> {
+impl<A: Starts, B: Starts> TransposedProduct<'_, A, B> {
     #[inline(always)]
     fn all_blocks<S: Simd, const R: usize, const V: usize>(&mut self, simd: S) {
         let blocks = self.left.columns.div_ceil(R);
+        let mut ahead = Ahead::new(contiguous(self.ahead), blocks);
         for block in 0..blocks {
-            prefetch_share(lines(self.ahead), block, blocks);
+            ahead.begin_block();
             for column in (0..self.right.columns).step_by(V * S::F32_LANES) {
                 if (block + 1) * R <= self.left.columns {
-                    self.block::<S, R, V>(simd, block * R, column);
+                    self.block::<S, R, V>(simd, [block * R, column], &mut ahead);
                 } else {
-                    self.block::<S, 4, V>(simd, block * R, column);
+                    self.block::<S, 4, V>(simd, [block * R, column], &mut ahead);
                 }
             }
+            ahead.finish_block();
         }
     }
 
     #[inline(always)]
-    fn block<S: Simd, const R: usize, const V: usize>(&mut self, simd: S, first: usize, column: usize) {
+    fn block<S: Simd, const R: usize, const V: usize>(
+        &mut self,
+        simd: S,
+        [first, column]: [usize; 2],
+        ahead: &mut Ahead<'_>,
+    ) {
         let mut sums = [[simd.splat_f32s(0.0); V]; R];
         let (left, right) = (&self.left.data[first..], &self.right.data[column..]);
         for t in 0..self.depth {
+            ahead.ask();
             let left = &left[self.left.stride.at(t)..][..R];
             let right = S::as_simd_f32s(&right[self.right.stride.at(t)..][..V * S::F32_LANES]).0;
             let right = &right[..V];
@@ -376,20 +397,19 @@ mod tests {
 
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) -> Vec<f32> {
-            let Rowwise(left, panel, [rows, depth, width]) = self;
-            let starts: Vec<usize> = (0..rows).map(|row| row * depth).collect();
-            let places: Vec<usize> = (0..rows).map(|row| row * width).collect();
-            let mut data = vec![1.0; rows * width];
+            let Rowwise(left, panel, [count, depth, width]) = self;
+            let starts: Vec<usize> = (0..count).map(|row| row * depth).collect();
+            let mut data = vec![1.0; count * width];
             let start = vec![0.25; width];
-            for (onto, writes) in [
-                (Onto::Nothing, Writes::Fetched),
-                (Onto::Row(&start), Writes::Streamed),
-                (Onto::Row(&start), Writes::Near),
-                (Onto::Itself, Writes::Near),
+            for (onto, writes, terms) in [
+                (Onto::Nothing, Writes::Fetched, 7),
+                (Onto::Row(&start), Writes::Streamed, depth),
+                (Onto::Row(&start), Writes::Streamed, 5),
+                (Onto::Itself, Writes::Near, 8),
             ] {
-                let rows = Rows { data: left, starts: &starts };
-                let (data, places, ahead) = (&mut data[..], &places[..], lines(left));
-                Multiply { rows, panel, width, data, places, onto, writes, ahead }.with_simd(simd);
+                let rows = Strided { data: left, stride: &starts[..], columns: depth };
+                let (destination, places, ahead) = (&mut data[..], width, contiguous(left));
+                Product { rows, count, panel, width, destination, places, onto, writes, terms, ahead }.with_simd(simd);
             }
             data
         }
@@ -407,7 +427,7 @@ mod tests {
             let mut sums = vec![0.0; columns * width];
             let left = Strided { data: left, stride: columns, columns };
             let right = Strided { data: right, stride: width, columns: width };
-            MultiplyTransposed { left, right, depth, sums: &mut sums, ahead }.with_simd(simd);
+            TransposedProduct { left, right, depth, sums: &mut sums, ahead }.with_simd(simd);
             sums
         }
     }

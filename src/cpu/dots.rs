@@ -7,7 +7,8 @@
 
 use pulp::{Simd, WithSimd};
 
-use super::block_gemm::{Strided, load, prefetch_share};
+use super::ahead::Ahead;
+use super::block_gemm::{Strided, load};
 use super::simd;
 
 /// `sums[i · stride + j] += Σ left[i, k] · right[j, k]` over as many rows as `rows` says, of `left` and of `right`; both have
@@ -59,33 +60,41 @@ impl AddDots<'_> {
     fn all_rows<S: Simd, const R: usize, const C: usize>(&mut self, simd: S) {
         let [left, right] = self.rows;
         let blocks = left.div_ceil(R) * right.div_ceil(C);
-        let mut block = 0;
+        let mut ahead = Ahead::new(self.ahead, blocks);
         for column in (0..right).step_by(C) {
             for row in (0..left).step_by(R) {
-                prefetch_share(self.ahead, block, blocks);
-                block += 1;
+                ahead.begin_block();
                 match (row + R <= left, column + C <= right) {
-                    (true, true) => self.block::<S, R, C>(simd, row, column),
-                    (false, true) => (row..left).for_each(|row| self.block::<S, 1, C>(simd, row, column)),
-                    (true, false) => (column..right).for_each(|column| self.block::<S, R, 1>(simd, row, column)),
+                    (true, true) => self.block::<S, R, C>(simd, [row, column], &mut ahead),
+                    (false, true) => (row..left).for_each(|row| self.block::<S, 1, C>(simd, [row, column], &mut ahead)),
+                    (true, false) => {
+                        (column..right).for_each(|column| self.block::<S, R, 1>(simd, [row, column], &mut ahead))
+                    }
                     (false, false) => {
                         for row in row..left {
-                            (column..right).for_each(|column| self.block::<S, 1, 1>(simd, row, column));
+                            (column..right).for_each(|column| self.block::<S, 1, 1>(simd, [row, column], &mut ahead));
                         }
                     }
                 }
+                ahead.finish_block();
             }
         }
     }
 
     #[inline(always)]
-    fn block<S: Simd, const R: usize, const C: usize>(&mut self, simd: S, row: usize, column: usize) {
+    fn block<S: Simd, const R: usize, const C: usize>(
+        &mut self,
+        simd: S,
+        [row, column]: [usize; 2],
+        ahead: &mut Ahead<'_>,
+    ) {
         let depth = self.left.columns;
         let left: [&[f32]; R] = std::array::from_fn(|r| &self.left.data[(row + r) * self.left.stride..][..depth]);
         let right: [&[f32]; C] = std::array::from_fn(|c| &self.right.data[(column + c) * self.right.stride..][..depth]);
         let mut sums = [[simd.splat_f32s(0.0); C]; R];
         let whole = depth / S::F32_LANES * S::F32_LANES;
         for at in (0..whole).step_by(S::F32_LANES) {
+            ahead.ask();
             let mut factors = [simd.splat_f32s(0.0); R];
             for r in 0..R {
                 factors[r] = load::<S>(left[r], at);

@@ -19,6 +19,7 @@
 //! assert!(sums[0] < sums[1]);
 //! ```
 
+pub(crate) mod ahead;
 pub mod bf16;
 pub mod block_gemm;
 pub(crate) mod dots;

@@ -3,7 +3,8 @@
 
 use std::ops::Range;
 
-use super::block_gemm::{self, GROUP, LANES, Onto, PANEL, Rows, Strided, Writes};
+use super::ahead::contiguous;
+use super::block_gemm::{GROUP, LANES, Onto, PANEL, Product, Strided, Writes};
 use super::gemm::{Into, Matrix, Threads, gemm};
 use super::{Factor, Float, parallel, simd};
 use crate::tensor::{Buffer, DType};
@@ -103,7 +104,7 @@ impl<T: Float> Packed<T> {
             let into = start(to, bias);
             return self.multiply((rows, depth), (0, depth), count, (to, columns, into));
         }
-        let (data, to) = (bytemuck::cast_slice(rows), bytemuck::cast_slice_mut(to));
+        let (data, to): (&[f32], &mut [f32]) = (bytemuck::cast_slice(rows), bytemuck::cast_slice_mut(to));
         let bias: Option<&[f32]> = bias.map(bytemuck::cast_slice);
         let weight: &[f32] = bytemuck::cast_slice(&self.data);
         let ahead: &[f32] = bytemuck::cast_slice(ahead);
@@ -112,20 +113,19 @@ impl<T: Float> Packed<T> {
         let writes = if chunks > 1 && writes == Writes::Streamed { Writes::Fetched } else { writes };
         let share = ahead.len().div_ceil(columns.div_ceil(PANEL) * chunks).max(1);
         let mut ahead = ahead.chunks(share);
-        let (mut starts, mut places) = (vec![0; count], vec![0; count]);
-        for column in (0..columns).step_by(PANEL) {
+        for column in (0..if count > 0 { columns } else { 0 }).step_by(PANEL) {
             let width = panel_width(columns, column);
-            places.iter_mut().enumerate().for_each(|(row, place)| *place = row * columns + column);
             let panel = &weight[column * depth..][..depth * width];
             for (index, panel) in panel.chunks(chunk * width).enumerate() {
-                starts.iter_mut().enumerate().for_each(|(row, start)| *start = row * depth + index * chunk);
                 let (onto, writes) = match bias {
                     _ if index > 0 => (Onto::Itself, Writes::Near),
                     Some(bias) => (Onto::Row(&bias[column..][..width]), writes),
                     None => (Onto::Nothing, writes),
                 };
-                let (rows, next) = (Rows { data, starts: &starts }, ahead.next().unwrap_or_default());
-                block_gemm::multiply(rows, panel, width, (to, &places), onto, writes, next);
+                let rows = Strided { data: &data[index * chunk..], stride: depth, columns: panel.len() / width };
+                let (destination, ahead) = (&mut to[column..], contiguous(ahead.next().unwrap_or_default()));
+                let (places, terms) = (columns, chunk);
+                Product { rows, count, panel, width, destination, places, onto, writes, terms, ahead }.run();
             }
         }
     }
@@ -237,21 +237,26 @@ fn add_terms_to_panel(
     if into == Into::Overwrite && !whole {
         (0..rows).for_each(|row| to[row * row_stride..][..width].fill(0.0));
     }
-    let (mut starts, mut places) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
+    let mut places = Vec::with_capacity(rows);
     for (number, term) in terms.iter().enumerate() {
         let depth = term.weight.len();
         let chunk = depth.div_ceil(depth.div_ceil(DEPTH).max(1)).max(1);
         places.clear();
         places.extend(term.rows.iter().map(|row| row * row_stride));
-        let panel = &panel[term.weight.start * width..term.weight.end * width];
-        for (index, panel) in panel.chunks(chunk * width).enumerate() {
-            starts.clear();
-            starts.extend(term.starts.iter().map(|start| start + index * chunk));
-            let first = number == 0 && index == 0;
-            let onto = if first && whole && into == Into::Overwrite { Onto::Nothing } else { Onto::Itself };
-            let rows = Rows { data, starts: &starts };
-            block_gemm::multiply(rows, panel, width, (&mut *to, &places), onto, Writes::Near, &[]);
-        }
+        let behind = &panel[term.weight.end * width..];
+        let product = Product {
+            rows: Strided { data, stride: term.starts.as_slice(), columns: depth },
+            count: term.rows.len(),
+            panel: &panel[term.weight.start * width..term.weight.end * width],
+            width,
+            destination: &mut *to,
+            places: places.as_slice(),
+            onto: if number == 0 && whole && into == Into::Overwrite { Onto::Nothing } else { Onto::Itself },
+            writes: Writes::Near,
+            terms: chunk,
+            ahead: contiguous(&behind[..behind.len().min(depth * width)]),
+        };
+        product.run();
     }
 }
 
@@ -413,31 +418,29 @@ pub(crate) fn has_whole_taps(channels: usize, features: usize) -> bool {
 }
 
 /// `sums += patchesᵀ · grad`: rows of the gradient are `grad_stride` apart; columns of patches fill whole groups or are
-/// [`Patches::filled`]. `ahead` is read soon after.
+/// [`Patches::filled`]. Both of `ahead` are read soon after.
 pub(crate) fn add_product<E: Factor>(
     patches: Patches<'_, E>,
     (grad, grad_stride, features): (&[E], usize, usize),
     rows: usize,
     sums: &mut [E::Sum],
-    ahead: &[E],
+    ahead: [&[E]; 2],
 ) {
     let filled_columns = patch_stride(patches.columns);
     let left = Strided { data: patches.data, stride: patches.stride, columns: filled_columns };
-    let share = ahead.len().div_ceil(features.div_ceil(PANEL)).max(1);
-    let mut ahead = ahead.chunks(share);
-    let mut filled = Buffer::<E::Sum>::recycled(if features.is_multiple_of(LANES) { 0 } else { rows * PANEL });
-    let filled: &mut [E] = bytemuck::cast_slice_mut(&mut filled);
+    let share = ahead.map(<[E]>::len).iter().sum::<usize>().div_ceil(features.div_ceil(PANEL)).max(1);
+    let mut ahead = ahead.iter().flat_map(|data| data.chunks(share));
+    let mut near = Buffer::<E::Sum>::recycled(rows * PANEL);
+    let near: &mut [E] = bytemuck::cast_slice_mut(&mut near);
     for (index, sums) in sums.chunks_mut(filled_columns * PANEL).enumerate() {
         let first = index * PANEL;
         let (width, used) = (panel_width(features, first), PANEL.min(features - first));
-        let mut right = Strided { data: &grad[first..], stride: grad_stride, columns: width };
-        if used < width {
-            for (row, filled) in filled.chunks_exact_mut(width).take(rows).enumerate() {
-                filled[..used].copy_from_slice(&grad[row * grad_stride + first..][..used]);
-                filled[used..].fill(E::zeroed());
-            }
-            right = Strided { data: &*filled, stride: width, columns: width };
+        // Rows of a gradient are often a power of two apart and would share few sets of a cache.
+        for (row, near) in near.chunks_exact_mut(width).take(rows).enumerate() {
+            near[..used].copy_from_slice(&grad[row * grad_stride + first..][..used]);
+            near[used..].fill(E::zeroed());
         }
+        let right = Strided { data: &*near, stride: width, columns: width };
         E::multiply_transposed(left, right, rows, sums, ahead.next().unwrap_or_default());
     }
 }

@@ -15,7 +15,7 @@ use super::patches::{Anchor, PANEL_COLUMNS, Source, Taps, forward_anchors, forwa
 use crate::cpu::block_gemm::{PANEL, Writes};
 use crate::cpu::gemm::Into;
 use crate::cpu::packed::{
-    Packed, Patches, Term, add_product, add_product_of_taps, copy_weights, has_whole_taps, patch_stride, start,
+    Packed, Patches, Term, add_product, add_product_of_taps, ahead, copy_weights, has_whole_taps, patch_stride, start,
     sums_len,
 };
 use crate::cpu::{Factor, Float, parallel};
@@ -392,7 +392,12 @@ fn add_share<E: Factor>(
         let grad = &grad[first * channels + first_channel + share.group * group_outputs..];
         if in_place {
             let patches = Patches { data: &input[first * columns..], stride, columns };
-            add_product(patches, (grad, channels, group_outputs), rows, share.sums, &[]);
+            let coming = TILE.min(share.rows.end - first - rows);
+            let next = [
+                ahead(input, (first + rows) * columns, coming * columns),
+                ahead(grad, rows * channels, coming * channels),
+            ];
+            add_product(patches, (grad, channels, group_outputs), rows, share.sums, next);
             continue;
         }
         let anchors = forward_anchors(g, first..first + rows);
@@ -404,6 +409,6 @@ fn add_share<E: Factor>(
         }
         source.fill_panel(&mut panel[..rows * stride], stride, &anchors, share.ys, xs);
         let patches = Patches::filled(&panel[..rows * stride], columns);
-        add_product(patches, (grad, channels, group_outputs), rows, share.sums, &[]);
+        add_product(patches, (grad, channels, group_outputs), rows, share.sums, [&[], &[]]);
     }
 }

@@ -18,27 +18,24 @@
 //! Constants of functions and types are R, the taps of the kernel, T = R + 3, the inputs of a tile, and P, its products,
 //! each in one direction.
 
+mod products;
 mod steps;
 mod transforms;
 
 use std::ops::Range;
 
 use super::Geometry;
-use crate::cpu::block_gemm::{GROUP, LANES, Onto, PANEL, Rows, Strided, Writes, multiply, multiply_transposed};
+use crate::cpu::block_gemm::{LANES, PANEL, Writes};
 use crate::cpu::packed::panels;
 use crate::cpu::{Float, parallel, simd};
 use crate::tensor::{Buffer, DType, Weight};
+use products::{PanelProducts, TileSums};
 use steps::{CollectOutput, CollectWeight, Destination, Operands, SpreadGrad, SpreadInput, SpreadWeight};
 
 /// Outputs of a tile, in one direction.
 const OUTPUTS: usize = 4;
 /// Elements between planes of products, so that they do not all fall into the same sets of a cache.
 const GAP: usize = LANES;
-/// Terms that are summed at most before they join a longer sum, which keeps errors small.
-const DEPTH: usize = 64;
-
-/// Vectors of N × N positions or products.
-type Square<V, const N: usize> = [[V; N]; N];
 
 /// Whether this way is open, and better than the direct one, for the input gradient: kernels of 3 × 3 and 5 × 5, stride 1,
 /// channels in whole vectors. `f64` is for references, which are direct.
@@ -226,7 +223,15 @@ impl Map<'_> {
             let mut products = Buffer::<f32>::recycled(count * P * P * width);
             self.panel_products::<P>(&inputs, weight, (first, width), &mut products);
             let (products, to) = (&*products, Destination::Strip(&mut strip[0]));
-            simd::with_vectors(CollectOutput::<P> { map: self, tiles: 0..count, products, first, bias, to });
+            simd::with_vectors(CollectOutput::<P> {
+                map: self,
+                tiles: 0..count,
+                products,
+                first,
+                bias,
+                to,
+                writes: Writes::Near,
+            });
         });
     }
 
@@ -239,6 +244,7 @@ impl Map<'_> {
         mut to: Destination<'_, '_>,
     ) {
         let (depth, columns, count) = (self.depth, self.columns, tiles.len());
+        let writes = Writes::of_large::<f32>(self.batch * self.result[0] * self.result[1] * columns);
         let mut inputs = Buffer::<f32>::recycled(count * P * P * depth);
         simd::with_vectors(SpreadInput::<T, P> { map: self, tiles: tiles.clone(), to: Operands::Rows(&mut inputs) });
         let mut products = Buffer::<f32>::recycled(count * P * P * PANEL.min(columns));
@@ -246,7 +252,10 @@ impl Map<'_> {
             let products = &mut products[..count * P * P * width];
             self.panel_products::<P>(&inputs, weight, (first, width), products);
             let (tiles, to) = (tiles.clone(), to.again());
-            simd::with_vectors(CollectOutput::<P> { map: self, tiles, products, first, bias, to });
+            simd::with_vectors(CollectOutput::<P> { map: self, tiles, products, first, bias, to, writes });
+        }
+        if writes == Writes::Streamed {
+            simd::finish_streaming();
         }
     }
 
@@ -259,20 +268,8 @@ impl Map<'_> {
         (first, width): (usize, usize),
         products: &mut [f32],
     ) {
-        let (depth, count) = (self.depth, products.len() / (P * P * width));
-        let chunk_depth = depth.div_ceil(depth.div_ceil(DEPTH));
-        let (mut starts, mut places) = (vec![0; count], vec![0; count]);
-        for p in 0..P * P {
-            let panel = &weight[(first * P * P + p * width) * depth..][..depth * width];
-            places.iter_mut().enumerate().for_each(|(t, place)| *place = (t * P * P + p) * width);
-            for (chunk, panel) in panel.chunks(chunk_depth * width).enumerate() {
-                let start = p * depth + chunk * chunk_depth;
-                starts.iter_mut().enumerate().for_each(|(t, place)| *place = start + t * P * P * depth);
-                let onto = if chunk == 0 { Onto::Nothing } else { Onto::Itself };
-                let rows = Rows { data: inputs, starts: &starts };
-                multiply(rows, panel, width, (&mut *products, &places), onto, Writes::Near, &[]);
-            }
-        }
+        let weight = &weight[first * P * P * self.depth..];
+        simd::with_vectors(PanelProducts::<P> { inputs, depth: self.depth, weight, width, products });
     }
 
     /// Σ (A y) ⊙ (Bᵀ x), in the order (product, panel of columns, depth, column of the panel): sums over blocks of a
@@ -307,16 +304,15 @@ impl Map<'_> {
             }
             parallel::pieces_mut(&mut parts, 1, |_, part| {
                 let (p, column, sums) = &mut part[0];
-                let width = sums.len() / depth;
-                for (index, block) in operands[..used].chunks(block_len).enumerate() {
-                    let count = BLOCK.min(last - first - index * BLOCK);
-                    let inputs = &block[*p * planes[0]..][..count * depth];
-                    let grads = P * P * planes[0] + *p * planes[1] + *column * count;
-                    let right = Strided { data: &block[grads..][..count * width], stride: width, columns: width };
-                    for (data, sums) in inputs.chunks_exact(count * GROUP).zip(sums.chunks_exact_mut(GROUP * width)) {
-                        multiply_transposed(Strided { data, stride: GROUP, columns: GROUP }, right, count, sums, &[]);
-                    }
-                }
+                simd::with_vectors(TileSums {
+                    blocks: &operands[..used],
+                    block_len,
+                    tiles: [BLOCK, last - first],
+                    inputs: *p * planes[0],
+                    grads: P * P * planes[0] + *p * planes[1],
+                    panel: [*column, sums.len() / depth],
+                    sums,
+                });
             });
         }
         sums

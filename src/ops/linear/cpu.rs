@@ -187,7 +187,7 @@ fn weight_gradient<T: Float>(grad: &[T], input: &[T], [rows, in_features, out_fe
                 Patches { data: &grad[first * out_features + index * strip..], stride: out_features, columns };
             let (at, len) = (first * in_features, count * in_features);
             let block = (&input[at..at + len], in_features, in_features);
-            add_product(patches, block, count, &mut sums, ahead(input, at + len, len));
+            add_product(patches, block, count, &mut sums, [ahead(input, at + len, len), &[]]);
         }
         for (column, row) in output.chunks_exact_mut(in_features).enumerate() {
             copy_sums(&sums, columns, column, row);
@@ -327,7 +327,8 @@ impl<T: Float> OnePass<'_, T> {
             }
             let patches = Patches { data: grad, stride: out_features, columns: out_features };
             let input = (&self.input[of(in_features)], in_features, in_features);
-            let next = self.sums.map_or(next(self.input, in_features), |sums| next(sums, out_features));
+            let sums = self.sums.map_or(&[][..], |sums| next(sums, out_features));
+            let next = [sums, next(self.input, in_features)];
             add_product(patches, input, count, part.weight_sums, next);
         }
     }

@@ -6,7 +6,7 @@
 //! strip's sums stay in the second-level cache, the panel in the first; each weight is read once, by the task that packs it.
 //! Of few rows the products are dot products with the weight as it lies: packing it would cost as much as they do.
 
-use crate::cpu::block_gemm::{self, LANES, Onto, PANEL, Rows, Strided, Writes};
+use crate::cpu::block_gemm::{self, LANES, Onto, PANEL, Strided, Writes};
 use crate::cpu::packed::pack_transposed;
 use crate::cpu::{Float, dots, parallel, simd};
 use crate::ops::elementwise::scalar;
@@ -145,10 +145,8 @@ impl Product<'_> {
         }
         let mut sums = Buffer::<f32>::recycled(rows * stride);
         let mut packed = Buffer::<f32>::recycled(chunk * PANEL);
-        let (mut starts, mut places) = (vec![0; rows], vec![0; rows]);
         for at in (0..depth).step_by(chunk) {
             let len = chunk.min(depth - at);
-            starts.iter_mut().enumerate().for_each(|(row, start)| *start = row * depth + at);
             for column in (0..columns).step_by(PANEL) {
                 let (width, used) = (PANEL.min(stride - column), PANEL.min(columns - column));
                 let panel = &mut packed[..len * width];
@@ -156,12 +154,21 @@ impl Product<'_> {
                     panel.chunks_exact_mut(width).for_each(|row| row[used..].fill(0.0));
                 }
                 pack_transposed(&self.weight[(first + column) * depth + at..], depth, panel, width, used);
-                places.iter_mut().enumerate().for_each(|(row, place)| *place = row * stride + column);
                 let onto = if at > 0 { Onto::Itself } else { Onto::Row(&start[column..][..width]) };
                 let next = if column + PANEL < columns { [at, first + column + PANEL] } else { [at + chunk, first] };
-                let input = Rows { data: self.input, starts: &starts };
-                let to = (&mut sums[..], &places[..]);
-                block_gemm::multiply_ahead(input, panel, width, to, onto, Writes::Near, self.ahead(next, len, PANEL));
+                let product = block_gemm::Product {
+                    rows: Strided { data: &self.input[at..], stride: depth, columns: len },
+                    count: rows,
+                    panel,
+                    width,
+                    destination: &mut sums[column..],
+                    places: stride,
+                    onto,
+                    writes: Writes::Near,
+                    terms: chunk,
+                    ahead: self.ahead(next, len, PANEL),
+                };
+                product.run();
             }
         }
         strip.write(&sums, stride);

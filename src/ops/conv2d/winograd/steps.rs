@@ -4,27 +4,18 @@ use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
-use super::transforms::{collect_square, input_square, scale_square, spread_square};
-use super::{Map, OUTPUTS, Square, Window};
-use crate::cpu::block_gemm::{GROUP, LANES, PANEL, load, store};
+use super::transforms::{Scratch, collect_square, input_square, scaled, spread_square};
+use super::{Map, OUTPUTS, Window};
+use crate::cpu::block_gemm::{GROUP, LANES, PANEL, Writes, load, store};
+use crate::cpu::simd;
 
-/// The values of a window from `channel` on, zeros outside of the map.
+/// The value at a place of a window from `channel` on, zeros outside of the map.
 #[inline(always)]
-fn load_window<S: Simd, const N: usize>(
-    simd: S,
-    data: &[f32],
-    window: &Window<N>,
-    channel: usize,
-) -> Square<S::f32s, N> {
-    let mut values = [[simd.splat_f32s(0.0); N]; N];
-    for y in 0..N {
-        for x in 0..N {
-            if let Some(at) = window[y][x] {
-                values[y][x] = load::<S>(data, at + channel);
-            }
-        }
+fn load_at<S: Simd>(simd: S, data: &[f32], place: Option<usize>, channel: usize) -> S::f32s {
+    match place {
+        Some(at) => load::<S>(data, at + channel),
+        None => simd.splat_f32s(0.0),
     }
-    values
 }
 
 /// Where transformed inputs go.
@@ -48,28 +39,31 @@ impl<const T: usize, const P: usize> WithSimd for SpreadInput<'_, T, P> {
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
         let (depth, count) = (self.map.depth, self.tiles.len());
+        let mut scratch: Scratch<_, T, P> = [[simd.splat_f32s(0.0); T]; P];
         for (t, tile) in self.tiles.enumerate() {
             let window = self.map.input_window::<T>(tile);
             for channel in (0..depth).step_by(S::F32_LANES) {
-                let square: Square<_, P> = input_square(simd, &load_window(simd, self.map.source, &window, channel));
-                match &mut self.to {
-                    Operands::Rows(data) => {
-                        for (p, &value) in square.as_flattened().iter().enumerate() {
-                            store::<S>(data, (t * P * P + p) * depth + channel, value);
+                input_square(
+                    simd,
+                    &mut scratch,
+                    #[inline(always)]
+                    |y, x| load_at(simd, self.map.source, window[y][x], channel),
+                    #[inline(always)]
+                    |i, j, value| match &mut self.to {
+                        Operands::Rows(data) => {
+                            store::<S>(data, (t * P * P + i * P + j) * depth + channel, value);
                         }
-                    }
-                    Operands::Groups(data, plane) => {
-                        let lanes = S::F32_LANES.min(GROUP);
-                        for (p, value) in square.as_flattened().iter().enumerate() {
-                            let values: &[f32] = bytemuck::cast_slice(std::slice::from_ref(value));
+                        Operands::Groups(data, plane) => {
+                            let lanes = S::F32_LANES.min(GROUP);
+                            let values: &[f32] = bytemuck::cast_slice(std::slice::from_ref(&value));
                             for (part, values) in values.chunks_exact(lanes).enumerate() {
                                 let channel = channel + part * lanes;
-                                let at = p * *plane + (channel / GROUP * count + t) * GROUP + channel % GROUP;
+                                let at = (i * P + j) * *plane + (channel / GROUP * count + t) * GROUP + channel % GROUP;
                                 data[at..at + lanes].copy_from_slice(values);
                             }
                         }
-                    }
-                }
+                    },
+                );
             }
         }
     }
@@ -90,15 +84,20 @@ impl<const P: usize> WithSimd for SpreadGrad<'_, P> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let (count, columns) = (self.tiles.len(), self.map.columns);
+        let mut scratch: Scratch<_, OUTPUTS, P> = [[simd.splat_f32s(0.0); OUTPUTS]; P];
         for (t, tile) in self.tiles.enumerate() {
             let window = self.map.output_window(tile);
             for column in (0..columns).step_by(S::F32_LANES) {
-                let square: Square<_, P> = spread_square(simd, &load_window(simd, self.grad, &window, column));
                 let panel = column / PANEL * PANEL;
                 let start = panel * count + t * PANEL.min(columns - panel) + column - panel;
-                for (p, &value) in square.as_flattened().iter().enumerate() {
-                    store::<S>(self.data, p * self.plane + start, value);
-                }
+                spread_square(
+                    simd,
+                    &mut scratch,
+                    #[inline(always)]
+                    |y, x| load_at(simd, self.grad, window[y][x], column),
+                    #[inline(always)]
+                    |i, j, value| store::<S>(self.data, (i * P + j) * self.plane + start, value),
+                );
             }
         }
     }
@@ -113,6 +112,7 @@ pub(super) struct CollectOutput<'a, 'b, const P: usize> {
     pub first: usize,
     pub bias: Option<&'a [f32]>,
     pub to: Destination<'a, 'b>,
+    pub writes: Writes,
 }
 
 /// Where results go.
@@ -150,24 +150,29 @@ impl<const P: usize> WithSimd for CollectOutput<'_, '_, P> {
     fn with_simd<S: Simd>(mut self, simd: S) {
         let width = self.products.len() / (self.tiles.len() * P * P);
         let zero = simd.splat_f32s(0.0);
+        let mut scratch: Scratch<_, P, OUTPUTS> = [[zero; P]; OUTPUTS];
         for (tile, products) in self.tiles.zip(self.products.chunks_exact(P * P * width)) {
             let window: Window<OUTPUTS> = self.map.positions(tile);
             for within in (0..width).step_by(S::F32_LANES) {
-                let column = self.first + within;
-                let bias = self.bias.map_or(zero, |bias| load::<S>(bias, column));
-                let mut square = [[zero; P]; P];
-                for (p, value) in square.as_flattened_mut().iter_mut().enumerate() {
-                    *value = load::<S>(products, p * width + within);
-                }
-                let values: Square<S::f32s, OUTPUTS> = collect_square(simd, &square);
-                for y in 0..OUTPUTS {
-                    for x in 0..OUTPUTS {
+                let bias = self.bias.map_or(zero, |bias| load::<S>(bias, self.first + within));
+                collect_square(
+                    simd,
+                    &mut scratch,
+                    #[inline(always)]
+                    |i, j| load::<S>(products, (i * P + j) * width + within),
+                    #[inline(always)]
+                    |y, x, value| {
                         if let Some(position) = window[y][x] {
-                            let value = simd.add_f32s(values[y][x], bias);
-                            store::<S>(self.to.at(position, self.first, within), 0, value);
+                            let value = simd.add_f32s(value, bias);
+                            let out = &mut self.to.at(position, self.first, within)[..S::F32_LANES];
+                            if self.writes == Writes::Streamed {
+                                simd::stream::<S>(out, value);
+                            } else {
+                                store::<S>(out, 0, value);
+                            }
                         }
-                    }
-                }
+                    },
+                );
             }
         }
     }
@@ -189,21 +194,25 @@ impl<const R: usize, const P: usize> WithSimd for CollectWeight<'_, R, P> {
         let (depth, columns) = (self.map.depth, self.map.columns);
         let panel = self.first / PANEL * PANEL;
         let width = PANEL.min(columns - panel);
+        let mut scratch: Scratch<_, P, R> = [[simd.splat_f32s(0.0); P]; R];
         for row in 0..depth {
             for offset in (0..LANES).step_by(S::F32_LANES) {
-                let mut square = [[simd.splat_f32s(0.0); P]; P];
-                for (p, value) in square.as_flattened_mut().iter_mut().enumerate() {
-                    let at = (p * columns + panel) * depth + row * width + self.first - panel + offset;
-                    *value = load::<S>(self.sums, at);
-                }
-                scale_square(simd, &mut square);
-                let taps: Square<S::f32s, R> = collect_square(simd, &square);
-                for (tap, values) in taps.as_flattened().iter().enumerate() {
-                    let lanes: &[f32] = bytemuck::cast_slice(std::slice::from_ref(values));
-                    for (lane, &value) in lanes.iter().enumerate() {
-                        self.out[((offset + lane) * depth + row) * R * R + tap] = value;
-                    }
-                }
+                collect_square(
+                    simd,
+                    &mut scratch,
+                    #[inline(always)]
+                    |i, j| {
+                        let at = ((i * P + j) * columns + panel) * depth + row * width + self.first - panel + offset;
+                        scaled::<S, P>(simd, [i, j], load::<S>(self.sums, at))
+                    },
+                    #[inline(always)]
+                    |y, x, value| {
+                        let lanes: &[f32] = bytemuck::cast_slice(std::slice::from_ref(&value));
+                        for (lane, &value) in lanes.iter().enumerate() {
+                            self.out[((offset + lane) * depth + row) * R * R + y * R + x] = value;
+                        }
+                    },
+                );
             }
         }
     }
@@ -224,6 +233,7 @@ impl<'w, const R: usize, const P: usize, K: Fn(usize, usize) -> &'w [f32]> WithS
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let width = self.out.len() / (P * P * self.depth);
+        let mut scratch: Scratch<_, R, P> = [[simd.splat_f32s(0.0); R]; P];
         for row in 0..self.depth {
             for first in (0..width).step_by(S::F32_LANES) {
                 let mut taps = [[simd.splat_f32s(0.0); R]; R];
@@ -234,11 +244,17 @@ impl<'w, const R: usize, const P: usize, K: Fn(usize, usize) -> &'w [f32]> WithS
                         lanes[lane] = kernel[if self.flipped { R * R - 1 - tap } else { tap }];
                     }
                 }
-                let mut square: Square<_, P> = spread_square(simd, &taps);
-                scale_square(simd, &mut square);
-                for (p, &value) in square.as_flattened().iter().enumerate() {
-                    store::<S>(self.out, (p * self.depth + row) * width + first, value);
-                }
+                spread_square(
+                    simd,
+                    &mut scratch,
+                    #[inline(always)]
+                    |y, x| taps[y][x],
+                    #[inline(always)]
+                    |i, j, value| {
+                        let value = scaled::<S, P>(simd, [i, j], value);
+                        store::<S>(self.out, ((i * P + j) * self.depth + row) * width + first, value);
+                    },
+                );
             }
         }
     }

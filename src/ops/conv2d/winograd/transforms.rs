@@ -3,8 +3,6 @@
 
 use pulp::Simd;
 
-use super::Square;
-
 /// `line` as an array whose length has another name.
 #[allow(clippy::manual_memcpy, reason = "a call for a copy would take the line out of its registers")]
 #[inline(always)]
@@ -104,79 +102,90 @@ fn scale<const P: usize>(point: usize) -> f32 {
     }
 }
 
-/// `line` along the columns, then along the rows.
+/// `line` along the columns, then along the rows: `value` gives the element of a row and a column, `sink` takes that of the
+/// result. Columns are kept in `scratch`, whose contents are of no matter: not to be written twice.
+#[allow(clippy::needless_range_loop, reason = "iterators of arrays would take vectors out of their registers")]
 #[inline(always)]
 fn both_ways<V: Copy, const FROM: usize, const TO: usize>(
-    values: &Square<V, FROM>,
-    zero: V,
+    scratch: &mut Scratch<V, FROM, TO>,
+    value: impl Fn(usize, usize) -> V,
     line: impl Fn([V; FROM]) -> [V; TO],
-) -> Square<V, TO> {
-    let mut columns = [[zero; FROM]; TO];
+    mut sink: impl FnMut(usize, usize, V),
+) {
     for x in 0..FROM {
-        let mut column = [zero; FROM];
-        for y in 0..FROM {
-            column[y] = values[y][x];
+        let mut column = [value(0, x); FROM];
+        for y in 1..FROM {
+            column[y] = value(y, x);
         }
         let transformed = line(column);
         for i in 0..TO {
-            columns[i][x] = transformed[i];
+            scratch[i][x] = transformed[i];
         }
     }
-    let mut square = [[zero; TO]; TO];
     for i in 0..TO {
-        square[i] = line(columns[i]);
+        let transformed = line(scratch[i]);
+        for j in 0..TO {
+            sink(i, j, transformed[j]);
+        }
     }
-    square
 }
+
+/// Room for what a transform has done along the columns.
+pub(super) type Scratch<V, const FROM: usize, const TO: usize> = [[V; FROM]; TO];
 
 /// Bᵀ x B.
 #[inline(always)]
 pub(super) fn input_square<S: Simd, const T: usize, const P: usize>(
     simd: S,
-    values: &Square<S::f32s, T>,
-) -> Square<S::f32s, P> {
+    scratch: &mut Scratch<S::f32s, T, P>,
+    value: impl Fn(usize, usize) -> S::f32s,
+    sink: impl FnMut(usize, usize, S::f32s),
+) {
     both_ways(
-        values,
-        simd.splat_f32s(0.0),
+        scratch,
+        value,
         #[inline(always)]
         |line| input_line(simd, line),
-    )
+        sink,
+    );
 }
 
 /// A y Aᵀ.
 #[inline(always)]
 pub(super) fn spread_square<S: Simd, const N: usize, const P: usize>(
     simd: S,
-    values: &Square<S::f32s, N>,
-) -> Square<S::f32s, P> {
+    scratch: &mut Scratch<S::f32s, N, P>,
+    value: impl Fn(usize, usize) -> S::f32s,
+    sink: impl FnMut(usize, usize, S::f32s),
+) {
     both_ways(
-        values,
-        simd.splat_f32s(0.0),
+        scratch,
+        value,
         #[inline(always)]
         |line| spread_line(simd, line),
-    )
+        sink,
+    );
 }
 
 /// Aᵀ z A.
 #[inline(always)]
 pub(super) fn collect_square<S: Simd, const N: usize, const P: usize>(
     simd: S,
-    square: &Square<S::f32s, P>,
-) -> Square<S::f32s, N> {
+    scratch: &mut Scratch<S::f32s, P, N>,
+    value: impl Fn(usize, usize) -> S::f32s,
+    sink: impl FnMut(usize, usize, S::f32s),
+) {
     both_ways(
-        square,
-        simd.splat_f32s(0.0),
+        scratch,
+        value,
         #[inline(always)]
         |line| collect_line(simd, line),
-    )
+        sink,
+    );
 }
 
-/// S z S.
+/// An element of S z S, where `value` is that of z.
 #[inline(always)]
-pub(super) fn scale_square<S: Simd, const P: usize>(simd: S, square: &mut Square<S::f32s, P>) {
-    for (i, line) in square.iter_mut().enumerate() {
-        for (j, value) in line.iter_mut().enumerate() {
-            *value = simd.mul_f32s(*value, simd.splat_f32s(scale::<P>(i) * scale::<P>(j)));
-        }
-    }
+pub(super) fn scaled<S: Simd, const P: usize>(simd: S, [i, j]: [usize; 2], value: S::f32s) -> S::f32s {
+    simd.mul_f32s(value, simd.splat_f32s(scale::<P>(i) * scale::<P>(j)))
 }
