@@ -47,9 +47,11 @@ impl Writes {
 }
 
 /// `destination = rows · panel` or `destination += rows · panel`.
-pub struct Product<'a, R, P> {
-    /// Rows of as many elements as the panel has rows.
+pub struct Product<'a, R, P, O> {
+    /// Rows, or the first runs of rows, each run with so many elements.
     pub rows: Strided<'a, R>,
+    /// Where the runs of a row begin, from the row's beginning: `[0]`, or several of sums that are not split into shorter ones.
+    pub runs: O,
     /// How many rows.
     pub count: usize,
     /// The right operand, row-major.
@@ -70,7 +72,7 @@ pub struct Product<'a, R, P> {
     pub ahead: Strided<'a>,
 }
 
-impl<R: Starts, P: Starts> Product<'_, R, P> {
+impl<R: Starts, P: Starts, O: AsRef<[usize]>> Product<'_, R, P, O> {
     /// Computes it.
     ///
     /// # Panics
@@ -84,9 +86,16 @@ impl<R: Starts, P: Starts> Product<'_, R, P> {
         }
     }
 
+    /// Terms of each sum.
+    #[inline(always)]
+    fn depth(&self) -> usize {
+        self.runs.as_ref().len() * self.rows.columns
+    }
+
     fn check(&self) {
         let Product { rows, count, panel, width, .. } = self;
-        assert!((*width == LANES || *width == PANEL) && panel.len() == rows.columns * width, "panel");
+        assert!((*width == LANES || *width == PANEL) && panel.len() == self.depth() * width, "panel");
+        assert!(self.runs.as_ref().len() == 1 || self.terms >= self.depth(), "runs");
         assert!(rows.holds(*count) && self.places.hold(*count, *width, self.destination.len()), "rows");
         assert!(self.terms > 0 || panel.is_empty(), "terms");
         if let Onto::Row(row) = self.onto {
@@ -169,7 +178,7 @@ pub(crate) fn store<S: Simd>(data: &mut [f32], at: usize, value: S::f32s) {
     S::as_mut_simd_f32s(&mut data[at..at + S::F32_LANES]).0[0] = value;
 }
 
-impl<R: Starts, P: Starts> WithSimd for Product<'_, R, P> {
+impl<R: Starts, P: Starts, O: AsRef<[usize]>> WithSimd for Product<'_, R, P, O> {
     type Output = ();
 
     #[inline(always)]
@@ -186,7 +195,7 @@ impl<R: Starts, P: Starts> WithSimd for Product<'_, R, P> {
     }
 }
 
-impl<R: Starts, P: Starts> Product<'_, R, P> {
+impl<R: Starts, P: Starts, O: AsRef<[usize]>> Product<'_, R, P, O> {
     #[inline(always)]
     fn all_rows<S: Simd, const N: usize, const V: usize>(&mut self, simd: S) {
         let mut ahead = Ahead::new(self.ahead, self.count.div_ceil(N));
@@ -220,11 +229,11 @@ impl<R: Starts, P: Starts> Product<'_, R, P> {
             let mut done = 0;
             // At least once, so that a product of no terms is written.
             loop {
-                let terms = self.terms.min(self.rows.columns - done);
+                let terms = self.terms.min(self.depth() - done);
                 let sums = self.sums::<S, N, V>(simd, (first, column), (done, terms), ahead);
                 let onto = if done == 0 { self.onto } else { Onto::Itself };
                 done += terms;
-                let streamed = self.writes == Writes::Streamed && self.terms >= self.rows.columns;
+                let streamed = self.writes == Writes::Streamed && self.terms >= self.depth();
                 for (r, sums) in sums.into_iter().enumerate() {
                     let to = &mut self.destination[self.places.at(first + r) + column..][..V * S::F32_LANES];
                     for (v, sum) in sums.into_iter().enumerate() {
@@ -240,7 +249,7 @@ impl<R: Starts, P: Starts> Product<'_, R, P> {
                         }
                     }
                 }
-                if done == self.rows.columns {
+                if done == self.depth() {
                     break;
                 }
             }
@@ -258,10 +267,6 @@ impl<R: Starts, P: Starts> Product<'_, R, P> {
         (from, terms): (usize, usize),
         ahead: &mut Ahead<'_>,
     ) -> [[S::f32s; V]; N] {
-        let mut rows: [&[f32]; N] = [&[]; N];
-        for (r, row) in rows.iter_mut().enumerate() {
-            *row = &self.rows.data[self.rows.stride.at(first + r) + from..][..terms];
-        }
         let mut sums = [[simd.splat_f32s(0.0); V]; N];
         if let (Onto::Row(row), 0) = (self.onto, from) {
             let mut start = [simd.splat_f32s(0.0); V];
@@ -270,14 +275,24 @@ impl<R: Starts, P: Starts> Product<'_, R, P> {
             }
             sums = [start; N];
         }
-        let panel = &self.panel[from * self.width..][..terms * self.width];
-        for (at, right) in panel.chunks_exact(self.width).enumerate() {
-            ahead.ask();
-            let right = &S::as_simd_f32s(&right[column..]).0[..V];
-            for r in 0..N {
-                let factor = simd.splat_f32s(rows[r][at]);
-                for v in 0..V {
-                    sums[r][v] = simd.mul_add_e_f32s(factor, right[v], sums[r][v]);
+        // Of one run some terms, of several all.
+        let len = if self.runs.as_ref().len() == 1 { terms } else { self.rows.columns };
+        let mut panel = &self.panel[from * self.width..][..terms * self.width];
+        for run in self.runs.as_ref() {
+            let mut rows: [&[f32]; N] = [&[]; N];
+            for (r, row) in rows.iter_mut().enumerate() {
+                *row = &self.rows.data[self.rows.stride.at(first + r) + run + from..][..len];
+            }
+            let (of_run, behind) = panel.split_at(len * self.width);
+            panel = behind;
+            for (at, right) in of_run.chunks_exact(self.width).enumerate() {
+                ahead.ask();
+                let right = &S::as_simd_f32s(&right[column..]).0[..V];
+                for r in 0..N {
+                    let factor = simd.splat_f32s(rows[r][at]);
+                    for v in 0..V {
+                        sums[r][v] = simd.mul_add_e_f32s(factor, right[v], sums[r][v]);
+                    }
                 }
             }
         }
@@ -409,7 +424,9 @@ mod tests {
             ] {
                 let rows = Strided { data: left, stride: &starts[..], columns: depth };
                 let (destination, places, ahead) = (&mut data[..], width, contiguous(left));
-                Product { rows, count, panel, width, destination, places, onto, writes, terms, ahead }.with_simd(simd);
+                let runs = [0];
+                Product { rows, runs, count, panel, width, destination, places, onto, writes, terms, ahead }
+                    .with_simd(simd);
             }
             data
         }

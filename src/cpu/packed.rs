@@ -125,8 +125,50 @@ impl<T: Float> Packed<T> {
                 let rows = Strided { data: &data[index * chunk..], stride: depth, columns: panel.len() / width };
                 let (destination, ahead) = (&mut to[column..], contiguous(ahead.next().unwrap_or_default()));
                 let (places, terms) = (columns, chunk);
-                Product { rows, count, panel, width, destination, places, onto, writes, terms, ahead }.run();
+                Product { rows, runs: [0], count, panel, width, destination, places, onto, writes, terms, ahead }.run();
             }
+        }
+    }
+
+    /// Whether [`Packed::rows_of_runs`] serves.
+    pub fn takes_runs(&self) -> bool {
+        is_f32::<T>() && self.columns.is_multiple_of(LANES)
+    }
+
+    /// [`Packed::rows`] for few terms, where rows begin at `starts` and have their elements in runs of `len`, at the same
+    /// `offsets`.
+    ///
+    /// # Panics
+    /// Where it does not [serve](Packed::takes_runs).
+    pub fn rows_of_runs(
+        &self,
+        data: &[T],
+        starts: &[usize],
+        (offsets, len): (&[usize], usize),
+        bias: Option<&[T]>,
+        to: &mut [T],
+        writes: Writes,
+    ) {
+        assert!(self.takes_runs(), "runs of f32 by whole vectors");
+        let (data, to): (&[f32], &mut [f32]) = (bytemuck::cast_slice(data), bytemuck::cast_slice_mut(to));
+        let bias: Option<&[f32]> = bias.map(bytemuck::cast_slice);
+        let weight: &[f32] = bytemuck::cast_slice(&self.data);
+        for column in (0..if starts.is_empty() { 0 } else { self.columns }).step_by(PANEL) {
+            let width = panel_width(self.columns, column);
+            let product = Product {
+                rows: Strided { data, stride: starts, columns: len },
+                runs: offsets,
+                count: starts.len(),
+                panel: &weight[column * self.depth..][..self.depth * width],
+                width,
+                destination: &mut to[column..],
+                places: self.columns,
+                onto: bias.map_or(Onto::Nothing, |bias| Onto::Row(&bias[column..][..width])),
+                writes,
+                terms: self.depth,
+                ahead: contiguous(&[]),
+            };
+            product.run();
         }
     }
 
@@ -246,6 +288,7 @@ fn add_terms_to_panel(
         let behind = &panel[term.weight.end * width..];
         let product = Product {
             rows: Strided { data, stride: term.starts.as_slice(), columns: depth },
+            runs: [0],
             count: term.rows.len(),
             panel: &panel[term.weight.start * width..term.weight.end * width],
             width,

@@ -221,6 +221,13 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         // Few channels, in pieces that cut images.
         conv([1, 37, 6, 2], 3, [2, 3], Conv2dOptions { padding: [1, 0], stride: [3, 1], ..PLAIN }),
         conv([17, 3, 4, 4], 12, [2, 2], Conv2dOptions { dilation: [1, 2], groups: 2, padding: [0, 2], ..PLAIN }),
+        // Few channels into whole vectors of outputs, read from padded lines: overlapping ones, ones with gaps between them,
+        // with dilation, of padding alone; tiles that begin and end within lines.
+        conv([2, 4, 5, 3], 16, [3, 3], Conv2dOptions { padding: [1, 1], ..PLAIN }),
+        conv([2, 11, 7, 2], 16, [3, 2], Conv2dOptions { stride: [4, 3], padding: [2, 1], ..PLAIN }),
+        conv([1, 7, 8, 1], 32, [3, 2], Conv2dOptions { dilation: [2, 3], padding: [2, 3], ..PLAIN }),
+        conv([1, 0, 3, 2], 16, [2, 3], Conv2dOptions { padding: [1, 1], ..PLAIN }),
+        conv([3, 19, 13, 1], 16, [2, 3], Conv2dOptions { padding: [0, 2], ..PLAIN }),
     ];
     cases.push(Box::new(Conv2d { input: [2, 4, 5, 3], out_channels: 2, kernel: [3, 3], bias: false, options: PLAIN }));
     let transposed = |input, out_channels, kernel, options, output_padding| {

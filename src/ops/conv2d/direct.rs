@@ -11,7 +11,9 @@
 use std::sync::Arc;
 
 use super::Geometry;
-use super::patches::{Anchor, PANEL_COLUMNS, Source, Taps, forward_anchors, forward_taps, input_source, tile_rows};
+use super::patches::{
+    Anchor, PANEL_COLUMNS, PaddedLines, Source, Taps, forward_anchors, forward_taps, input_source, tile_rows,
+};
 use crate::cpu::block_gemm::{PANEL, Writes};
 use crate::cpu::gemm::Into;
 use crate::cpu::packed::{
@@ -61,8 +63,13 @@ pub(in crate::ops) fn output<T: Float>(
         if let ([Part { geometry: g, .. }], [(weights, taps)]) = (parts, packed.as_slice())
             && is_short(parts)
         {
-            let anchors = forward_anchors(g, first_row..first_row + rows);
-            let panel = input_source(g, input, 0).panel(taps, &anchors);
+            let positions = first_row..first_row + rows;
+            if weights[0].takes_runs() {
+                let lines = PaddedLines::of(g, input, positions);
+                let runs = (&lines.offsets[..], lines.run_len);
+                return weights[0].rows_of_runs(&lines.data, &lines.starts, runs, bias, out, writes);
+            }
+            let panel = input_source(g, input, 0).panel(taps, &forward_anchors(g, positions));
             return weights[0].rows(&panel, bias, out, writes, &[]);
         }
         let into = start(out, bias);

@@ -204,6 +204,60 @@ impl<T: Float> Source<'_, T> {
     }
 }
 
+/// The lines of a map that some patches read, with the zeros around it: a patch has a run in each of its lines.
+pub(super) struct PaddedLines<T: Pod> {
+    pub data: Buffer<T>,
+    /// Where each patch begins.
+    pub starts: Vec<usize>,
+    /// Where its runs begin, from there.
+    pub offsets: Vec<usize>,
+    /// Elements of a run.
+    pub run_len: usize,
+}
+
+impl<T: Float> PaddedLines<T> {
+    /// For some positions of the result, counted over the batch.
+    pub fn of(g: &Geometry, input: &[T], positions: Range<usize>) -> Self {
+        let ([height, width], [out_height, out_width]) = (g.input, g.output);
+        let ([stride, stride_x], [padding, padding_x], dilation) =
+            (g.options.stride, g.options.padding, g.options.dilation);
+        let line_len = width * g.in_channels;
+        let pitch = (width + 2 * padding_x) * g.in_channels;
+        let mut lines = Vec::new();
+        let mut starts = Vec::with_capacity(positions.len());
+        for line in positions.start / out_width..positions.end.div_ceil(out_width) {
+            let (image, y) = (line / out_height, line % out_height);
+            // Lines that the one before has read are there.
+            let first = image * (height + 2 * padding) + y * stride;
+            let last = first + (g.kernel[0] - 1) * dilation[0];
+            let next = lines.last().map_or(first, |last: &usize| last + 1).max(first);
+            lines.extend(next..=last);
+            let start = (lines.len() - 1 - (last - first)) * pitch;
+            let columns = positions.start.max(line * out_width)..positions.end.min((line + 1) * out_width);
+            starts.extend(columns.map(|position| start + position % out_width * stride_x * g.in_channels));
+        }
+        let mut data = Buffer::recycled(lines.len() * pitch);
+        for (padded, line) in data.chunks_exact_mut(pitch).zip(&lines) {
+            let (image, y) = (line / (height + 2 * padding), (line % (height + 2 * padding)).wrapping_sub(padding));
+            if y >= height {
+                padded.fill(T::ZERO);
+                continue;
+            }
+            let (left, rest) = padded.split_at_mut(padding_x * g.in_channels);
+            let (inner, right) = rest.split_at_mut(line_len);
+            inner.copy_from_slice(&input[(image * height + y) * line_len..][..line_len]);
+            for border in [left, right] {
+                border.fill(T::ZERO);
+            }
+        }
+        let dense = dilation[1] == 1;
+        let xs = if dense { 1 } else { g.kernel[1] };
+        let run = |y: usize, x: usize| y * dilation[0] * pitch + x * dilation[1] * g.in_channels;
+        let offsets = (0..g.kernel[0]).flat_map(|y| (0..xs).map(move |x| run(y, x))).collect();
+        PaddedLines { data, starts, offsets, run_len: g.taps() * g.in_channels / (g.kernel[0] * xs) }
+    }
+}
+
 /// Copies `len` elements. A short run is copied in whole vectors, which may write beyond its end: panels are filled
 /// from front to back, so what comes next overwrites that.
 #[inline(always)]

@@ -158,6 +158,7 @@ impl Product<'_> {
                 let next = if column + PANEL < columns { [at, first + column + PANEL] } else { [at + chunk, first] };
                 let product = block_gemm::Product {
                     rows: Strided { data: &self.input[at..], stride: depth, columns: len },
+                    runs: [0],
                     count: rows,
                     panel,
                     width,

@@ -34,6 +34,7 @@ impl<const P: usize> WithSimd for PanelProducts<'_, P> {
             let (panel, behind) = self.weight[p * depth * width..].split_at(depth * width);
             let product = Product {
                 rows: Strided { data: &self.inputs[p * depth..], stride: P * P * depth, columns: depth },
+                runs: [0],
                 count,
                 panel,
                 width,
