@@ -149,12 +149,7 @@ mod tests {
         let random = |len, seed| (0..len).map(|i| Philox::new(seed).uniform(i) - 0.5).collect::<Vec<f32>>();
         for (rows, columns, depth) in [(1, 1, 1), (3, 8, 16), (7, 9, 33), (49, 20, 100), (2, 31, 15), (5, 1, 64)] {
             let [left, right] = [(rows, 1), (columns, 2)].map(|(rows, seed)| random((rows * (depth + 1)) as u64, seed));
-            let dots = || Dots(&left, &right, [rows, columns, depth]);
-            let mut results = vec![simd::with_vectors(dots())];
-            results.push(pulp::Simd::vectorize(pulp::Scalar128b, dots()));
-            results.push(pulp::Simd::vectorize(pulp::Scalar, dots()));
-            #[cfg(target_arch = "x86_64")]
-            results.extend(pulp::x86::V3::try_new().map(|avx2| pulp::Simd::vectorize(avx2, dots())));
+            let results = simd::with_every_set(|| Dots(&left, &right, [rows, columns, depth]));
             for (index, got) in results.iter().flat_map(|sums| sums.iter().enumerate()) {
                 let [i, j] = [index / (columns + 3), index % (columns + 3)];
                 let term = |k| f64::from(left[i * (depth + 1) + k]) * f64::from(right[j * (depth + 1) + k]);

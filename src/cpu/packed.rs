@@ -9,10 +9,9 @@ use super::gemm::{Into, Matrix, Threads, gemm};
 use super::{Factor, Float, parallel, simd};
 use crate::tensor::{Buffer, DType};
 
-/// Products that are summed at most before they join a longer sum, which keeps errors small. A panel so deep stays in the
-/// nearest cache.
+/// Products that are summed at most before they join a longer sum, which keeps errors small.
 const DEPTH: usize = 192;
-/// The same for [`Packed::rows`], whose short sums are written once.
+/// The same for [`Packed::rows`], whose short sums are written once. A panel so deep stays in the nearest cache.
 const ROW_DEPTH: usize = 256;
 
 /// A weight, depth × columns, as products read it: for `f32` in panels, each row-major, its columns filled up with
@@ -113,7 +112,10 @@ impl<T: Float> Packed<T> {
         let writes = if chunks > 1 && writes == Writes::Streamed { Writes::Fetched } else { writes };
         let share = ahead.len().div_ceil(columns.div_ceil(PANEL) * chunks).max(1);
         let mut ahead = ahead.chunks(share);
-        for column in (0..if count > 0 { columns } else { 0 }).step_by(PANEL) {
+        if count == 0 {
+            return;
+        }
+        for column in (0..columns).step_by(PANEL) {
             let width = panel_width(columns, column);
             let panel = &weight[column * depth..][..depth * width];
             for (index, panel) in panel.chunks(chunk * width).enumerate() {
@@ -153,7 +155,10 @@ impl<T: Float> Packed<T> {
         let (data, to): (&[f32], &mut [f32]) = (bytemuck::cast_slice(data), bytemuck::cast_slice_mut(to));
         let bias: Option<&[f32]> = bias.map(bytemuck::cast_slice);
         let weight: &[f32] = bytemuck::cast_slice(&self.data);
-        for column in (0..if starts.is_empty() { 0 } else { self.columns }).step_by(PANEL) {
+        if starts.is_empty() {
+            return;
+        }
+        for column in (0..self.columns).step_by(PANEL) {
             let width = panel_width(self.columns, column);
             let product = Product {
                 rows: Strided { data, stride: starts, columns: len },

@@ -144,3 +144,14 @@ pub fn instruction_set() -> &'static str {
         "scalar"
     }
 }
+
+/// Runs what `work` makes with every instruction set that this machine has.
+#[cfg(test)]
+pub(crate) fn with_every_set<W: pulp::WithSimd>(work: impl Fn() -> W) -> Vec<W::Output> {
+    let mut results = vec![with_vectors(work())];
+    results.push(pulp::Simd::vectorize(pulp::Scalar128b, work()));
+    results.push(pulp::Simd::vectorize(pulp::Scalar, work()));
+    #[cfg(target_arch = "x86_64")]
+    results.extend(pulp::x86::V3::try_new().map(|avx2| pulp::Simd::vectorize(avx2, work())));
+    results
+}

@@ -180,6 +180,28 @@ fn conv(input: [usize; 4], out_channels: usize, kernel: [usize; 2], options: Con
     Box::new(Conv2d { input, out_channels, kernel, bias: true, options })
 }
 
+#[test]
+fn paddings_and_strides_beyond_memory_cost_nothing() -> Result<()> {
+    const FAR: usize = 1 << 40;
+    for channels in [16, 3] {
+        let input = randn(&[1, 3, 3, 2], 1).cast(DType::F32)?;
+        let weight = randn(&[channels, 2, 2, 2], 2).cast(DType::F32)?;
+        let options = Conv2dOptions { stride: [FAR; 2], padding: [FAR; 2], ..PLAIN };
+        let far = conv2d(&input, &weight, None, options)?;
+        assert_eq!(far.shape().to_vec(), [1, 3, 3, channels]);
+        // The middle window alone lies on the map.
+        let whole = conv2d(&input, &weight, None, PLAIN)?;
+        let (far, whole) = (far.to_vec::<f32>()?, whole.to_vec::<f32>()?);
+        for (position, values) in far.chunks(channels).enumerate() {
+            for (value, first) in values.iter().zip(&whole) {
+                let expected = if position == 4 { *first } else { 0.0 };
+                assert!((value - expected).abs() < 1e-5, "{channels} channels: {value} at {position}, not {expected}");
+            }
+        }
+    }
+    Ok(())
+}
+
 fn cases() -> Vec<Box<dyn OpCase>> {
     let mut cases = vec![
         // Maps of one position, pointwise convolutions, and pointwise ones that are not: padded, strided, grouped.
@@ -221,9 +243,10 @@ fn cases() -> Vec<Box<dyn OpCase>> {
         // Few channels, in pieces that cut images.
         conv([1, 37, 6, 2], 3, [2, 3], Conv2dOptions { padding: [1, 0], stride: [3, 1], ..PLAIN }),
         conv([17, 3, 4, 4], 12, [2, 2], Conv2dOptions { dilation: [1, 2], groups: 2, padding: [0, 2], ..PLAIN }),
-        // Few channels into whole vectors of outputs, read from padded lines: overlapping ones, ones with gaps between them,
-        // with dilation, of padding alone; tiles that begin and end within lines.
+        // Few channels into whole vectors of outputs, read from padded lines, overlapping or not, of padding alone, and where
+        // tiles begin and end within lines; from patches where strides leave gaps, and with dilation.
         conv([2, 4, 5, 3], 16, [3, 3], Conv2dOptions { padding: [1, 1], ..PLAIN }),
+        conv([2, 11, 7, 2], 16, [3, 2], Conv2dOptions { stride: [3, 2], padding: [2, 1], ..PLAIN }),
         conv([2, 11, 7, 2], 16, [3, 2], Conv2dOptions { stride: [4, 3], padding: [2, 1], ..PLAIN }),
         conv([1, 7, 8, 1], 32, [3, 2], Conv2dOptions { dilation: [2, 3], padding: [2, 3], ..PLAIN }),
         conv([1, 0, 3, 2], 16, [2, 3], Conv2dOptions { padding: [1, 1], ..PLAIN }),

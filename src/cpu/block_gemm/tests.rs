@@ -5,16 +5,6 @@ fn random(len: usize, seed: u64) -> Vec<f32> {
     (0..len).map(|i| Philox::new(seed).uniform(i as u64) - 0.5).collect()
 }
 
-/// Runs what `work` makes with every instruction set that this machine has.
-fn on_every_set<W: WithSimd<Output = Vec<f32>>>(work: impl Fn() -> W) -> Vec<Vec<f32>> {
-    let mut results = vec![simd::with_vectors(work())];
-    results.push(pulp::Simd::vectorize(pulp::Scalar128b, work()));
-    results.push(pulp::Simd::vectorize(pulp::Scalar, work()));
-    #[cfg(target_arch = "x86_64")]
-    results.extend(pulp::x86::V3::try_new().map(|avx2| pulp::Simd::vectorize(avx2, work())));
-    results
-}
-
 struct Rowwise<'a>(&'a [f32], &'a [f32], [usize; 3]);
 
 impl WithSimd for Rowwise<'_> {
@@ -64,7 +54,7 @@ fn every_instruction_set_matches_the_definition() {
     for width in [LANES, PANEL] {
         for (rows, depth) in [(1, 1), (7, 5), (8, 33), (16, 9), (23, 40)] {
             let (left, right) = (random(rows * depth, 1), random(depth * width, 2));
-            for got in on_every_set(|| Rowwise(&left, &right, [rows, depth, width])) {
+            for got in simd::with_every_set(|| Rowwise(&left, &right, [rows, depth, width])) {
                 for (index, got) in got.iter().enumerate() {
                     let term =
                         |i| f64::from(left[index / width * depth + i]) * f64::from(right[i * width + index % width]);
@@ -77,7 +67,7 @@ fn every_instruction_set_matches_the_definition() {
             }
             let columns = rows.next_multiple_of(4);
             let left = random(depth * columns, 3);
-            for got in on_every_set(|| Transposed(&left, &right, [columns, depth, width])) {
+            for got in simd::with_every_set(|| Transposed(&left, &right, [columns, depth, width])) {
                 for (index, got) in got.iter().enumerate() {
                     let term =
                         |t| f64::from(left[t * columns + index / width]) * f64::from(right[t * width + index % width]);

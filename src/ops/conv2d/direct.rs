@@ -64,7 +64,7 @@ pub(in crate::ops) fn output<T: Float>(
             && is_short(parts)
         {
             let positions = first_row..first_row + rows;
-            if weights[0].takes_runs() {
+            if weights[0].takes_runs() && PaddedLines::<T>::pays(g) {
                 let lines = PaddedLines::of(g, input, positions);
                 let runs = (&lines.offsets[..], lines.run_len);
                 return weights[0].rows_of_runs(&lines.data, &lines.starts, runs, bias, out, writes);

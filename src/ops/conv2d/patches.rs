@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use bytemuck::Pod;
 
-use super::Geometry;
+use super::{Conv2dOptions, Geometry};
 use crate::cpu::gemm::Into;
 use crate::cpu::packed::{Packed, Pairs, Term};
 use crate::cpu::{Float, simd};
@@ -216,25 +216,28 @@ pub(super) struct PaddedLines<T: Pod> {
 }
 
 impl<T: Float> PaddedLines<T> {
-    /// For some positions of the result, counted over the batch.
+    /// Whether copies of lines are not much more than the patches in them, however large strides and paddings are.
+    pub fn pays(g: &Geometry) -> bool {
+        let Conv2dOptions { stride, padding, dilation, .. } = g.options;
+        dilation == [1; 2] && (0..2).all(|axis| stride[axis] <= g.kernel[axis] && padding[axis] < g.kernel[axis])
+    }
+
+    /// For some positions of the result, counted over the batch, where it [pays](PaddedLines::pays).
     pub fn of(g: &Geometry, input: &[T], positions: Range<usize>) -> Self {
-        let ([height, width], [out_height, out_width]) = (g.input, g.output);
-        let ([stride, stride_x], [padding, padding_x], dilation) =
-            (g.options.stride, g.options.padding, g.options.dilation);
-        let line_len = width * g.in_channels;
-        let pitch = (width + 2 * padding_x) * g.in_channels;
+        let ([height, width], [out_height, out_width], channels) = (g.input, g.output, g.in_channels);
+        let ([stride, stride_x], [padding, padding_x]) = (g.options.stride, g.options.padding);
+        let (line_len, pitch) = (width * channels, (width + 2 * padding_x) * channels);
         let mut lines = Vec::new();
         let mut starts = Vec::with_capacity(positions.len());
         for line in positions.start / out_width..positions.end.div_ceil(out_width) {
-            let (image, y) = (line / out_height, line % out_height);
+            let first = line / out_height * (height + 2 * padding) + line % out_height * stride;
+            let end = first + g.kernel[0];
             // Lines that the one before has read are there.
-            let first = image * (height + 2 * padding) + y * stride;
-            let last = first + (g.kernel[0] - 1) * dilation[0];
             let next = lines.last().map_or(first, |last: &usize| last + 1).max(first);
-            lines.extend(next..=last);
-            let start = (lines.len() - 1 - (last - first)) * pitch;
+            lines.extend(next..end);
+            let start = (lines.len() - g.kernel[0]) * pitch;
             let columns = positions.start.max(line * out_width)..positions.end.min((line + 1) * out_width);
-            starts.extend(columns.map(|position| start + position % out_width * stride_x * g.in_channels));
+            starts.extend(columns.map(|position| start + position % out_width * stride_x * channels));
         }
         let mut data = Buffer::recycled(lines.len() * pitch);
         for (padded, line) in data.chunks_exact_mut(pitch).zip(&lines) {
@@ -243,18 +246,14 @@ impl<T: Float> PaddedLines<T> {
                 padded.fill(T::ZERO);
                 continue;
             }
-            let (left, rest) = padded.split_at_mut(padding_x * g.in_channels);
+            let (left, rest) = padded.split_at_mut(padding_x * channels);
             let (inner, right) = rest.split_at_mut(line_len);
+            left.fill(T::ZERO);
             inner.copy_from_slice(&input[(image * height + y) * line_len..][..line_len]);
-            for border in [left, right] {
-                border.fill(T::ZERO);
-            }
+            right.fill(T::ZERO);
         }
-        let dense = dilation[1] == 1;
-        let xs = if dense { 1 } else { g.kernel[1] };
-        let run = |y: usize, x: usize| y * dilation[0] * pitch + x * dilation[1] * g.in_channels;
-        let offsets = (0..g.kernel[0]).flat_map(|y| (0..xs).map(move |x| run(y, x))).collect();
-        PaddedLines { data, starts, offsets, run_len: g.taps() * g.in_channels / (g.kernel[0] * xs) }
+        let offsets = (0..g.kernel[0]).map(|y| y * pitch).collect();
+        PaddedLines { data, starts, offsets, run_len: g.kernel[1] * channels }
     }
 }
 
