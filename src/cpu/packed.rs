@@ -1,5 +1,5 @@
-//! Products with a packed weight, in `f32` by the blocks of [`block_gemm`] and in `f64` by the general product; and sums of
-//! products over rows. One thread each: convolutions and linear layers share their rows among threads.
+//! Products with a packed weight, in `f32` by the blocks of [`block_gemm`](super::block_gemm) and in `f64` by the general
+//! product; and sums of products over rows. One thread each: convolutions and linear layers share their rows among threads.
 
 use std::ops::Range;
 
